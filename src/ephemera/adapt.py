@@ -1,0 +1,100 @@
+"""The loop: K steps on the prompt's own NLL, each projection at its own rate. Everything adapts through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ephemera.backbone import Backbone
+from ephemera.lora import LoraBatch
+from ephemera.objective import TokenBatch, mean_nll
+from ephemera.rates import Rate
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a batch's adaptation left: adapters at both ends, and each step's loss and rates.
+
+    `prompt_nll_BK[:, k-1]` is the prompt NLL (nats per token) seen by step k, before its update.
+    `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
+    `grads` holds each step's gradients in the order of `LoraBatch.tensors`, where they were kept.
+    """
+
+    lora: LoraBatch
+    initial_lora: LoraBatch
+    prompt_nll_BK: Tensor
+    rates_BKM: Tensor
+    fallback_B: Tensor
+    grads: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+def adapt(
+    backbone: Backbone,
+    batch: TokenBatch,
+    initial_lora: LoraBatch,
+    rate: Rate | None,
+    steps: int,
+    *,
+    keep_grads: bool = False,
+    second_order: bool = False,
+) -> Trace:
+    """K times: forward, prompt NLL, rates from h(x), backward, update (LDTTA Fig. 1, Eq. 13-15).
+
+    The cost is K forward and backward passes. `keep_grads` stores what first-order training needs
+    and lets `rates_BKM` carry ScaleNet's graph; `second_order` builds the graph through every step
+    instead (Eq. 18; tiny models with eager attention only).
+    """
+    lora = initial_lora
+    B, M = batch.ids_BT.shape[0], len(lora.projections)
+    nlls, rates, grads_of_steps = [], [], []
+    first_h_BH: Tensor | None = None
+    wants_h = rate is not None and rate.uses_representation != "no"
+    for k in range(1, steps + 1):
+        assert rate is not None
+        current = lora if second_order and k > 1 else lora.leaves()
+        with torch.enable_grad():
+            out = backbone.forward(batch, current, embedded=wants_h)
+            nll_B = mean_nll(out.hidden_BTD, batch, backbone.logits, twice_differentiable=second_order)
+            grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
+        h_BH = out.representation_BH(batch) if wants_h else None
+        if rate.uses_representation == "first":
+            first_h_BH = h_BH if first_h_BH is None else first_h_BH
+            h_BH = first_h_BH
+        with torch.set_grad_enabled(keep_grads or second_order):
+            rates_BM = rate.rates_BM(h_BH, k, steps, like=nll_B.detach(), projections=M)
+        with torch.set_grad_enabled(second_order):
+            lora = current.step(grads, rates_BM if second_order else rates_BM.detach())
+        nlls.append(nll_B.detach())
+        rates.append(rates_BM)
+        if keep_grads:
+            grads_of_steps.append(grads)
+    if not second_order:
+        lora = lora.with_tensors([t.detach() for t in lora.tensors])
+    like = lora.A[0]
+    nll_BK = torch.stack(nlls, 1) if nlls else like.new_zeros(B, 0)
+    finite_B = nll_BK.isfinite().all(1) & lora.finite_B()
+    return Trace(
+        lora=lora.where(finite_B, initial_lora) if steps else lora,
+        initial_lora=initial_lora,
+        prompt_nll_BK=nll_BK,
+        rates_BKM=torch.stack(rates, 1) if rates else like.new_zeros(B, 0, M),
+        fallback_B=~finite_B,
+        grads=grads_of_steps,
+    )
+
+
+def meta_gradient(answer_grads: Sequence[Tensor], step_grads: Sequence[Sequence[Tensor]]) -> Tensor:
+    """dL/drate_BKM of first-order training: -< dL_answer/dphi_m at Phi^(K), g_m^(k) > (LDTTA Eq. 17-19).
+
+    Prompt gradients count as constants, so Phi^(K) = Phi^(0) - sum_k rate^(k) g^(k), and no graph has
+    to be unrolled. `answer_grads` and each step's gradients are in the order of `LoraBatch.tensors`.
+    """
+    columns = []
+    for grads in step_grads:
+        products = [-(g * a).flatten(1).sum(1) for g, a in zip(grads, answer_grads, strict=True)]
+        M = len(products) // 2
+        columns.append(torch.stack([a + b for a, b in zip(products[:M], products[M:], strict=True)], 1))
+    return torch.stack(columns, 1)

@@ -1,0 +1,352 @@
+"""The frozen language model: loading, its projections in any architecture, its hidden states."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from ephemera.errors import nearest, unknown
+from ephemera.lora import LoraBatch, Projection, attach
+from ephemera.objective import TokenBatch
+from ephemera.store import DEFAULT_MODEL, fetch_default_model
+
+# The names that a projection's module goes by, by kind. GPT-NeoX and Phi-3 fuse query, key and value.
+MODULE_NAMES = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "o": ("o_proj", "dense"),
+}
+FUSED_NAMES = ("query_key_value", "qkv_proj")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+TARGETS = {"qv": ("q", "v"), "attention": ("q", "k", "v", "o")}
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What one forward pass over a batch leaves behind."""
+
+    hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm
+    embedded_BTD: Tensor | None  # H(0): the embedding's output, where it was asked for
+    cache: Cache | None
+
+    def representation_BH(self, batch: TokenBatch) -> Tensor:
+        """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached."""
+        assert self.embedded_BTD is not None
+        weights_B1T = (batch.mask_BT / batch.lengths_B[:, None])[:, None, :]
+        halves = [h.detach().float() for h in (self.embedded_BTD, self.hidden_BTD)]
+        return torch.cat([torch.bmm(weights_B1T.float(), h)[:, 0] for h in halves], dim=1)
+
+
+class Backbone:
+    """A frozen causal language model, its tokenizer and the projections that adapters sit on.
+
+    `name` is what the user called the model, `path` the local folder it was read from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        path: Path,
+        target_modules: str | Sequence[str] = "qv",
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.path = path
+        self.projections = find_projections(model, target_modules)
+        self.decoder: nn.Module = model.get_submodule(model.base_model_prefix)
+        head = model.get_output_embeddings()
+        embedding = model.get_input_embeddings()
+        if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
+            raise ValueError(f"{name} has no vocabulary head: ephemera needs a causal language model.")
+        self.head, self.embedding = head, embedding
+        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.hidden_size: int = embedding.weight.shape[1]
+        self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        self._check_head()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def layers(self) -> int:
+        return 1 + max(p.layer for p in self.projections)
+
+    @property
+    def pad_id(self) -> int:
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if pad_id is not None else (self.tokenizer.eos_token_id or 0)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Vocabulary logits of final hidden states [...,D] -> [...,V]."""
+        logits = self.head(h)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        lora: LoraBatch | None = None,
+        *,
+        cache: Cache | None = None,
+        past_mask_BT: Tensor | None = None,
+        use_cache: bool = False,
+        embedded: bool = False,
+    ) -> Forward:
+        """One pass through the decoder, without the vocabulary head.
+
+        With a `cache` of earlier tokens, `past_mask_BT` says which of those are real.
+        """
+        kept: list[Tensor] = []
+        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": use_cache or cache is not None}
+        if past_mask_BT is not None:
+            mask_BT = torch.cat([past_mask_BT, batch.mask_BT], 1)
+            full = TokenBatch(mask_BT.long(), mask_BT)
+            inputs["position_ids"] = full.position_ids_BT[:, past_mask_BT.shape[1] :]
+            inputs["attention_mask"] = mask_BT.long()
+        elif batch.padded:
+            inputs["attention_mask"] = batch.mask_BT.long()
+            inputs["position_ids"] = batch.position_ids_BT
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        with attach(self.model, lora), _outputs_of(self.embedding, kept if embedded else None):
+            output = self.decoder(**inputs)
+        return Forward(output.last_hidden_state, kept[0] if embedded else None, output.past_key_values)
+
+    def fingerprint(self) -> str:
+        """Tells backbones apart whatever they are called: shapes, and some weights as bfloat16."""
+        digest = hashlib.sha256()
+        for key, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{key}{tuple(parameter.shape)}".encode())
+        for weight in (self.embedding.weight[:64, :16], *_norm_weights(self.model)):
+            digest.update(weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _check_head(self) -> None:
+        """Some architectures scale logits in ways of their own; better an error than wrong losses."""
+        ids_BT = torch.arange(1, 4, device=self.device)[None] % self.embedding.weight.shape[0]
+        with torch.no_grad():
+            want = self.model(input_ids=ids_BT).logits
+            have = self.logits(self.forward(TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())).hidden_BTD)
+        if not torch.allclose(want.float(), have.float(), atol=1e-2, rtol=1e-2):
+            raise ValueError(
+                f"{self.name} ({self.model.config.model_type}) makes its logits in a way ephemera does not know: "
+                "its own forward pass and head(final hidden state) differ. Please report the model's name."
+            )
+
+
+@contextmanager
+def _outputs_of(module: nn.Module, kept: list[Tensor] | None) -> Iterator[None]:
+    if kept is None:
+        yield
+        return
+    handle = module.register_forward_hook(lambda _module, _args, output: kept.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _norm_weights(model: nn.Module) -> list[Tensor]:
+    norms = [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower()]
+    return norms[:1] + norms[-1:]
+
+
+def load_backbone(
+    name: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    target_modules: str | Sequence[str] = "qv",
+    **kwargs: Any,
+) -> Backbone:
+    """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
+
+    `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
+    is one. Further arguments go to transformers (`quantization_config`, `attn_implementation`, ...).
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    path, kwargs = _resolve(name), dict(kwargs)
+    if kwargs.get("attn_implementation") is None:
+        kwargs.pop("attn_implementation", None)
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            kwargs["attn_implementation"] = "eager"  # the fused kernel's bfloat16 backward is slow there
+    source = str(path) if path.exists() else name
+    if path.suffix == ".gguf":
+        source, kwargs["gguf_file"] = str(path.parent), path.name
+    tokenizer_kwargs = {key: kwargs[key] for key in ("gguf_file", "revision") if key in kwargs}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"cannot load model {name!r}: {str(error).splitlines()[0]} Give a hub id, a folder with config.json and "
+            f"safetensors, a .gguf file, or {DEFAULT_MODEL!r} (fetched from the package index). "
+            f"{nearest(name, [DEFAULT_MODEL])}".rstrip()
+        ) from error
+    if "quantization_config" not in kwargs or "gguf_file" in kwargs:
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
+    return Backbone(model, tokenizer, name=name, path=path, target_modules=target_modules)
+
+
+def _resolve(name: str) -> Path:
+    if name == DEFAULT_MODEL:
+        return fetch_default_model()
+    path = Path(name).expanduser()
+    looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~"))
+    if looks_local and not path.exists():
+        raise ValueError(f"cannot load model {name!r}: there is no such file or folder.")
+    return path
+
+
+def find_projections(model: nn.Module, targets: str | Sequence[str] = "qv") -> tuple[Projection, ...]:
+    """The projections that adapters sit on, top layer last, in the order of `targets` within a layer.
+
+    `targets` is "qv" (the papers' default), "attention", or module names ("q_proj", "up_proj",
+    "query_key_value", ...), of which a fused one is adapted whole. Shapes are read from the modules.
+    """
+    kinds = TARGETS.get(targets) if isinstance(targets, str) else None
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    layers: dict[str, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        match = re.search(r"(.*?\.\d+)\.", path + ".")
+        if match and _features(module) is not None:
+            layers.setdefault(match.group(1), []).append((path, module))
+    found: list[Projection] = []
+    layer = 0
+    for modules in layers.values():
+        here: list[Projection] = []
+        if kinds is None:
+            for target in wanted:
+                here += [_whole(path, m, target, layer) for path, m in modules if path.endswith(f".{target}")]
+        else:
+            for kind in kinds:
+                here += _of_kind(model, modules, kind, layer)
+        found += here
+        layer += bool(here)
+    if not found:
+        leaves = sorted({path.rpartition(".")[2] for modules in layers.values() for path, _ in modules})
+        raise ValueError(
+            f"found no modules for target_modules={targets!r} in {type(model).__name__}. Its layers have the linear modules "
+            f"{', '.join(leaves) or '(none)'}; name those to adapt, e.g. target_modules={leaves[:2]!r}."
+        )
+    return tuple(found)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) features of a linear module, quantised ones included."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return None
+
+
+def _whole(path: str, module: nn.Module, kind: str, layer: int) -> Projection:
+    features = _features(module)
+    assert features is not None
+    return Projection(path, kind, layer, *features)
+
+
+def _of_kind(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], kind: str, layer: int) -> list[Projection]:
+    for path, module in modules:
+        leaf = path.rpartition(".")[2]
+        in_attention = "attn" in path or "attention" in path
+        if leaf in MODULE_NAMES[kind] and in_attention:
+            return [_whole(path, module, kind, layer)]
+        if leaf in FUSED_NAMES and kind in "qkv":
+            in_features, out_features = _features(module) or (0, 0)
+            rows = _fused_rows(model, leaf, kind, out_features)
+            return [Projection(path, kind, layer, in_features, out_features, rows)]
+    return []
+
+
+def _fused_rows(model: nn.Module, leaf: str, kind: str, out_features: int) -> Tensor:
+    """Which output rows of a fused projection are the queries, keys or values.
+
+    GPT-NeoX interleaves them per head ([q, k, v] of head 0, then of head 1, ...); Phi-3 puts all
+    queries first, then all keys, then all values.
+    """
+    assert isinstance(model, PreTrainedModel)
+    config = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    place = "qkv".index(kind)
+    if leaf == "query_key_value" and config.model_type == "gpt_neox":
+        return torch.arange(out_features).view(heads, 3, -1)[:, place].flatten()
+    if leaf == "qkv_proj":
+        kv_heads: int = config.num_key_value_heads
+        head_dim = out_features // (heads + 2 * kv_heads)
+        sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        return torch.arange(out_features).split(sizes)[place]
+    raise ValueError(
+        f"{config.model_type} fuses query, key and value in {leaf} in an order ephemera does not know; "
+        f"adapt it whole with target_modules=[{leaf!r}]."
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's own special tokens, never two BOS.
+
+    With `chat` the prompt becomes a user message in the model's chat template, up to the
+    assistant's turn.
+    """
+    text = chat_text(tokenizer, prompt) if chat else prompt
+    ids: list[int] = tokenizer(text, add_special_tokens=not chat)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    return ids
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("this model has no chat template; use the plain prompt format (format: plain).")
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text
+
+
+def encode_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, chat: bool = False) -> list[int]:
+    """Token ids of an answer as it continues a prompt, without an end token.
+
+    A space joins the two only where neither has white space there. The prompt's own ids stay a strict
+    prefix of the whole: where tokenising the joined text would merge across the border, the answer
+    is tokenised on its own.
+    """
+    text = chat_text(tokenizer, prompt) if chat else prompt
+    joint = answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}"
+    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    whole: list[int] = tokenizer(text + joint, add_special_tokens=not chat)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
+        return whole[len(prompt_ids) :]
+    alone: list[int] = tokenizer(joint, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+    return alone
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """What a trained network remembers of the model it was trained for."""
+    return {
+        "name": backbone.name,
+        "model_type": backbone.model.config.model_type,
+        "hidden_size": backbone.hidden_size,
+        "projections": [p.name for p in backbone.projections],
+        "fingerprint": backbone.fingerprint(),
+    }

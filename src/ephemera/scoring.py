@@ -1,0 +1,146 @@
+"""Examples as token ids, their answer NLL under adapters, and the best uniform rate on validation rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ephemera.adapt import adapt
+from ephemera.backbone import Backbone, encode_answer, encode_prompt
+from ephemera.inits import Init
+from ephemera.lora import LoraBatch
+from ephemera.objective import TokenBatch, length_batches, pad
+from ephemera.prefill import prefill
+from ephemera.rates import FixedRate
+from ephemera.tasks import Example
+
+UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
+LATER_GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as token ids."""
+
+    id: str
+    prompt: list[int]
+    answer: list[int]
+
+
+def encode_examples(
+    backbone: Backbone, examples: Sequence[Example], *, chat: bool, max_tokens: int
+) -> tuple[list[Encoded], int]:
+    """Token ids of each example, and how many were left out because they are longer than `max_tokens`."""
+    room = min(max_tokens, backbone.max_length)
+    encoded = [
+        Encoded(
+            e.id,
+            encode_prompt(backbone.tokenizer, e.prompt, chat=chat),
+            encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat),
+        )
+        for e in examples
+    ]
+    kept = [e for e in encoded if len(e.prompt) + len(e.answer) <= room]
+    if not kept:
+        raise ValueError(f"every example is longer than {room} tokens; raise data.max_tokens or use shorter prompts.")
+    return kept, len(encoded) - len(kept)
+
+
+def prompt_batch(backbone: Backbone, rows: Sequence[Encoded]) -> TokenBatch:
+    return pad([row.prompt for row in rows], pad_id=backbone.pad_id).to(backbone.device)
+
+
+def batches_of(rows: Sequence[Encoded], batch_size: int, max_tokens: int | None = None) -> list[list[Encoded]]:
+    lengths = [len(row.prompt) for row in rows]
+    return [[rows[i] for i in b] for b in length_batches(lengths, batch_size=batch_size, max_tokens=max_tokens)]
+
+
+def answer_nll(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch | None) -> Tensor:
+    """Mean NLL [B] over each row's answer tokens under the given adapters."""
+    return prefill(backbone, prompt_batch(backbone, rows), lora).answer_nll([row.answer for row in rows])
+
+
+def search_uniform(
+    backbone: Backbone,
+    init: Init,
+    rows: Sequence[Encoded],
+    *,
+    steps: int,
+    batch_size: int = 16,
+    grid: Sequence[float] = UNIFORM_GRID,
+    seed: int = 0,
+) -> dict[int, dict[float, float]]:
+    """Mean answer NLL of every rate in `grid` after K = 1..steps uniform steps: {K: {rate: NLL}}."""
+    table: dict[int, dict[float, float]] = {K: {} for K in range(1, steps + 1)}
+    for rate in grid:
+        sums = dict.fromkeys(table, 0.0)
+        for batch_rows in batches_of(rows, batch_size):
+            batch = prompt_batch(backbone, batch_rows)
+            lora = init(backbone, batch, [seed] * len(batch_rows))
+            for K in table:
+                lora = adapt(backbone, batch, lora, FixedRate(rate), 1).lora
+                sums[K] += answer_nll(backbone, batch_rows, lora).double().sum().item()
+        for K in table:
+            table[K][rate] = sums[K] / len(rows)
+    return table
+
+
+def best(table: dict[float, float]) -> float:
+    """The rate of the lowest finite NLL."""
+    return min(table, key=lambda rate: table[rate] if math.isfinite(table[rate]) else math.inf)
+
+
+def search_base_rates(
+    backbone: Backbone,
+    init: Init,
+    rows: Sequence[Encoded],
+    *,
+    steps: int,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> tuple[list[float], dict[str, dict[float, float]]]:
+    """A schedule to start ScaleNet from: the best first step, then one rate for all later ones.
+
+    Found greedily: the best uniform rate for K = 1; after it, the share of it that does best for K = 2.
+    The share is kept above zero, so that training can enlarge it.
+    """
+    first_table = search_uniform(backbone, init, rows, steps=1, batch_size=batch_size, seed=seed)[1]
+    first = _refined(first_table)
+    later_table = {}
+    for share in LATER_GRID:
+        total = 0.0
+        for batch_rows in batches_of(rows, batch_size):
+            batch = prompt_batch(backbone, batch_rows)
+            lora = init(backbone, batch, [seed] * len(batch_rows))
+            for rate in (first, first * share):
+                lora = adapt(backbone, batch, lora, FixedRate(rate), 1).lora
+            total += answer_nll(backbone, batch_rows, lora).double().sum().item()
+        later_table[share] = total / len(rows)
+    share = max(best(later_table), min(s for s in LATER_GRID if s > 0))
+    return [first] + [first * share] * (steps - 1), {"first": first_table, "later_share": later_table}
+
+
+def _refined(table: dict[float, float]) -> float:
+    """The vertex of the parabola through the grid's best and its neighbours, in log rate."""
+    rates = sorted(table)
+    i = rates.index(best(table))
+    if not 0 < i < len(rates) - 1 or not all(math.isfinite(table[r]) for r in rates[i - 1 : i + 2]):
+        return rates[i]
+    x0, x1, x2 = (math.log(r) for r in rates[i - 1 : i + 2])
+    y0, y1, y2 = (table[r] for r in rates[i - 1 : i + 2])
+    above, below = (
+        (x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0),
+        (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0),
+    )
+    return rates[i] if below == 0 else round(math.exp(x1 - 0.5 * above / below), 4)
+
+
+@torch.no_grad()
+def training_representations(backbone: Backbone, rows: Sequence[Encoded], *, batch_size: int = 16) -> Tensor:
+    """h(x) [N,2D] of unadapted prompts, for ScaleNet's normalisation."""
+    batches = (prompt_batch(backbone, b) for b in batches_of(rows, batch_size))
+    return torch.cat([backbone.forward(b, embedded=True).representation_BH(b) for b in batches])

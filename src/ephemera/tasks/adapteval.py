@@ -1,0 +1,48 @@
+"""AdaptEval's ten subsets: instruction, domain and reasoning sets in one format (LDTTA A.4)."""
+
+from collections.abc import Callable
+
+from ephemera.tasks.example import Row, Task
+
+PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+
+def question_prompt(row: Row) -> str:
+    return f"{PLAIN}### Instruction:\n{row['question']}\n\n### Response:"
+
+
+def instruction_prompt(row: Row) -> str:
+    instruction, extra = row["instruction"], row.get("input") or ""
+    if instruction.startswith(PLAIN):  # AdaptEval's own GSM8K file carries the template in its rows
+        return instruction
+    if extra.strip():
+        return f"{WITH_INPUT}### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
+    return f"{PLAIN}### Instruction:\n{instruction}\n\n### Response:"
+
+
+def answers_answer(row: Row) -> str:
+    return row["answers"]
+
+
+def output_answer(row: Row) -> str:
+    return row["output"]
+
+
+def _subset(name: str, fields: tuple[str, ...], prompt: Callable[[Row], str], answer: Callable[[Row], str]) -> Task:
+    # The benchmark is published as files in a repository, not on a hub: give them as a local source.
+    return Task(f"adapteval/{name}", fields, prompt, answer, max_new_tokens=256, hub=None, hub_splits={}, wheel={})
+
+
+INSTRUCTION_SUBSETS = (
+    *("geography", "medicine", "finance"),
+    *("alpaca_gpt4", "dolly", "instruction_wild"),
+    *("gsm8k", "metamath", "metamath_backward", "logiqa"),
+)
+ADAPTEVAL = (
+    _subset("agriculture_qa", ("question", "answers"), question_prompt, answers_answer),
+    *(_subset(name, ("instruction", "output"), instruction_prompt, output_answer) for name in INSTRUCTION_SUBSETS),
+)

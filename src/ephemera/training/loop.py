@@ -1,0 +1,212 @@
+"""One training loop: batches by length, AdamW, checkpoints that resume to the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ephemera.config import OptimizerSettings
+from ephemera.scoring import Encoded
+
+BUCKET = 50  # batches that are sorted by length together
+
+
+class Trainee(Protocol):
+    """What the loop trains: a network, one step's gradients, and how it does on validation rows."""
+
+    @property
+    def network(self) -> nn.Module: ...
+
+    def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
+        """Leave gradients in the network; None where this step has none to give."""
+        ...
+
+    def validate(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When the loop saves and validates, in optimiser steps."""
+
+    checkpoint_every: int
+    validate_every: int
+
+
+def batches(lengths: Sequence[int], *, batch_size: int, total: int, seed: int) -> Iterator[list[int]]:
+    """Row indices of each optimiser step: a shuffle an epoch, similar lengths together, `total` rows in all.
+
+    A pure function of its arguments, so that a resumed run sees the same batches.
+    """
+    given = 0
+    epoch = 0
+    while given < total:
+        rng = random.Random(f"{seed}:{epoch}")
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        made: list[list[int]] = []
+        for start in range(0, len(order), BUCKET * batch_size):
+            bucket = sorted(order[start : start + BUCKET * batch_size], key=lambda i: lengths[i])
+            made += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
+        rng.shuffle(made)
+        for batch in made:
+            if given >= total:
+                return
+            yield batch[: total - given]
+            given += len(batch)
+        epoch += 1
+
+
+def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Linear warm-up, then cosine decay to a tenth."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    trainee: Trainee,
+    rows: Sequence[Encoded],
+    settings: OptimizerSettings,
+    schedule: Schedule,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> None:
+    """Train to `settings.samples` prompts, writing metrics.jsonl and checkpoints to `folder`."""
+    network = trainee.network
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    lengths = [len(row.prompt) + len(row.answer) for row in rows]
+    plan = list(batches(lengths, batch_size=settings.batch_size, total=settings.samples, seed=settings.seed))
+    done = _restore(folder, network, optimizer) if resume else 0
+    metrics = Metrics(folder, accelerator, keep_below=done)
+    start = time.perf_counter()
+    for step in range(done, len(plan)):
+        share = plan[step][accelerator.process_index :: accelerator.num_processes]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, len(plan), settings)
+        optimizer.zero_grad(set_to_none=True)
+        report = trainee.backward([rows[i] for i in share], step) if share else None
+        if accelerator.num_processes > 1:
+            _average_gradients(network, accelerator, weight=len(share) / len(plan[step]))
+        if any(p.grad is not None for p in network.parameters()):
+            norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
+            if bool(norm.isfinite()):
+                optimizer.step()
+            report = {**(report or {}), "grad_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+        if report is not None:
+            metrics.log(step + 1, {**report, "seconds": round(time.perf_counter() - start, 3)})
+        last = step + 1 == len(plan)
+        if last or (step + 1) % schedule.validate_every == 0:
+            metrics.log(step + 1, trainee.validate())
+        if (last or (step + 1) % schedule.checkpoint_every == 0) and accelerator.is_main_process:
+            _checkpoint(folder, step + 1, network, optimizer)
+    metrics.close()
+
+
+def _average_gradients(network: nn.Module, accelerator: Accelerator, *, weight: float) -> None:
+    """Every process's gradient is the mean over its own prompts: weigh them, and add."""
+    for parameter in network.parameters():
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * weight
+        parameter.grad = accelerator.reduce(own, reduction="sum")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _checkpoint(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write step-N whole, then drop the one before it: a kill at any moment leaves one that is whole."""
+    names = [name for name, _ in network.named_parameters()]
+    state = {f"network.{key}": t.contiguous() for key, t in network.state_dict().items()}
+    for name, moments in zip(names, optimizer.state_dict()["state"].values(), strict=False):
+        state |= {f"optimizer.{name}.{key}": torch.as_tensor(value).clone() for key, value in moments.items()}
+    place = folder / "checkpoints" / f"step-{step:06d}.safetensors"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch = place.with_suffix(".partial")
+    try:
+        save_file({key: t.cpu() for key, t in state.items()}, scratch)
+        os.replace(scratch, place)
+    except (OSError, SafetensorError) as error:
+        scratch.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write checkpoint {place}: {error}. Free some disk space; the run goes on from its last "
+            "checkpoint with --resume."
+        ) from error
+    for older in sorted(place.parent.glob("step-*.safetensors"))[:-2]:
+        older.unlink()
+
+
+def _restore(folder: Path, network: nn.Module, optimizer: torch.optim.AdamW) -> int:
+    """Load the newest checkpoint that is whole; 0 where there is none."""
+    for place in sorted((folder / "checkpoints").glob("step-*.safetensors"), reverse=True):
+        try:
+            state = load_file(place)
+        except (SafetensorError, OSError) as error:
+            print(f"{place} is corrupt ({error}); trying the one before it.", file=sys.stderr)
+            continue
+        network.load_state_dict({k.removeprefix("network."): t for k, t in state.items() if k.startswith("network.")})
+        for name, parameter in network.named_parameters():
+            moments = {
+                key: state[f"optimizer.{name}.{key}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"optimizer.{name}.{key}" in state
+            }
+            if moments:
+                optimizer.state[parameter] = {
+                    key: t if key == "step" else t.to(parameter) for key, t in moments.items()
+                }
+        return int(place.stem.removeprefix("step-"))
+    return 0
+
+
+def clear(folder: Path) -> None:
+    """Make way for a new run, which must not resume from an older one's checkpoints."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+class Metrics:
+    """metrics.jsonl, one object a line, and any trackers of the accelerator. Main process only."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, *, keep_below: int):
+        self.accelerator = accelerator
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not accelerator.is_main_process:
+            return
+        # Lines after the checkpoint that a resumed run starts from will come again.
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError:  # the line that was being written at the kill
+                    continue
+                if value["step"] <= keep_below:
+                    kept.append(line)
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+        if "validation" in "".join(values):
+            print(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()), file=sys.stderr)
+
+    def close(self) -> None:
+        self.accelerator.end_training()

@@ -1,0 +1,266 @@
+"""Training ScaleNet: the first-order meta-gradient of the answer's NLL after adaptation (LDTTA 3.3)."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ephemera.adapt import adapt, meta_gradient
+from ephemera.backbone import Backbone, describe, load_backbone
+from ephemera.config import DataSettings, TrainScaleNet, check_config, dump_yaml
+from ephemera.inits import Init, ZeroInit
+from ephemera.lora import LoraBatch
+from ephemera.objective import mean_nll, pad
+from ephemera.rates import AveragedRate, ScaleNet
+from ephemera.scoring import (
+    Encoded,
+    answer_nll,
+    batches_of,
+    encode_examples,
+    prompt_batch,
+    search_base_rates,
+    training_representations,
+)
+from ephemera.tasks import load_dataset
+from ephemera.training.loop import Schedule, clear, train
+
+NORMALIZATION_PROMPTS = 512
+AVERAGED_PROMPTS = 64
+
+
+class ScaleNetTrainee:
+    """ScaleNet under `loop.train`: K is drawn anew for each batch, K = 0 has no gradient and costs nothing."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        init: Init,
+        network: ScaleNet,
+        *,
+        validation: Sequence[Encoded],
+        validation_steps: Sequence[int],
+        batch_size: int,
+        clip_prompt: float,
+        seed: int,
+    ):
+        self.backbone = backbone
+        self.init = init
+        self.network = network
+        self.validation = validation
+        self.validation_steps = validation_steps
+        self.batch_size = batch_size
+        self.clip_prompt = clip_prompt
+        self.seed = seed
+
+    def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
+        K = random.Random(f"{self.seed}:{step}").randint(0, self.network.max_steps)
+        if K == 0:
+            return None
+        # A fresh A for each prompt and pass over the data (LDTTA 4.1)
+        return scalenet_backward(
+            self.backbone, self.init, self.network, rows, K, seed=self.seed * 1_000_003 + step, clip=self.clip_prompt
+        )
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean answer NLL per K, and the deviation of log rates over prompts: has ScaleNet collapsed?"""
+        report = {}
+        for K in self.validation_steps:
+            nlls, rates = [], []
+            for rows in batches_of(self.validation, self.batch_size):
+                batch = prompt_batch(self.backbone, rows)
+                lora = self.init(self.backbone, batch, [0] * len(rows))
+                trace = adapt(self.backbone, batch, lora, self.network, K)
+                nlls.append(answer_nll(self.backbone, rows, trace.lora))
+                rates.append(trace.rates_BKM)
+            log_rates_NKM = torch.cat(rates).clamp(min=1e-12).log()
+            report[f"validation_nll_{K}"] = torch.cat(nlls).mean().item()
+            report[f"validation_spread_prompts_{K}"] = log_rates_NKM.std(0).mean().item()
+            report[f"validation_spread_projections_{K}"] = log_rates_NKM.mean(0).std(-1).mean().item()
+        return report
+
+
+def answer_gradient(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass."""
+    joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
+    answer_lengths_B = torch.tensor([len(row.answer) for row in rows], device=backbone.device)
+    T = joined.ids_BT.shape[1]
+    scored_BT = torch.arange(T, device=backbone.device)[None] >= T - answer_lengths_B[:, None]
+    leaves = lora.leaves()
+    with torch.enable_grad():
+        hidden_BTD = backbone.forward(joined, leaves).hidden_BTD
+        nll_B = mean_nll(hidden_BTD, joined, backbone.logits, scored_BT=scored_BT)
+        grads = torch.autograd.grad(nll_B.sum(), leaves.tensors)
+    return nll_B.detach(), grads
+
+
+def scalenet_backward(
+    backbone: Backbone,
+    init: Init,
+    network: ScaleNet,
+    rows: Sequence[Encoded],
+    K: int,
+    *,
+    seed: int,
+    clip: float | None = None,
+) -> dict[str, float]:
+    """Adapt K steps, score the answers, and leave the batch's mean meta-gradient in the network.
+
+    K + 1 forward and backward passes; besides one pass's memory only the K prompt gradients are kept.
+    `clip` bounds each prompt's own gradient (by log rates): a prompt that diverged should not
+    drown the others. Rows that are not finite give no gradient.
+    """
+    batch = prompt_batch(backbone, rows)
+    lora = init(backbone, batch, [seed] * len(rows))
+    trace = adapt(backbone, batch, lora, network, K, keep_grads=True)
+    nll_B, answer_grads = answer_gradient(backbone, rows, trace.lora)
+    drates_BKM = meta_gradient(answer_grads, trace.grads)
+    usable_B = ~trace.fallback_B & nll_B.isfinite() & drates_BKM.isfinite().flatten(1).all(1)
+    drates_BKM = torch.where(usable_B[:, None, None], drates_BKM, 0.0)
+    if clip is not None:
+        norm_B = (drates_BKM * trace.rates_BKM.detach()).flatten(1).norm(dim=1)
+        drates_BKM = drates_BKM * (clip / norm_B.clamp(min=clip))[:, None, None]
+    rates_BKM = torch.where(usable_B[:, None, None], trace.rates_BKM, 0.0)
+    rates_BKM.backward(drates_BKM.to(rates_BKM.dtype) / len(rows))
+    used = int(usable_B.sum())
+    return {
+        "K": K,
+        "nll": nll_B[usable_B].mean().item() if used else float("nan"),
+        "prompt_nll_first": trace.prompt_nll_BK[:, 0].mean().item(),
+        "non_finite": len(rows) - used,
+    }
+
+
+def averaged_rate(
+    backbone: Backbone, init: Init, network: ScaleNet, rows: Sequence[Encoded], *, batch_size: int
+) -> AveragedRate:
+    """Replace s(x, k, K) by its mean over training prompts, per (k, K) (LDTTA 4.3)."""
+    Kmax, M = network.max_steps, len(backbone.projections)
+    table_KKM = torch.zeros(Kmax, Kmax, M)
+    for K in range(1, Kmax + 1):
+        rates = []
+        for batch_rows in batches_of(rows, batch_size):
+            batch = prompt_batch(backbone, batch_rows)
+            trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
+            rates.append(trace.rates_BKM[~trace.fallback_B])
+        table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
+    return AveragedRate(table_KKM, describe(backbone))
+
+
+def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
+    """A data set's examples as token ids; what was left out is said."""
+    data = load_dataset(
+        settings.task, split=settings.split, source=settings.source, limit=settings.limit, seed=settings.seed
+    )
+    rows, long = encode_examples(
+        backbone, data.examples, chat=settings.format == "chat", max_tokens=settings.max_tokens
+    )
+    print(
+        f"{settings.task} {settings.split}: {len(rows)} rows from {data.source} "
+        f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
+        file=sys.stderr,
+    )
+    return rows
+
+
+def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
+    """`ephemera train scalenet`: returns the folder of the trained network, `<output>/network`."""
+    torch.manual_seed(config.optimizer.seed)
+    folder = Path(config.output)
+    accelerator = Accelerator(
+        cpu=config.model.device == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder)
+    )
+    if config.trackers:
+        accelerator.init_trackers("ephemera", config=config.model_dump())
+    backbone = load_backbone(
+        config.model.name,
+        dtype=config.model.dtype,
+        device=config.model.device or accelerator.device,
+        target_modules=config.model.lora.target_modules,
+        attn_implementation=config.model.attn_implementation,
+    )
+    init = ZeroInit(**config.model.lora.model_dump(exclude={"target_modules"}))
+    rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
+    config = _settle(config, folder, backbone, init, validation, accelerator, resume=resume)
+    assert config.scalenet.base_rates is not None
+    network = ScaleNet(
+        hidden_size=backbone.hidden_size,
+        projections=len(backbone.projections),
+        trained_for=describe(backbone),
+        **config.scalenet.model_dump(exclude={"max_steps", "base_rates"}),
+        base_rates=config.scalenet.base_rates,
+    )
+    sample = random.Random(config.optimizer.seed).sample(list(rows), min(NORMALIZATION_PROMPTS, len(rows)))
+    network.fit_normalization(training_representations(backbone, sample).cpu())
+    network.to(backbone.device)
+    trainee = ScaleNetTrainee(
+        backbone,
+        init,
+        network,
+        validation=validation,
+        validation_steps=config.validation_steps,
+        batch_size=config.optimizer.batch_size,
+        clip_prompt=config.optimizer.clip_prompt,
+        seed=config.optimizer.seed,
+    )
+    schedule = Schedule(config.checkpoint_every, config.validate_every)
+    train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
+    if accelerator.is_main_process:
+        network.save_pretrained(folder / "network")
+        average = averaged_rate(
+            backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
+        )
+        average.save_pretrained(folder / "network" / "averaged")
+    accelerator.wait_for_everyone()
+    return folder / "network"
+
+
+def _settle(
+    config: TrainScaleNet,
+    folder: Path,
+    backbone: Backbone,
+    init: Init,
+    validation: Sequence[Encoded],
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> TrainScaleNet:
+    """Fill in the base rates, and keep the whole configuration beside the run; a resumed run reads it."""
+    saved = folder / "config.json"
+    if resume and saved.exists():
+        return check_config(TrainScaleNet, json.loads(saved.read_text()))
+    if config.scalenet.base_rates is None:
+        rates, tables = search_base_rates(
+            backbone,
+            init,
+            validation[:100],
+            steps=config.scalenet.max_steps,
+            batch_size=config.optimizer.batch_size,
+        )
+        config = config.model_copy(update={"scalenet": config.scalenet.model_copy(update={"base_rates": rates})})
+        print(f"base rates from {len(validation[:100])} validation rows: {rates}", file=sys.stderr)
+    elif len(config.scalenet.base_rates) != config.scalenet.max_steps:
+        raise ValueError(
+            f"scalenet.base_rates has {len(config.scalenet.base_rates)} rates for scalenet.max_steps="
+            f"{config.scalenet.max_steps}; give one per step."
+        )
+    else:
+        tables = {}
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        if tables:
+            (folder / "base_rates.json").write_text(json.dumps(tables, indent=1) + "\n")
+        scratch = saved.with_suffix(".partial")
+        scratch.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        scratch.replace(saved)
+        (folder / "config.yaml").write_text(dump_yaml(config))
+    accelerator.wait_for_everyone()
+    return config
