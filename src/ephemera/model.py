@@ -126,6 +126,11 @@ class AdaptiveLM:
             raise ValueError("the prompt is empty; give some text to adapt to and answer.")
         ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat)
         room = self.backbone.max_length - reserve
+        if room < 1:
+            raise ValueError(
+                f"an answer of {reserve} tokens leaves no room for a prompt: {self.backbone.name}'s window is "
+                f"{self.backbone.max_length}. Ask for fewer new tokens (max_new_tokens), or a shorter answer."
+            )
         if len(ids) > room:
             if self.truncate != "left":
                 raise ValueError(

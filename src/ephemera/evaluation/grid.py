@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -122,11 +123,19 @@ def score(
             seconds=(adapted.seconds + prefill_seconds) / len(rows),
             fallback=adapted.fallback[b] or bool(read.fallback_B[b]),
             rates=[[float(f"{x:.4g}") for x in step] for step in adapted.rates[b]] if adapted.rates else None,
+            prompt=None if text is None else _prompt_end(backbone, row),
+            answer=None if text is None else answers[row.id],
             text=text,
             rouge_lsum=None if text is None else scorer.score(answers[row.id], text)["rougeLsum"].fmeasure,
         )
         for b, (row, text) in enumerate(zip(rows, texts, strict=True))
     ]
+
+
+def _prompt_end(backbone: Backbone, row: Encoded, characters: int = 300) -> str:
+    text = backbone.tokenizer.decode(row.prompt, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text[-characters:]
 
 
 def evaluate(config: Evaluate) -> Path:
@@ -242,7 +251,7 @@ def _open_run(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ). Give another output=, "
                 "or remove the folder to start over."
             )
-        return {**run, "config": settings}
+        return {**run, "config": settings, "command": command()}
     run = {
         "config": settings,
         "source": data.source,
@@ -252,8 +261,10 @@ def _open_run(
         "uniform_rates": config.uniform_rates,
         "uniform_search": None,
         "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},
+        "projections": [[p.layer, p.kind] for p in backbone.projections],
         "versions": versions(),
         "commit": commit(),
+        "command": command(),
     }
     write_json(path, run)
     return run
@@ -314,6 +325,11 @@ def commit() -> str | None:
         ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
     )
     return result.stdout.strip() or None
+
+
+def command() -> str:
+    """How this process was started."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _stderr():

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 RECORDS, RUN = "records.jsonl", "run.json"
 
 
 class Record(BaseModel):
     """One prompt under one method with K steps."""
+
+    # A diverged step's loss is NaN or infinite; written as null it could not be read again.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     method: str
     K: int
@@ -24,6 +27,8 @@ class Record(BaseModel):
     seconds: float  # this prompt's share of its batch: adaptation and prefill
     fallback: bool = False  # something was not finite: answered by the unadapted model
     rates: list[list[float]] | None = None  # [K][M], ScaleNet's only
+    prompt: str | None = None  # its end, where a text was generated
+    answer: str | None = None  # the reference, where a text was generated
     text: str | None = None
     rouge_lsum: float | None = None
 
@@ -35,18 +40,22 @@ class RecordFile:
         self.path = folder / RECORDS
         self.records: list[Record] = []
         if self.path.exists():
-            self.records = _readable(self.path)
+            self.records = read_records(self.path)
             self._rewrite()
-        self.done = {(r.method, r.K, r.id) for r in self.records}
+        self.done = {_key(r) for r in self.records}
 
     def has(self, method: str, K: int, ids: Iterable[str]) -> bool:
         return all((method, K, i) in self.done for i in ids)
 
     def add(self, records: Sequence[Record]) -> None:
-        """Append what is new, in one write."""
-        new = [r for r in records if (r.method, r.K, r.id) not in self.done]
+        """Append what is new, in one write. Rows of the data that repeat a prompt and answer count once."""
+        unwritten: dict[tuple[str, int, str], Record] = {}
+        for record in records:
+            if _key(record) not in self.done:
+                unwritten.setdefault(_key(record), record)
+        new = list(unwritten.values())
         try:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(_line(r) for r in new))
         except OSError as error:
             raise ValueError(
@@ -54,21 +63,25 @@ class RecordFile:
                 "some space and run the same command again."
             ) from error
         self.records += new
-        self.done |= {(r.method, r.K, r.id) for r in new}
+        self.done |= {_key(r) for r in new}
 
     def _rewrite(self) -> None:
-        scratch = self.path.with_suffix(".partial")
-        scratch.write_text("".join(_line(r) for r in self.records))
-        scratch.replace(self.path)
+        write_bytes(self.path, "".join(_line(r) for r in self.records).encode())
+
+
+def _key(record: Record) -> tuple[str, int, str]:
+    return record.method, record.K, record.id
 
 
 def _line(record: Record) -> str:
     return record.model_dump_json(exclude_none=True) + "\n"
 
 
-def _readable(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """Every whole line; ValueError names a line that is no record."""
     records = []
-    lines = path.read_text().splitlines()
+    # A write can be cut off inside a character; and splitlines() would also split at U+2028 inside a text.
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             records.append(Record.model_validate_json(line))
@@ -80,6 +93,14 @@ def _readable(path: Path) -> list[Record]:
 
 def write_json(path: Path, value: Any) -> None:
     """The file appears whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all."""
     scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(value, indent=1) + "\n")
-    scratch.replace(path)
+    try:
+        scratch.write_bytes(data)
+        scratch.replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}.") from error

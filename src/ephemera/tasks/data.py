@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,16 @@ def load_dataset(
     examples, dropped = [], 0
     for place, row in rows:
         _check_fields(task, row, place)
-        answer = task.answer(row)
-        if not isinstance(answer, str) or not answer.strip():
-            dropped += 1
-            continue
-        prompt = task.prompt(row)
+        try:
+            answer = task.answer(row)
+            if not isinstance(answer, str) or not answer.strip():
+                dropped += 1
+                continue
+            prompt = task.prompt(row)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{place}: a field is not of the kind that task {task.name!r} reads ({error}).") from error
+        if not isinstance(prompt, str):
+            raise ValueError(f"{place}: the prompt should be a text; got {prompt!r}.")
         if not prompt.strip():
             raise ValueError(f"{place}: the prompt is empty.")
         examples.append(Example(_identity(prompt, answer), prompt, answer))
@@ -131,6 +137,7 @@ def _split_file(path: Path, split: str) -> Path:
 def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     """(file:line, value) of each line of a JSONL or JSONL.GZ file; blank lines are passed over."""
     opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -140,7 +147,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line."
         ) from error
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable {path.suffix} file: {error}.") from error
 
 

@@ -12,6 +12,8 @@ def prompt(row: Row) -> str:
 
 def answer(row: Row) -> str:
     answers = row["answer"]
+    if isinstance(answers, str):  # a file of one answer each
+        return answers
     return answers[0] if answers else ""
 
 

@@ -29,6 +29,7 @@ from ephemera.scoring import (
     training_representations,
 )
 from ephemera.tasks import load_dataset
+from ephemera.training.card import write_card
 from ephemera.training.loop import Schedule, clear, train
 
 NORMALIZATION_PROMPTS = 512
@@ -218,6 +219,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
             backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
         )
         average.save_pretrained(folder / "network" / "averaged")
+        write_card(folder / "network", folder, config, describe(backbone), rows=len(rows))
     accelerator.wait_for_everyone()
     return folder / "network"
 

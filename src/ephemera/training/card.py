@@ -1,0 +1,49 @@
+"""The model card that lies beside a trained network: what it is for, how it was made, what it reached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ephemera.config import TrainScaleNet, dump_yaml
+
+
+def write_card(folder: Path, run: Path, config: TrainScaleNet, trained_for: dict[str, Any], *, rows: int) -> None:
+    """README.md in `folder`, from the run's configuration and its metrics.jsonl."""
+    validations = [m for m in _metrics(run) if any(key.startswith("validation_nll") for key in m)]
+    steps = [int(key.removeprefix("validation_nll_")) for key in validations[-1] if key.startswith("validation_nll_")]
+    head = "| optimiser step | " + " | ".join(f"NLL, K={K}" for K in steps) + " |"
+    lines = [head, "|" + "---|" * (len(steps) + 1)]
+    for metrics in validations:
+        lines.append(
+            f"| {metrics['step']} | " + " | ".join(f"{metrics[f'validation_nll_{K}']:.3f}" for K in steps) + " |"
+        )
+    portable = config.model_copy(deep=True)
+    for data in (portable.train, portable.validation):  # where the rows lay on one machine helps nobody
+        data.source = None if data.source is None else f"<folder of {data.task}>"
+    if Path(portable.model.name).exists():
+        portable.model.name = trained_for["name"]
+    granularity = "layer-wise" if config.scalenet.granularity == "layer" else "step-wise"
+    (folder / "README.md").write_text(
+        f"# {folder.name}: {granularity} ScaleNet for {trained_for['name']} on {config.train.task}\n\n"
+        f"Predicts learning rates for per-prompt test-time adaptation (LDTTA Eq. 13-16): eta_k * s(h(x), k, K), one per\n"
+        f"{'adapted projection' if granularity == 'layer-wise' else 'step'}. It fits that model alone "
+        f"(weights {trained_for['fingerprint']}, {len(trained_for['projections'])} projections).\n\n"
+        f"Trained on {config.optimizer.samples} prompts (with repeats) from {rows} rows of {config.train.task}'s training\n"
+        f"split, by the first-order meta-gradient of the answers' NLL. `averaged/` holds its rates averaged over\n"
+        f"training prompts.\n\n"
+        f"Validation answer NLL (mean over {config.validation.limit or 'all'} prompts, nats per token):\n\n"
+        + "\n".join(lines)
+        + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
+        f"```yaml\n{dump_yaml(portable)}```\n\n"
+        "Intended for prompts in the form it was trained on (docs/method.md); on others it may do harm, which\n"
+        "`ephemera evaluate` shows. Test results with intervals: docs/results.\n"
+    )
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

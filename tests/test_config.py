@@ -1,0 +1,106 @@
+import pytest
+import yaml
+
+from ephemera.config import Evaluate, Settings, TrainScaleNet, check_config, dump_yaml, load_config
+
+KINDS = (TrainScaleNet, Evaluate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_survive_a_round_trip(kind, tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_yaml(kind()))
+    assert load_config(kind, str(tmp_path / "config.yaml")) == kind() == load_config(kind)
+
+
+def test_given_values_lie_over_the_defaults_key_by_key(tmp_path):
+    (tmp_path / "a.yaml").write_text("train:\n  source: rows.jsonl\nmodel:\n  lora:\n    r: 2\n")
+    config = load_config(TrainScaleNet, str(tmp_path / "a.yaml"))
+    assert (config.train.source, config.train.split) == ("rows.jsonl", "train")
+    assert (config.validation.split, config.validation.limit) == ("validation", 200)
+    assert (config.model.lora.r, config.model.lora.lora_alpha) == (2, 16)
+
+
+def test_set_comes_after_the_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("optimizer:\n  samples: 10\n  batch_size: 2\n")
+    config = load_config(TrainScaleNet, str(tmp_path / "a.yaml"), ["optimizer.samples=20", "train.source=b.jsonl"])
+    assert (config.optimizer.samples, config.optimizer.batch_size) == (20, 2)
+    assert (config.train.source, config.train.split) == ("b.jsonl", "train")
+
+
+def test_set_values_are_yaml():
+    overrides = [
+        "scalenet.base_rates=[6, 0.1]",
+        "model.dtype=bfloat16",
+        "train.limit=null",
+        "output=runs/a=b",
+        "optimizer.learning_rate=1e-4",  # a text to YAML, and still a number here
+        "model.lora.target_modules=[q_proj, up_proj]",
+    ]
+    config = load_config(TrainScaleNet, None, overrides)
+    assert config.scalenet.base_rates == [6.0, 0.1]
+    assert config.model.dtype == "bfloat16"
+    assert config.train.limit is None
+    assert config.output == "runs/a=b"
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.model.lora.target_modules == ["q_proj", "up_proj"]
+    assert load_config(Evaluate, None, ["uniform_rates={1: 6, 3: 0.5}"]).uniform_rates == {1: 6.0, 3: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.sampels=3", r"unknown setting 'optimizer.sampels'. Did you mean 'samples'\? Known here: samples, "),
+        ("optimiser.samples=3", r"unknown setting 'optimiser'. Did you mean 'optimizer'\?"),
+        ("model.lora.rr=3", r"unknown setting 'model.lora.rr'.*Known here: r, lora_alpha"),
+        ("optimizer.samples=0", r"setting 'optimizer.samples': input should be greater than or equal to 1; got 0"),
+        ("model.dtype=float16", r"setting 'model.dtype': .*'float32' or 'bfloat16'; got 'float16'"),
+        ("optimizer.samples", r"--set takes key=value.*got 'optimizer.samples'"),
+        ("output.name=3", r"--set 'output.name=3': output is a single value, it has no parts"),
+        ("output=[a", r"--set 'output=\[a': the value is not valid YAML"),
+        ("train=5", r"setting 'train': .*got 5"),
+        ("=5", r"unknown setting ''"),
+    ],
+)
+def test_mistakes_in_set(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(TrainScaleNet, None, [override])
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(ValueError, match=r"(?s)optimizer.samples.*validation_step'.*Did you mean 'validation_steps'"):
+        load_config(TrainScaleNet, None, ["optimizer.samples=-1", "validation_step=[1]"])
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read config .*none.yaml: No such file"):
+        load_config(Evaluate, str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match="cannot read config"):
+        load_config(Evaluate, str(tmp_path))
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match=r"list.yaml should hold settings \(key: value\); it holds a list"):
+        load_config(Evaluate, str(tmp_path / "list.yaml"))
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(ValueError, match="bad.yaml is not valid YAML"):
+        load_config(Evaluate, str(tmp_path / "bad.yaml"))
+    (tmp_path / "empty.yaml").write_text("")
+    assert load_config(Evaluate, str(tmp_path / "empty.yaml")) == Evaluate()
+
+
+def test_two_configurations_share_no_values():
+    first = load_config(TrainScaleNet, None, ["validation_steps=[2]", "model.lora.r=1"])
+    assert TrainScaleNet().validation_steps == [1, 3, 5]
+    assert TrainScaleNet().model.lora.r == 4
+    assert check_config(TrainScaleNet, first.model_dump(mode="json")) == first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_survives_yaml(kind):
+    assert check_config(kind, yaml.safe_load(dump_yaml(kind()))) == kind()
+
+
+def test_every_settings_class_refuses_unknown_keys():
+    classes = Settings.__subclasses__()
+    assert len(classes) >= 7
+    for kind in classes:
+        with pytest.raises(ValueError, match="unknown setting 'zzz'"):
+            check_config(kind, {"zzz": 1})

@@ -1,0 +1,221 @@
+"""Tiny random models of each architecture, and slow, independent versions of what ephemera does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+
+from ephemera.backbone import Backbone
+from ephemera.lora import LoraBatch
+from ephemera.objective import TokenBatch, pad
+
+SENTENCES = (
+    "The river runs past the old mill and down to the sea.",
+    "Question: who wrote the first book about the river?",
+    "Answer: a miller's daughter wrote it in the winter of 1820.",
+    "Give a short answer of the following question.",
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+VOCABULARY = 320
+
+# Two layers, grouped query attention where there is any, sizes that differ so that a transposed one shows.
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 96,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2}
+CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "mistral": lambda: hf.MistralConfig(**GROUPED, sliding_window=6),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=12, tie_word_embeddings=True),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **GROUPED, head_dim=12, sliding_window=6, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "olmo2": lambda: hf.Olmo2Config(**GROUPED),
+    "phi": lambda: hf.PhiConfig(**GROUPED),
+    "phi3": lambda: hf.Phi3Config(**GROUPED, sliding_window=None),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**COMMON),
+}
+ARCHITECTURES = tuple(CONFIGS)
+
+
+@cache
+def trained_tokenizer() -> Tokenizer:
+    """Byte-level BPE that merges across a space, and puts one BOS before every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def tiny_tokenizer() -> hf.PreTrainedTokenizerFast:
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained_tokenizer().to_str()),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+class ExactNorm(nn.Module):
+    """RMSNorm in the dtype of its input: transformers' own goes through float32, also in a float64 model."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        # Gemma's weight counts from one
+        self.gain = norm.weight.detach() + 1 if "Gemma" in type(norm).__name__ else norm.weight.detach()
+        self.eps = norm.eps if "Gemma" in type(norm).__name__ else norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+def make_exact(model: nn.Module) -> None:
+    for path, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, ExactNorm(module))
+
+
+def tiny_model(
+    architecture: str, *, dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0
+) -> hf.PreTrainedModel:
+    """Random weights large enough to matter; no bias is zero and no norm is one, as that would hide bugs.
+
+    Exact in float64 with "sdpa" alone: transformers' eager attention takes its softmax in float32.
+    """
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation=attention)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.5 * weight.shape[1] ** -0.5)
+            else:
+                weight.add_(0.2 * torch.randn_like(weight))
+    model = model.to(dtype).eval()
+    if dtype == torch.float64:
+        make_exact(model)
+    return model
+
+
+def tiny_backbone(
+    architecture: str = "llama",
+    *,
+    target_modules: str | Sequence[str] = "qv",
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    seed: int = 0,
+) -> Backbone:
+    model = tiny_model(architecture, dtype=dtype, attention=attention, seed=seed)
+    path = Path(f"tiny-{architecture}")
+    return Backbone(model, tiny_tokenizer(), name=path.name, path=path, target_modules=target_modules)
+
+
+def save_tiny(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
+    """A folder that from_pretrained opens: weights, config, tokenizer."""
+    tiny_model(architecture, dtype=torch.float32, seed=seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def random_lora(backbone: Backbone, rows: int, *, r: int = 3, lora_alpha: float = 5.0, seed: int = 1) -> LoraBatch:
+    """Neither A nor B is zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64).to(backbone.dtype)
+
+    return LoraBatch(
+        backbone.projections,
+        A=tuple(draw(rows, r, p.in_features) for p in backbone.projections),
+        B=tuple(draw(rows, p.out_features, r) for p in backbone.projections),
+        r=r,
+        lora_alpha=lora_alpha,
+    )
+
+
+def random_ids(lengths: Sequence[int], *, seed: int = 2) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def left(sequences: Sequence[Sequence[int]]) -> TokenBatch:
+    return pad(sequences, side="left")
+
+
+def merged_weights(backbone: Backbone, lora: LoraBatch, row: int) -> dict[str, Tensor]:
+    """{parameter name: W + (alpha / r) B A} of every adapted module, built as plain tensors (differentiable)."""
+    weights: dict[str, Tensor] = {}
+    for projection, A_BRI, B_BOR in zip(lora.projections, lora.A, lora.B, strict=True):
+        name = f"{projection.module}.weight"
+        W_OI = weights.get(name, backbone.model.get_parameter(name))
+        delta_OI = lora.lora_alpha / lora.r * (B_BOR[row] @ A_BRI[row])
+        if projection.rows is not None:
+            chosen_OP = torch.zeros(W_OI.shape[0], len(projection.rows), dtype=W_OI.dtype)
+            chosen_OP[projection.rows, torch.arange(len(projection.rows))] = 1
+            delta_OI = chosen_OP @ delta_OI
+        weights[name] = W_OI + delta_OI
+    return weights
+
+
+def merged_model(backbone: Backbone, lora: LoraBatch | None, row: int = 0) -> hf.PreTrainedModel:
+    """A plain transformers model with one row's adapter in its weights."""
+    model = copy.deepcopy(backbone.model)
+    if lora is not None:
+        with torch.no_grad():
+            for name, weight in merged_weights(backbone, lora, row).items():
+                model.get_parameter(name).copy_(weight)
+    return model
+
+
+def slow_nll(
+    model: nn.Module, ids: Sequence[int], *, first: int = 1, weights: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Mean NLL of tokens `first`.. of one unpadded sequence, one token at a time."""
+    inputs = {"input_ids": torch.tensor([list(ids)])}
+    output = model(**inputs) if weights is None else torch.func.functional_call(model, weights, (), inputs)
+    losses = [F.cross_entropy(output.logits[0, t - 1], torch.tensor(ids[t])) for t in range(first, len(ids))]
+    return torch.stack(losses).mean()
+
+
+def slow_representation(model: nn.Module, ids: Sequence[int], weights: dict[str, Tensor] | None = None) -> Tensor:
+    """h(x): the mean embedding beside the mean last hidden state, summed token by token."""
+    inputs = {"input_ids": torch.tensor([list(ids)]), "output_hidden_states": True}
+    states = torch.func.functional_call(model, weights or {}, (), inputs).hidden_states
+    halves = [sum(state[0, t] for t in range(len(ids))) / len(ids) for state in (states[0], states[-1])]
+    return torch.cat(halves)
+
+
+def close(have: Tensor | Sequence[Tensor], want: Tensor | Sequence[Tensor], tolerance: float = 1e-9) -> None:
+    """Equal up to rounding; the default suits float64."""
+    pairs = [(have, want)] if isinstance(have, Tensor) and isinstance(want, Tensor) else zip(have, want, strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b.double(), atol=tolerance, rtol=tolerance)
