@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_backbone
 
 from ephemera.backbone import Backbone
+from tiny import save_tiny, tiny_backbone
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -1,42 +1,27 @@
 import pytest
 import torch
-from tiny import (
-    ARCHITECTURES,
-    close,
-    left,
-    merged_weights,
-    random_ids,
-    random_lora,
-    slow_nll,
-    slow_representation,
-    tiny_backbone,
-)
-from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
-from ephemera.rates import FixedRate, ScaleNet
+from ephemera.rates import FixedRate
+from tiny import (
+    ARCHITECTURES,
+    SomeRowsWild,
+    close,
+    left,
+    merged_weights,
+    random_ids,
+    random_lora,
+    random_scalenet,
+    slow_nll,
+    slow_representation,
+    tiny_backbone,
+)
 
 LENGTHS = [11, 4, 8]
-
-
-def random_scalenet(backbone: Backbone, **settings) -> ScaleNet:
-    """A float64 network whose rates differ by prompt, step and projection."""
-    torch.manual_seed(3)
-    network = ScaleNet(
-        hidden_size=backbone.hidden_size,
-        projections=len(backbone.projections),
-        base_rates=(0.3, 0.2, 0.1, 0.1, 0.1),
-        mlp_size=16,
-        **settings,
-    )
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.normal_(0, 0.3)
-    return network.double()
 
 
 def slow_adapt(backbone: Backbone, ids: list[int], lora: LoraBatch, row: int, rate, steps: int):
@@ -163,24 +148,6 @@ def test_cost_is_one_forward_a_step(llama, steps):
     adapt(llama, left(prompts), random_lora(llama, 3), random_scalenet(llama), steps)
     # One pass and one chunk of logits a step, for predicted tokens only; h(x) costs none
     assert calls == {"decoder": steps, "head": steps, "tokens": steps * (sum(LENGTHS) - 3)}
-
-
-class SomeRowsWild:
-    """0.1, but a wild rate for the rows named."""
-
-    max_steps = None
-    uses_representation = "no"
-
-    def __init__(self, wild: dict[int, float]):
-        self.wild = wild
-
-    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
-        rates = like.new_full((like.shape[0], projections), 0.1)
-        for row, rate in self.wild.items():
-            rates[row] = rate
-        return rates
-
-    def check(self, backbone: Backbone) -> None: ...
 
 
 # 1e200 leaves finite adapters, whose next forward pass is not finite

@@ -3,6 +3,11 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from ephemera.backbone import describe, encode_answer, encode_prompt, find_projections, load_backbone
+from ephemera.objective import TokenBatch, mean_nll, pad
 from tiny import (
     ARCHITECTURES,
     VOCABULARY,
@@ -15,11 +20,6 @@ from tiny import (
     tiny_model,
     tiny_tokenizer,
 )
-from tokenizers import processors
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
-
-from ephemera.backbone import describe, encode_answer, encode_prompt, find_projections, load_backbone
-from ephemera.objective import TokenBatch, mean_nll, pad
 
 # (query, key, value) output features; o has 32 in every one of them
 WIDTHS = {
@@ -259,7 +259,7 @@ def test_answers_continue_prompts(prompt, answer, joint, chat):
     assert 2 not in more  # no end token
     if chat:  # the assistant's turn begins after a line break
         joint = answer
-    assert tokenizer.decode(ids + more).endswith((("" if chat else prompt) + joint))
+    assert tokenizer.decode(ids + more).endswith(("" if chat else prompt) + joint)
     assert tokenizer.decode(more) == joint
 
 

@@ -12,7 +12,7 @@ import click
 import pytest
 import typer
 
-import ephemera.cli as cli
+from ephemera import cli
 from ephemera.config import Evaluate, TrainScaleNet, load_config
 
 ROOT = Path(__file__).parent.parent

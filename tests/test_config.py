@@ -80,7 +80,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match=r"list.yaml should hold settings \(key: value\); it holds a list"):
         load_config(Evaluate, str(tmp_path / "list.yaml"))
     (tmp_path / "bad.yaml").write_text("a: [1\n")
-    with pytest.raises(ValueError, match="bad.yaml is not valid YAML"):
+    with pytest.raises(ValueError, match=r"bad.yaml is not valid YAML"):
         load_config(Evaluate, str(tmp_path / "bad.yaml"))
     (tmp_path / "empty.yaml").write_text("")
     assert load_config(Evaluate, str(tmp_path / "empty.yaml")) == Evaluate()

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny import ARCHITECTURES, close, left, merged_model, random_ids, random_lora, tiny_backbone
 from torch import nn
 
 from ephemera.lora import LoraBatch, LoraLinear, Projection, attach, lora_linear
+from tiny import ARCHITECTURES, close, left, merged_model, random_ids, random_lora, tiny_backbone
 
 B, T, IN, OUT, R = 3, 4, 5, 6, 2
 SCALING = 2.5
@@ -145,9 +145,14 @@ def test_the_model_is_restored_after_an_error_and_after_two_runs(llama):
     modules = dict(llama.model.named_modules())
     before = llama.forward(batch).hidden_BTD
     first = llama.forward(batch, random_lora(llama, 2, seed=1)).hidden_BTD
-    with pytest.raises(RuntimeError, match="stop"), attach(llama.model, random_lora(llama, 2)):
-        assert any(isinstance(m, LoraLinear) for m in llama.model.modules())
-        raise RuntimeError("stop")
+
+    def fail_inside():
+        with attach(llama.model, random_lora(llama, 2)):
+            assert any(isinstance(m, LoraLinear) for m in llama.model.modules())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail_inside()
     assert dict(llama.model.named_modules()) == modules
     assert torch.equal(llama.forward(batch, random_lora(llama, 2, seed=1)).hidden_BTD, first)
     assert torch.equal(llama.forward(batch).hidden_BTD, before)

@@ -5,19 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_adapt import SomeRowsWild, random_scalenet
-from tiny import (
-    ARCHITECTURES,
-    close,
-    left,
-    merged_model,
-    random_ids,
-    random_lora,
-    save_tiny,
-    slow_nll,
-    tiny_backbone,
-    tiny_model,
-)
 from transformers import AutoModelForCausalLM
 
 from ephemera import Adaptation, AdaptiveLM, FixedRate, ZeroInit
@@ -25,6 +12,20 @@ from ephemera.backbone import Backbone, encode_answer, encode_prompt
 from ephemera.lora import LoraLinear
 from ephemera.model import BATCH_SIZE, FELL_BACK, UNCHANGED
 from ephemera.prefill import prefill
+from tiny import (
+    ARCHITECTURES,
+    SomeRowsWild,
+    close,
+    left,
+    merged_model,
+    random_ids,
+    random_lora,
+    random_scalenet,
+    save_tiny,
+    slow_nll,
+    tiny_backbone,
+    tiny_model,
+)
 
 # Different lengths, and longer than the sliding windows of the tiny models
 PROMPTS = ["Question: who wrote the first book about the river?\n\nAnswer:", "The mill", "down to the old sea of 1820."]

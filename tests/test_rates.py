@@ -5,12 +5,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_adapt import random_scalenet
-from tiny import close, tiny_backbone
 
 from ephemera import rates
 from ephemera.backbone import describe
 from ephemera.rates import AveragedRate, FixedRate, ScaleNet, load_rate, shipped
+from tiny import close, random_scalenet, tiny_backbone
 
 HIDDEN, M = 3, 4
 
@@ -59,6 +58,10 @@ def test_s_has_a_gradient_on_both_branches():
     far = with_output(small(), [-1e4, -200.0, 3.0, 0.0])
     far.scales(torch.zeros(1, 2 * HIDDEN), 1, 1).sum().backward()
     assert far.out.bias.grad.isfinite().all()
+    # exp of a number that the other branch takes must not overflow into its gradient
+    high = with_output(small(max_log_scale=1e3), [500.0, 1.0, 0.0, -1.0])
+    high.scales(torch.zeros(1, 2 * HIDDEN), 1, 1).sum().backward()
+    assert high.out.bias.grad.isfinite().all()
 
 
 def test_step_wise_is_one_rate_for_all_projections():
@@ -216,7 +219,7 @@ def test_unknown_names(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"unknown rate 'scalenet-nq-opne'. Did you mean 'scalenet-nq-open'\?"):
         load_rate("scalenet-nq-opne")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no rate: rate.json and rate.safetensors are expected"):
+    with pytest.raises(ValueError, match=r"holds no rate: rate.json and rate.safetensors are expected"):
         load_rate(tmp_path / "empty")
 
 

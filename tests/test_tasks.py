@@ -157,7 +157,10 @@ def test_ids_are_of_the_contents(tmp_path):
     ("text", "message"),
     [
         ('{"prompt": "p", "answer": "a"}\n\n{"prompt": \n', r"rows.jsonl:3: not valid JSON \(.* at column \d+\)"),
-        ('{"prompt": "p", "answer": "a"}\n[1]\n', r"rows.jsonl:2: expected a JSON object with prompt, answer; got list"),
+        (
+            '{"prompt": "p", "answer": "a"}\n[1]\n',
+            r"rows.jsonl:2: expected a JSON object with prompt, answer; got list",
+        ),
         ('{"promt": "p", "answer": "a"}\n', r"rows.jsonl:1: task 'own' needs prompt, answer; missing prompt"),
         ('{"prompt": " ", "answer": "a"}\n', r"rows.jsonl:1: the prompt is empty"),
         ('{"prompt": 5, "answer": "a"}\n', r"rows.jsonl:1: .*prompt"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ephemera.backbone import Backbone
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
+from ephemera.rates import ScaleNet
 
 SENTENCES = (
     "The river runs past the old mill and down to the sea.",
@@ -160,6 +161,40 @@ def random_lora(backbone: Backbone, rows: int, *, r: int = 3, lora_alpha: float 
         r=r,
         lora_alpha=lora_alpha,
     )
+
+
+def random_scalenet(backbone: Backbone, **settings) -> ScaleNet:
+    """A float64 network whose rates differ by prompt, step and projection."""
+    torch.manual_seed(3)
+    network = ScaleNet(
+        hidden_size=backbone.hidden_size,
+        projections=len(backbone.projections),
+        base_rates=(0.3, 0.2, 0.1, 0.1, 0.1),
+        mlp_size=16,
+        **settings,
+    )
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(0, 0.3)
+    return network.double()
+
+
+class SomeRowsWild:
+    """0.1, but a wild rate for the rows named."""
+
+    max_steps = None
+    uses_representation = "no"
+
+    def __init__(self, wild: dict[int, float]):
+        self.wild = wild
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        rates = like.new_full((like.shape[0], projections), 0.1)
+        for row, rate in self.wild.items():
+            rates[row] = rate
+        return rates
+
+    def check(self, backbone: Backbone) -> None: ...
 
 
 def random_ids(lengths: Sequence[int], *, seed: int = 2) -> list[list[int]]:

@@ -45,7 +45,7 @@ def adapt(
 
     The cost is K forward and backward passes. `keep_grads` stores what first-order training needs
     and lets `rates_BKM` carry ScaleNet's graph; `second_order` builds the graph through every step
-    instead (Eq. 18; tiny models with eager attention only).
+    instead (Eq. 18; tiny models, and attention without a fused kernel).
     """
     lora = initial_lora
     B, M = batch.ids_BT.shape[0], len(lora.projections)

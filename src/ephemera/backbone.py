@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
+        self.lock = threading.RLock()  # adapters are attached to the one model: callers take turns
         self.projections = find_projections(model, target_modules)
         self.decoder: nn.Module = model.get_submodule(model.base_model_prefix)
         head = model.get_output_embeddings()

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ephemera.errors import nearest
-from ephemera.rates import MAX_STEPS
+from ephemera.rates import MAX_STEPS, UNIFORM_GRID
 
 
 class Settings(BaseModel):
@@ -96,6 +96,7 @@ class TrainScaleNet(Settings):
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
+Method = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]
 METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")
 
 
@@ -106,14 +107,13 @@ class Evaluate(Settings):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
-    methods: list[Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]] = Field(
-        default=list(METHODS), description="rows of the grid"
-    )
+    methods: list[Method] = Field(default=list(METHODS), description="rows of the grid")
     steps: list[int] = Field(default=list(range(MAX_STEPS + 1)), description="columns of the grid: K")
     fixed_rate: float = Field(default=5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
     uniform_rates: dict[int, float] | None = Field(
         default=None, description="best uniform rate of each K; default: searched on validation rows"
     )
+    uniform_grid: list[float] = Field(default=list(UNIFORM_GRID), min_length=1, description="rates of that search")
     stepwise: str = Field(default="stepwise-nq-open", description="folder or shipped name")
     layerwise: str = Field(default="scalenet-nq-open", description="folder or shipped name; also for swapped")
     averaged: str | None = Field(
@@ -122,7 +122,7 @@ class Evaluate(Settings):
     generate: list[int] = Field(
         default=[0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum"
     )
-    generate_methods: list[str] = Field(default=["none", "layerwise"], description="methods that generate")
+    generate_methods: list[Method] = Field(default=["none", "layerwise"], description="methods that generate")
     batch_size: int = Field(default=16, ge=2, description="prompts that adapt together")
     seed: int = Field(default=0, description="seed of the adapters' start")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,7 +78,6 @@ class AdaptiveLM:
         self.rate = self._rate(rate)
         self.chat = chat
         self.truncate = truncate
-        self._lock = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -165,7 +163,7 @@ class AdaptiveLM:
         ids = [self.encode(p) for p in prompts]
         traces: list[Trace] = []
         batches = length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=BATCH_TOKENS)
-        with self._lock:
+        with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
                 lora = (init or self.init)(self.backbone, batch, [seed] * len(rows))
@@ -196,7 +194,7 @@ class AdaptiveLM:
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt.")
         ids = [self.encode_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
         out = torch.zeros(len(prompts))
-        with self._lock:
+        with self.backbone.lock:
             for rows, read in self._prefills(prompts, adaptation, reserve=[len(i) for i in ids]):
                 out[rows] = read.answer_nll([ids[i] for i in rows]).float().cpu()
         return out
@@ -226,7 +224,7 @@ class AdaptiveLM:
             raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")
         repeats = kwargs.get("num_return_sequences") or 1
         texts = [""] * (len(prompts) * repeats)
-        with self._lock:
+        with self.backbone.lock:
             for rows, read in self._prefills(prompts, adaptation, reserve=[max_new_tokens] * len(prompts)):
                 ids = read.generate(max_new_tokens=max_new_tokens, **kwargs)
                 new = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -20,6 +20,8 @@ from ephemera.backbone import Backbone, describe
 from ephemera.errors import unknown
 
 MAX_STEPS = 5  # LDTTA 4.1
+# Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
+UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
 NETWORKS = Path(__file__).parent / "networks"
 CONFIG_FILE, WEIGHTS_FILE = "rate.json", "rate.safetensors"
 

@@ -15,10 +15,9 @@ from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, length_batches, pad
 from ephemera.prefill import prefill
-from ephemera.rates import FixedRate
+from ephemera.rates import UNIFORM_GRID, FixedRate
 from ephemera.tasks import Example
 
-UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
 LATER_GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
 

@@ -167,6 +167,9 @@ def evaluate(config: Evaluate) -> Path:
     if "uniform" in config.methods and any(config.steps):
         run = _settle_uniform(folder, run, config, backbone, init)
     uniform = {int(k): v for k, v in (run["uniform_rates"] or {}).items()}
+    missing = [K for K in config.steps if K and K not in uniform]
+    if "uniform" in config.methods and missing:
+        raise ValueError(f"uniform_rates has no rate for K = {missing[0]}; give one for each of steps, or none at all.")
     grid = Grid(backbone, init, rules, uniform, config.seed)
     answers = {e.id: e.answer for e in data.examples}
     batches = _at_least_two(batches_of(rows, config.batch_size))
@@ -288,7 +291,13 @@ def _settle_uniform(
     )
     print(f"searching the best uniform rate of each K on {len(rows)} validation rows ...", file=sys.stderr)
     table = search_uniform(
-        backbone, init, rows, steps=max(config.steps), batch_size=config.batch_size, seed=config.seed
+        backbone,
+        init,
+        rows,
+        steps=max(config.steps),
+        batch_size=config.batch_size,
+        grid=config.uniform_grid,
+        seed=config.seed,
     )
     run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
     write_json(folder / RUN, run)

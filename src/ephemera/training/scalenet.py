@@ -237,7 +237,9 @@ def _settle(
     """Fill in the base rates, and keep the whole configuration beside the run; a resumed run reads it."""
     saved = folder / "config.json"
     if resume and saved.exists():
-        return check_config(TrainScaleNet, json.loads(saved.read_text()))
+        kept = check_config(TrainScaleNet, json.loads(saved.read_text()))
+        _check_same(kept, config, folder)
+        return kept
     if config.scalenet.base_rates is None:
         rates, tables = search_base_rates(
             backbone,
@@ -266,3 +268,17 @@ def _settle(
         (folder / "config.yaml").write_text(dump_yaml(config))
     accelerator.wait_for_everyone()
     return config
+
+
+def _check_same(kept: TrainScaleNet, given: TrainScaleNet, folder: Path) -> None:
+    """A resumed run goes on with its own settings; others would be ignored, so they are refused."""
+    if given.scalenet.base_rates is None:  # searched by the first run, and kept
+        scalenet = given.scalenet.model_copy(update={"base_rates": kept.scalenet.base_rates})
+        given = given.model_copy(update={"scalenet": scalenet})
+    old, new = kept.model_dump(exclude={"output"}), given.model_dump(exclude={"output"})
+    changed = [key for key in old if old[key] != new[key]]
+    if changed:
+        raise ValueError(
+            f"--resume: the run in {folder} has other settings ({', '.join(changed)} differ). Resume with the settings of "
+            f"{folder / 'config.yaml'}, or give another output."
+        )

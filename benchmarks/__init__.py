@@ -1,0 +1,1 @@
+"""Speed and memory of the adaptation, beside a peer and beside what the arithmetic allows."""

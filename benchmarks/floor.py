@@ -1,0 +1,114 @@
+"""What the arithmetic allows: operations that no adaptation can do without, at this machine's own speed.
+
+Counted: the matrix products of K forward passes and of K backward passes through the activations. Left
+out, so that this is a lower bound: padding, the adapters' own products, norms, softmax, everything
+element by element. Each distinct product is timed alone, its weight warm in the cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.contenders import initial_lora
+from ephemera.backbone import Backbone
+from ephemera.lora import attach
+from ephemera.objective import pad
+
+Shape = tuple[int, int, int]  # tokens, in features, out features
+CALLS = 5  # timed calls of each product in a round
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matrix products of one forward and one activation-backward pass over some prompts, unpadded."""
+
+    forward: Counter[Shape]
+    backward: Counter[Shape]
+    attention_flops: int
+
+    @property
+    def linear_flops(self) -> int:
+        return sum(2 * prod(shape) * times for way in (self.forward, self.backward) for shape, times in way.items())
+
+    @property
+    def flops(self) -> int:
+        return self.linear_flops + self.attention_flops
+
+
+def count(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> Work:
+    """Count the products of one step, asking autograd which backward ones are needed.
+
+    A linear layer's input gradient is needed only where something below it is adapted. Attention is
+    causal: token t meets t + 1 keys. Its two products have four in the backward pass, three in the
+    first layer, whose keys hang on no adapter.
+    """
+    tokens = sum(len(ids) for ids in prompts)
+    forward, backward = Counter[Shape](), Counter[Shape]()
+
+    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        shape = (tokens, module.in_features, module.out_features)
+        forward[shape] += 1
+        backward[shape] += inputs[0].requires_grad
+
+    linears = [m for m in backbone.decoder.modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_hook(note) for m in linears]
+    probe = [prompts[0][:2]]
+    lora = initial_lora(backbone, probe).leaves()
+    try:
+        with attach(backbone.model, lora), torch.enable_grad():
+            backbone.decoder(input_ids=pad(probe).ids_BT.to(backbone.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert isinstance(backbone.head, nn.Linear)
+    # A prompt's last token predicts nothing
+    head = (tokens - len(prompts), backbone.head.in_features, backbone.head.out_features)
+    forward[head] += 1
+    backward[head] += 1
+    pairs = sum(len(ids) * (len(ids) + 1) // 2 for ids in prompts)
+    queries = [(p.out_features, 2 + (3 if p.layer == 0 else 4)) for p in backbone.projections if p.kind == "q"]
+    attention = sum(2 * pairs * width * products for width, products in queries)
+    return Work(+forward, +backward, attention)
+
+
+class Floor:
+    """Times the products of some work in rounds, so that they can take turns with what they are compared to."""
+
+    def __init__(self, work: Work, steps: int, dtype: torch.dtype):
+        self.work, self.steps = work, steps
+        self._products: list[tuple[int, Callable[[], torch.Tensor]]] = []
+        for way, counts in (("forward", work.forward), ("backward", work.backward)):
+            for (tokens, inputs, outputs), times in sorted(counts.items()):
+                weight_OI = torch.randn(outputs, inputs).to(dtype)
+                if way == "forward":
+                    product = partial(F.linear, torch.randn(tokens, inputs).to(dtype), weight_OI)
+                else:
+                    product = partial(torch.mm, torch.randn(tokens, outputs).to(dtype), weight_OI)
+                self._products.append((times, product))
+
+    @torch.no_grad()
+    def seconds(self) -> float:
+        """K steps' worth of products in this round; attention at the mean speed of the linear layers."""
+        linear = sum(times * _seconds(product) for times, product in self._products)
+        return self.steps * linear * self.work.flops / self.work.linear_flops
+
+
+def _seconds(call: Callable[[], torch.Tensor]) -> float:
+    call()
+    took = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return median(took)
