@@ -12,7 +12,9 @@ import transformers
 from ephemera.config import TrainScaleNet, dump_yaml
 
 
-def write_card(folder: Path, run: Path, config: TrainScaleNet, trained_for: dict[str, Any], *, rows: int) -> None:
+def write_card(
+    folder: Path, run: Path, config: TrainScaleNet, trained_for: dict[str, Any], *, rows: int, validated: int
+) -> None:
     """README.md in `folder`, from the run's configuration and its metrics.jsonl."""
     validations = [m for m in _metrics(run) if any(key.startswith("validation_nll") for key in m)]
     steps = [int(key.removeprefix("validation_nll_")) for key in validations[-1] if key.startswith("validation_nll_")]
@@ -36,7 +38,7 @@ def write_card(folder: Path, run: Path, config: TrainScaleNet, trained_for: dict
         f"Trained on {config.optimizer.samples} prompts (with repeats) from {rows} rows of {config.train.task}'s training\n"
         f"split, by the first-order meta-gradient of the answers' NLL. `averaged/` holds its rates averaged over\n"
         f"training prompts.\n\n"
-        f"Validation answer NLL (mean over {config.validation.limit or 'all'} prompts, nats per token):\n\n"
+        f"Validation answer NLL (mean over {validated} prompts, nats per token):\n\n"
         + "\n".join(lines)
         + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
         f"```yaml\n{dump_yaml(portable)}```\n\n"

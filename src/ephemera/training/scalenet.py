@@ -219,7 +219,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
             backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
         )
         average.save_pretrained(folder / "network" / "averaged")
-        write_card(folder / "network", folder, config, describe(backbone), rows=len(rows))
+        write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
     accelerator.wait_for_everyone()
     return folder / "network"
 
