@@ -22,7 +22,9 @@ from ephemera.prefill import prefill
 from ephemera.rates import Rate, load_rate
 
 DEFAULT_STEPS = 3
-BATCH_SIZE, BATCH_TOKENS = 16, 4096  # rows and padded tokens that adapt together
+# Rows and padded tokens that adapt together. A CPU's caches like small batches of long prompts: at 4,096 tokens eight
+# XSum prompts took 1.8 times as long as at 1,024 (docs/findings.md).
+BATCH_SIZE, BATCH_TOKENS, BATCH_TOKENS_CPU = 16, 16_384, 1024
 UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
 FELL_BACK = "non-finite loss or update: answered unadapted"
 
@@ -162,7 +164,7 @@ class AdaptiveLM:
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
         traces: list[Trace] = []
-        batches = length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=BATCH_TOKENS)
+        batches = self._batches(ids)
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
@@ -246,11 +248,16 @@ class AdaptiveLM:
                 f"(it holds {len(adaptation.prompts)}, given were {len(prompts)})."
             )
         ids = [self.encode(p, reserve=room) for p, room in zip(prompts, reserve, strict=True)]
-        for rows in length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=BATCH_TOKENS):
+        for rows in self._batches(ids):
             batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
             lora = adaptation.lora.rows(rows) if adaptation is not None else None
             initial = adaptation.initial_lora.rows(rows) if adaptation is not None else None
             yield rows, prefill(self.backbone, batch, lora, initial)
+
+    def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Row indices of batches of similar length, as large as this device likes them."""
+        max_tokens = BATCH_TOKENS_CPU if self.backbone.device.type == "cpu" else BATCH_TOKENS
+        return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=max_tokens)
 
     def _rate(self, rate: RateLike) -> Rate | None:
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
