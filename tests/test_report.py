@@ -130,6 +130,15 @@ def test_figures_and_samples_of_an_unfinished_run(tmp_path):
     assert samples([record("none", 0, "a", 1.0, text="t")]) == []
 
 
+def test_one_schedule_has_no_consistency_figure(tmp_path):
+    folder = synthetic(tmp_path)
+    path = folder / RECORDS
+    path.write_text("".join(line for line in path.open() if json.loads(line)["K"] in (0, 1)))
+    write_report(folder)
+    assert (folder / "figures" / "fig4.png").exists()
+    assert not (folder / "figures" / "fig5.png").exists()
+
+
 @pytest.mark.parametrize("files", [(), (RUN,), (RECORDS,), (RUN, RECORDS)])
 def test_a_folder_that_is_no_run_says_what_is_expected(tmp_path, files):
     for name in files:

@@ -62,7 +62,7 @@ def write_figures(
     cells: Sequence[Cell],
     consistency: Consistency | None,
 ) -> dict[str, Path]:
-    """{caption: PNG}: fig3.png always, fig4.png and fig5.png where there are layer-wise records."""
+    """{caption: PNG}: fig3.png always, fig4.png where there are layer-wise records, fig5.png where of several K."""
     (folder / FIGURES).mkdir(exist_ok=True)
     written: dict[str, Path] = {}
     with plt.rc_context(SETTINGS):
@@ -80,7 +80,7 @@ def write_figures(
             )
             rates_KM = rates[longest].mean(0)
             written[caption] = _save(folder, "fig4", rate_heat_map(rates_KM, run["projections"]))
-        if consistency:
+        if consistency and consistency.differences:  # one schedule alone has nothing to agree with
             caption = (
                 f"How far the rates of shorter schedules are from those of K = {consistency.longest} at the same step, "
                 f"and the mean rate of each step; whiskers are {LEVEL} % intervals over prompts (LDTTA Fig. 5)."
@@ -207,8 +207,8 @@ def consistency_bars(consistency: Consistency) -> Figure:
     """Fig. 5: shorter schedules against the longest at the same step, and the mean rate of each step."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.6, 1))
     schedules = sorted({d.K for d in consistency.differences})
-    colors = plt.get_cmap("Blues")(np.linspace(0.25, 0.75, max(len(schedules), 1)))
-    width = 0.8 / max(len(schedules), 1)
+    colors = plt.get_cmap("Blues")(np.linspace(0.25, 0.75, len(schedules)))
+    width = 0.8 / len(schedules)
     for K, color in zip(schedules, colors, strict=True):
         mine = [d for d in consistency.differences if d.K == K]
         groups = [[other for other in schedules if other >= d.k] for d in mine]
@@ -217,10 +217,9 @@ def consistency_bars(consistency: Consistency) -> Figure:
         _whiskers(left, x, [d.percent for d in mine])
     left.axhline(0, color=INK, linewidth=1)
     left.set(title=f"Rates of shorter schedules against K = {consistency.longest}, %", xlabel="step k")
-    left.set_xticks(range(1, max(schedules, default=1) + 1))
+    left.set_xticks(range(1, max(schedules) + 1))
     left.grid(axis="y")
-    if schedules:
-        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(schedules))
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(schedules))
     steps = range(1, consistency.longest + 1)
     right.plot(steps, [e.mean for e in consistency.magnitudes], **STYLES["layerwise"], linewidth=2)
     _whiskers(right, steps, consistency.magnitudes)
