@@ -131,9 +131,9 @@ def test_figures_and_samples_of_an_unfinished_run(tmp_path):
 
 
 def test_one_schedule_has_no_consistency_figure(tmp_path):
-    folder = synthetic(tmp_path)
+    folder = synthetic(tmp_path / "run")
     path = folder / RECORDS
-    path.write_text("".join(line for line in path.open() if json.loads(line)["K"] in (0, 1)))
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines() if json.loads(line)["K"] in (0, 1)))
     write_report(folder)
     assert (folder / "figures" / "fig4.png").exists()
     assert not (folder / "figures" / "fig5.png").exists()
