@@ -152,7 +152,7 @@ class _BatchedLora(torch.autograd.Function):
     """y_BTO + scaling * (x_BTI A_BRI^T) B_BOR^T as two batched products, added to y in place.
 
     Written by hand because autograd's own choice of operand layouts is several times slower on CPU
-    (docs/performance.md). Twice differentiable: under `create_graph` the intermediate is
+    (docs/findings.md). Twice differentiable: under `create_graph` the intermediate is
     recomputed from the inputs, so that exact second order sees it.
     """
 
