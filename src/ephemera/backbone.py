@@ -92,10 +92,6 @@ class Backbone:
         return self.vocabulary_VD.dtype
 
     @property
-    def layers(self) -> int:
-        return 1 + max(p.layer for p in self.projections)
-
-    @property
     def pad_id(self) -> int:
         for special in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if isinstance(special, int):
@@ -114,7 +110,6 @@ class Backbone:
         *,
         cache: Cache | None = None,
         past_mask_BT: Tensor | None = None,
-        use_cache: bool = False,
         embedded: bool = False,
     ) -> Forward:
         """One pass through the decoder, without the vocabulary head.
@@ -122,7 +117,7 @@ class Backbone:
         With a `cache` of earlier tokens, `past_mask_BT` says which of those are real.
         """
         kept: list[Tensor] = []
-        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": use_cache or cache is not None}
+        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": cache is not None}
         if past_mask_BT is not None:
             mask_BT = torch.cat([past_mask_BT, batch.mask_BT], 1)
             full = TokenBatch(mask_BT.long(), mask_BT)
