@@ -92,6 +92,10 @@ class Backbone:
         return self.vocabulary_VD.dtype
 
     @property
+    def layers(self) -> int:
+        return 1 + max(p.layer for p in self.projections)
+
+    @property
     def pad_id(self) -> int:
         for special in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
             if isinstance(special, int):
