@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -491,6 +492,30 @@ def test_a_trained_network_moves_and_loads(material, finished):
     assert network.out.weight.abs().max() > 0
     assert load_rate(finished / "network" / "averaged").table_KKM.shape == (3, 3, M)
     assert json.loads((finished / "config.json").read_text())["scalenet"]["mlp_size"] == 8
+
+
+def test_two_processes_train_to_the_same_weights(material, finished, tmp_path):
+    """Each takes half of every batch; only the order of float32 sums may differ."""
+    folder = tmp_path / "run"
+    config = tmp_path / "config.json"
+    config.write_text(settings(material, folder).model_dump_json())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [*command, "-m", "ephemera", "train", "scalenet", "--config", str(config)]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    one, two = (load_file(f / "network" / "rate.safetensors") for f in (finished, folder))
+    assert one.keys() == two.keys()
+    for key in one:
+        close(two[key], one[key], 1e-4)
+    check_steps = [[m["step"] for m in metrics(f) if "grad_norm" in m] for f in (finished, folder)]
+    assert check_steps[0] == check_steps[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_base_rates_of_the_wrong_number(material, tmp_path):

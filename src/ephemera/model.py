@@ -218,6 +218,8 @@ class AdaptiveLM:
         `adaptation`, its adapters are used and no step is taken.
         """
         prompts = _texts(prompts)
+        for prompt in prompts:  # before any step is taken: is there room for an answer?
+            self.encode(prompt, reserve=max_new_tokens)
         if adaptation is None:
             if steps is None:
                 steps = DEFAULT_STEPS if rate is not None or self.rate is not None else 0

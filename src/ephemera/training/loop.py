@@ -105,7 +105,7 @@ def train(
         report = trainee.backward([rows[i] for i in share], step) if share else None
         if accelerator.num_processes > 1:
             _average_gradients(network, accelerator, weight=len(share) / len(plan[step]))
-        if any(p.grad is not None for p in network.parameters()):
+        if _has_gradients(network):
             norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
             if bool(norm.isfinite()):
                 optimizer.step()
@@ -117,11 +117,20 @@ def train(
             metrics.log(step + 1, trainee.validate())
         if (last or (step + 1) % schedule.checkpoint_every == 0) and accelerator.is_main_process:
             _checkpoint(folder, step + 1, network, optimizer)
-    metrics.close()
+
+
+def _has_gradients(network: nn.Module) -> bool:
+    return any(p.grad is not None for p in network.parameters())
 
 
 def _average_gradients(network: nn.Module, accelerator: Accelerator, *, weight: float) -> None:
-    """Every process's gradient is the mean over its own prompts: weigh them, and add."""
+    """Every process's gradient is the mean over its own prompts: weigh them, and add.
+
+    Where no process has one (K = 0) there is no step to take, as with one process.
+    """
+    have = torch.tensor([float(_has_gradients(network))], device=accelerator.device)
+    if not accelerator.reduce(have, reduction="sum").item():  # pyright: ignore[reportAttributeAccessIssue]
+        return
     for parameter in network.parameters():
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * weight
         parameter.grad = accelerator.reduce(own, reduction="sum")  # pyright: ignore[reportAttributeAccessIssue]
@@ -207,6 +216,3 @@ class Metrics:
         self.accelerator.log(values, step=step)
         if "validation" in "".join(values):
             print(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()), file=sys.stderr)
-
-    def close(self) -> None:
-        self.accelerator.end_training()

@@ -221,6 +221,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         average.save_pretrained(folder / "network" / "averaged")
         write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # closes the trackers, and ends the process group: nothing may wait after it
     return folder / "network"
 
 
