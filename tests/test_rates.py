@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ephemera import rates
+from ephemera import artifact
 from ephemera.backbone import describe
-from ephemera.rates import AveragedRate, FixedRate, ScaleNet, load_rate, shipped
+from ephemera.rates import AveragedRate, FixedRate, ScaleNet, load_rate
 from tiny import close, random_scalenet, tiny_backbone
 
 HIDDEN, M = 3, 4
@@ -212,9 +212,9 @@ def test_corrupt_folders(tmp_path):
 
 
 def test_unknown_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(rates, "NETWORKS", tmp_path / "networks")
+    monkeypatch.setattr(artifact, "NETWORKS", tmp_path / "networks")
     saved(tmp_path / "networks" / "scalenet-nq-open")
-    assert shipped() == ["scalenet-nq-open"]
+    assert artifact.shipped("rate") == ["scalenet-nq-open"]
     assert isinstance(load_rate("scalenet-nq-open"), ScaleNet)
     with pytest.raises(ValueError, match=r"unknown rate 'scalenet-nq-opne'. Did you mean 'scalenet-nq-open'\?"):
         load_rate("scalenet-nq-opne")

@@ -22,7 +22,7 @@ app = typer.Typer(
 Per-prompt test-time adaptation: before it answers, the model takes a few gradient steps on the prompt itself, at
 rates that a trained network predicts for each layer and step. Then the adapter is thrown away.""",
 )
-train_app = typer.Typer(no_args_is_help=True, help="Train a network that predicts rates.")
+train_app = typer.Typer(no_args_is_help=True, help="Train a network that predicts rates, or one that generates adapters.")
 app.add_typer(train_app, name="train")
 
 DEFAULT_RATE = "scalenet-nq-open"
@@ -43,6 +43,7 @@ Truncate = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One setting, as key.key=value. Repeatable.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML, and stop.")]
 
 
@@ -131,7 +132,7 @@ def train_scalenet_command(
     config: ConfigFile = None,
     set_: SetOption = None,
     print_config: PrintConfig = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Train ScaleNet, layer-wise or step-wise, by the first-order meta-gradient of the answers' NLL.
 
@@ -147,6 +148,35 @@ def train_scalenet_command(
     _quiet()
     folder = train_scalenet(settings, resume=resume)
     print(folder)
+
+
+@train_app.command(
+    "generator",
+    epilog="""Examples:
+
+    ephemera train generator --config configs/taskweaver.yaml
+
+    ephemera train generator --set "train.tasks=[{task: snli, weight: 2}, {task: boolq}]" --set optimizer.samples=2000
+
+    ephemera train generator --config configs/taskweaver.yaml --resume""",
+)
+def train_generator_command(
+    config: ConfigFile = None,
+    set_: SetOption = None,
+    print_config: PrintConfig = False,
+    resume: Resume = False,
+) -> None:
+    """Train a generator of adapters end to end through the frozen model; with `scalenet` settings, both together."""
+    from ephemera.config import TrainGenerator, dump_yaml, load_config
+
+    settings = load_config(TrainGenerator, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.training.generator import train_generator
+
+    _quiet()
+    print(train_generator(settings, resume=resume))
 
 
 @app.command(
@@ -224,14 +254,18 @@ def export(
 )
 def models() -> None:
     """List the networks that come with the package, and how to name models."""
-    from ephemera.rates import CONFIG_FILE, NETWORKS, shipped
+    from ephemera.artifact import NETWORKS, shipped
 
     print(f"model  {DEFAULT_MODEL}  (default; fetched from the package index on first use)")
     print("model  any hub id, local folder or .gguf file")
-    for name in shipped():
-        config = json.loads((NETWORKS / name / CONFIG_FILE).read_text())
+    for name in shipped("rate"):
+        config = json.loads((NETWORKS / name / "rate.json").read_text())
         print(f"rate   {name}  ({config['granularity']}-wise, for {config['trained_for']['name']})")
     print("rate   a number, or a folder that `ephemera train scalenet` wrote")
+    for name in shipped("generator"):
+        config = json.loads((NETWORKS / name / "generator.json").read_text())
+        print(f"init   {name}  (generator, for {config['trained_for']['name']})")
+    print("init   zero (the default), a folder that `ephemera train generator` wrote, or a PEFT adapter's folder")
 
 
 @app.command(

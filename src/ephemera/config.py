@@ -96,6 +96,83 @@ class TrainScaleNet(Settings):
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
+class MixtureTask(Settings):
+    task: str = Field(description="name of a task")
+    source: str | None = Field(default=None, description="overrides data.source for this task")
+    weight: float = Field(default=1.0, gt=0, description="its share of the mixture, against the other weights")
+
+
+class MixtureSettings(Settings):
+    tasks: list[MixtureTask] = Field(
+        default=[
+            MixtureTask(task=name)
+            for name in (
+                *("gsm8k", "snli", "arc-easy", "arc-challenge"),
+                *("boolq", "openbookqa", "hellaswag", "winogrande"),
+            )
+        ],
+        min_length=1,
+        description="what is trained on, in what proportions",
+    )
+    source: str | None = Field(
+        default=None, description="where rows lie; {task} stands for the task's name with _ for -; default: the hub"
+    )
+    split: str = Field(default="train", description="train, validation or test")
+    limit: int | None = Field(default=None, ge=1, description="rows of each task, drawn at random")
+    seed: int = Field(default=0, description="seed of that draw, and of the mixing")
+    stop: Literal["samples", "first_exhausted", "all_exhausted"] = Field(
+        default="samples",
+        description="train on optimizer.samples rows; or until the first, or every, task has been used up once",
+    )
+    format: Literal["plain", "chat"] = Field(default="plain", description="prompts as they are, or as chat messages")
+    max_tokens: int = Field(default=512, ge=2, description="longer rows are left out, and counted")
+
+
+class GeneratorSettings(Settings):
+    hidden_size: int = Field(default=1024, ge=1, description="of the shared MLP")
+    source: Literal["last", "mean", "ends"] = Field(
+        default="last", description="h: the last prompt token's state, the mean, or first token and mean"
+    )
+    head_rank: int | None = Field(default=None, ge=1, description="low-rank output heads; default: full")
+    save_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the saved weights")
+
+
+class JointSettings(ScaleNetSettings):
+    learning_rate_factor: float = Field(default=1.0, gt=0, description="ScaleNet's learning rate, times the other's")
+    clip_prompt: float = Field(default=1.0, gt=0, description="as in ScaleNet's own training")
+
+
+class TrainGenerator(Settings):
+    """`ephemera train generator`"""
+
+    output: str = Field(default="runs/generator", description="folder of checkpoints, metrics and the trained network")
+    model: ModelSettings = ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0))
+    train: MixtureSettings = MixtureSettings()
+    validation: MixtureSettings = MixtureSettings(split="validation", limit=32)
+    generator: GeneratorSettings = GeneratorSettings()
+    start: str | None = Field(default=None, description="a trained generator to go on from; default: a fresh one")
+    scalenet: JointSettings | None = Field(
+        default=None, description="settings of a ScaleNet to train jointly; default: the generator alone"
+    )
+    optimizer: OptimizerSettings = OptimizerSettings(samples=30_000, batch_size=8, learning_rate=3e-5)
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainTaskLora(Settings):
+    """`ephemera train lora`: the baseline, one adapter for a task or a mixture, through PEFT (TaskWeaver 4.1)"""
+
+    output: str = Field(default="runs/task-lora", description="folder of checkpoints, metrics and the adapter")
+    model: ModelSettings = ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0))
+    train: MixtureSettings = MixtureSettings()
+    validation: MixtureSettings = MixtureSettings(split="validation", limit=32)
+    optimizer: OptimizerSettings = OptimizerSettings(samples=2000, batch_size=4, learning_rate=5e-5, warmup=0)
+    checkpoint_every: int = Field(default=100, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
 Method = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]
 METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ephemera.rates import load_rate, shipped
+from ephemera.artifact import shipped
+from ephemera.generator import load_generator
+from ephemera.rates import load_rate
 from ephemera.store import DEFAULT_MODEL, MODEL_WHEEL, home
 
 PACKAGES = ("ephemera", "torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "datasets", "gguf")
@@ -86,11 +88,13 @@ def check_model() -> Check:
 
 def check_networks() -> Check:
     try:
-        for name in shipped():
+        for name in shipped("rate"):
             load_rate(name)
+        for name in shipped("generator"):
+            load_generator(name)
     except ValueError as error:
         return Check("shipped networks", str(error), "reinstall the package: pip install --force-reinstall .")
-    return Check("shipped networks", ", ".join(shipped()) or "none")
+    return Check("shipped networks", ", ".join(shipped("rate") + shipped("generator")) or "none")
 
 
 def _version(package: str) -> str:

@@ -1,13 +1,18 @@
-"""Where an adapter starts. Zero is LoRA's own start; anything with `__call__(backbone, batch, seeds)` may be another."""
+"""Where an adapter starts: LoRA's own zero, or an adapter that was trained with PEFT (generator.py makes a third)."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.lora import LoraBatch
@@ -57,3 +62,64 @@ class ZeroInit:
 def _seed(seed: int, ids_T: torch.Tensor) -> int:
     digest = hashlib.sha256(f"{seed}:".encode() + ids_T.numpy().tobytes()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
+
+
+@dataclass(frozen=True, eq=False)
+class PeftInit:
+    """One adapter for every prompt: what PEFT trained and saved (a task LoRA), as a start or as it is."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]  # module: A [r,I], B [O,r]
+    r: int
+    lora_alpha: float
+    target_modules: str | list[str]
+    folder: Path
+
+    @staticmethod
+    def load(folder: str | Path) -> PeftInit:
+        """Read adapter_config.json and adapter_model.safetensors; ValueError where they are not plain LoRA."""
+        folder = Path(folder).expanduser()
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            state = load_file(folder / "adapter_model.safetensors")
+            r, lora_alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds no readable PEFT adapter ({str(error).splitlines()[0]}); adapter_config.json and "
+                "adapter_model.safetensors of a LoRA are expected."
+            ) from error
+        special = [
+            k for k in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save") if config.get(k)
+        ]
+        if config.get("peft_type") != "LORA" or special:
+            raise ValueError(
+                f"the adapter in {folder} is not a plain LoRA ({', '.join(special) or config.get('peft_type')}); only "
+                "one rank, one lora_alpha and no further trained modules are read."
+            )
+        factors = {}
+        for key, A_RI in state.items():
+            if key.endswith(".lora_A.weight"):
+                module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                factors[module] = (A_RI.float(), state[key.replace("lora_A", "lora_B")].float())
+        names = [targets] if isinstance(targets, str) else sorted(targets)
+        usual = set(names) <= {"q_proj", "v_proj"}
+        return PeftInit(factors, r, float(lora_alpha), "qv" if usual else names, folder)
+
+    def check(self, backbone: Backbone) -> None:
+        """ValueError where the adapter holds modules that this model, as loaded, does not adapt."""
+        shapes = {p.module: (p.in_features, p.out_features) for p in backbone.projections if p.rows is None}
+        for module, (A_RI, B_OR) in self.factors.items():
+            if shapes.get(module) != (A_RI.shape[1], B_OR.shape[0]):
+                raise ValueError(
+                    f"the adapter in {self.folder} has {module} ({A_RI.shape[1]} to {B_OR.shape[0]}); {backbone.name} has "
+                    f"{'it as ' + str(shapes[module]) if module in shapes else 'no such adapted module'}. Use the model "
+                    f"it was trained for, with target_modules={self.target_modules!r}."
+                )
+
+    def __call__(self, backbone: Backbone, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
+        A, B = [], []
+        for p in backbone.projections:
+            zeros = torch.zeros(self.r, p.in_features), torch.zeros(p.out_features, self.r)
+            A_RI, B_OR = self.factors.get(p.module, zeros)
+            A.append(A_RI.to(backbone.device).expand(len(seeds), -1, -1))
+            B.append(B_OR.to(backbone.device).expand(len(seeds), -1, -1))
+        return LoraBatch(backbone.projections, tuple(A), tuple(B), r=self.r, lora_alpha=self.lora_alpha)

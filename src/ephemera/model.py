@@ -15,6 +15,7 @@ from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone, encode_answer, encode_prompt, load_backbone
 from ephemera.errors import unknown
 from ephemera.export import export_peft
+from ephemera.generator import check_init, load_init, targets_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import length_batches, pad
@@ -29,6 +30,7 @@ UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
 FELL_BACK = "non-finite loss or update: answered unadapted"
 
 RateLike = Rate | str | Path | float | None
+InitLike = Init | str | Path | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +72,13 @@ class AdaptiveLM:
         self,
         backbone: Backbone,
         *,
-        init: Init | None = None,
+        init: InitLike = None,
         rate: RateLike = None,
         chat: bool = False,
         truncate: Literal["left"] | None = None,
     ):
         self.backbone = backbone
-        self.init: Init = init or ZeroInit()
+        self.init = self._init(init)
         self.rate = self._rate(rate)
         self.chat = chat
         self.truncate = truncate
@@ -86,7 +88,7 @@ class AdaptiveLM:
         cls,
         name: str,
         *,
-        init: Init | None = None,
+        init: InitLike = None,
         rate: RateLike = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -98,7 +100,8 @@ class AdaptiveLM:
         """Load a model.
 
         `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package
-        index). `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`) or a number.
+        index). `init`: where adapters start: an init object, "zero" (the default), a generator's folder or
+        shipped name, or the folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`) or a number.
         `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`,
         `lora_alpha`, `init_std`, `target_modules`. `chat`: put prompts in the model's chat template.
         `truncate="left"`: cut prompts longer than the model's window instead of refusing them.
@@ -109,11 +112,14 @@ class AdaptiveLM:
         for key in settings:
             if key not in allowed:
                 raise unknown("lora setting", key, allowed)
-        target_modules = settings.pop("target_modules", "qv")
-        if init is not None and settings:
+        if init is not None and init != "zero" and settings:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
+        target_modules = settings.pop("target_modules", None)
+        if init is None or isinstance(init, str | Path):
+            init = load_init(init or "zero", **settings)
+        target_modules = targets_of(init) or target_modules or "qv"
         backbone = load_backbone(name, dtype=dtype, device=device, target_modules=target_modules, **kwargs)
-        return cls(backbone, init=init or ZeroInit(**settings), rate=rate, chat=chat, truncate=truncate)
+        return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate)
 
     @property
     def path(self) -> Path:
@@ -147,11 +153,12 @@ class AdaptiveLM:
         *,
         steps: int,
         rate: RateLike = None,
-        init: Init | None = None,
+        init: InitLike = None,
         seed: int = 0,
     ) -> Adaptation:
         """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other."""
         prompts = _texts(prompts)
+        start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
         if steps < 0:
             raise ValueError(f"steps is {steps}; it must be 0 or more.")
@@ -168,7 +175,7 @@ class AdaptiveLM:
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-                lora = (init or self.init)(self.backbone, batch, [seed] * len(rows))
+                lora = start_from(self.backbone, batch, [seed] * len(rows))
                 traces.append(adapt(self.backbone, batch, lora, rule, steps))
         order = torch.tensor([i for rows in batches for i in rows])
         back = order.argsort()
@@ -260,6 +267,13 @@ class AdaptiveLM:
         """Row indices of batches of similar length, as large as this device likes them."""
         max_tokens = BATCH_TOKENS_CPU if self.backbone.device.type == "cpu" else BATCH_TOKENS
         return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=max_tokens)
+
+    def _init(self, init: InitLike) -> Init:
+        made = load_init(init) if isinstance(init, str | Path) else init or ZeroInit()
+        check_init(made, self.backbone)
+        if isinstance(made, torch.nn.Module):
+            made.to(self.backbone.device)
+        return made
 
     def _rate(self, rate: RateLike) -> Rate | None:
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +9,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ephemera.backbone import Backbone, describe
-from ephemera.errors import unknown
+from ephemera import artifact
+from ephemera.backbone import Backbone
 
 MAX_STEPS = 5  # LDTTA 4.1
 # Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
 UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
-NETWORKS = Path(__file__).parent / "networks"
-CONFIG_FILE, WEIGHTS_FILE = "rate.json", "rate.safetensors"
+NAME = "rate"  # of its files
 
 
 class Rate(Protocol):
@@ -91,10 +85,11 @@ class AveragedRate:
         return self.table_KKM[K - 1, k - 1].to(like).expand(like.shape[0], projections)
 
     def check(self, backbone: Backbone) -> None:
-        _check_model(self.trained_for, backbone, "averaged rate")
+        artifact.check_model(self.trained_for, backbone, "averaged rate")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        _save(Path(folder), {"kind": "averaged", "trained_for": self.trained_for}, {"table_KKM": self.table_KKM})
+        config = {"kind": "averaged", "trained_for": self.trained_for}
+        artifact.save(Path(folder), NAME, config, {"table_KKM": self.table_KKM})
 
 
 class ScaleNet(nn.Module):
@@ -186,7 +181,7 @@ class ScaleNet(nn.Module):
 
     def check(self, backbone: Backbone) -> None:
         if self.trained_for is not None:
-            _check_model(self.trained_for, backbone, "ScaleNet")
+            artifact.check_model(self.trained_for, backbone, "ScaleNet")
         if (self.config["hidden_size"], self.projections) != (backbone.hidden_size, len(backbone.projections)):
             raise ValueError(
                 f"this ScaleNet is for hidden size {self.config['hidden_size']} and {self.projections} projections; "
@@ -194,12 +189,7 @@ class ScaleNet(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        _save(Path(folder), {"kind": "scalenet", **self.config}, self.state_dict())
-
-
-def shipped() -> list[str]:
-    """Names of the networks that come with the package."""
-    return sorted(p.parent.name for p in NETWORKS.glob(f"*/{CONFIG_FILE}"))
+        artifact.save(Path(folder), NAME, {"kind": "scalenet", **self.config}, self.state_dict())
 
 
 def load_rate(spec: str | Path | float) -> Rate:
@@ -209,57 +199,13 @@ def load_rate(spec: str | Path | float) -> Rate:
     except (TypeError, ValueError) as error:
         if isinstance(spec, float | int):
             raise error
-    folder = NETWORKS / spec if (NETWORKS / spec / CONFIG_FILE).exists() else Path(spec).expanduser()
-    if not (folder / CONFIG_FILE).exists():
-        if folder.is_dir():
-            raise ValueError(f"{folder} holds no rate: {CONFIG_FILE} and {WEIGHTS_FILE} are expected there.")
-        raise unknown("rate", str(spec), [*shipped(), "a number", "a folder"])
-    return _load(folder)
+    return artifact.load(artifact.find(spec, NAME, also=["a number", "a folder"]), NAME, _make)
 
 
-def _load(folder: Path) -> Rate:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        state = load_file(folder / WEIGHTS_FILE)
-        kind = config.pop("kind")
-        if kind == "averaged":
-            return AveragedRate(state["table_KKM"], config["trained_for"])
-        network = ScaleNet(**config)
-        network.load_state_dict(state)
-        return network.eval().requires_grad_(False)
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"the rate in {folder} is corrupt or incomplete ({reason}). "
-            f"It needs an intact {CONFIG_FILE} and {WEIGHTS_FILE}; take them from a backup or train again."
-        ) from error
-
-
-def _save(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Each file appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file({key: t.contiguous().cpu() for key, t in state.items()}, Path(scratch) / WEIGHTS_FILE)
-        (Path(scratch) / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n")
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(Path(scratch) / name, folder / name)
-
-
-def _check_model(trained_for: dict[str, Any], backbone: Backbone, what: str) -> None:
-    if trained_for.get("projections") != [p.name for p in backbone.projections]:
-        raise ValueError(
-            f"this {what} was trained for {trained_for['name']} ({len(trained_for['projections'])} projections, first "
-            f"{trained_for['projections'][0]}); the model at hand is {backbone.name} ({len(backbone.projections)} "
-            f"projections, first {backbone.projections[0].name}). Use that model, or train one for this."
-        )
-    if trained_for["fingerprint"] != backbone.fingerprint():
-        raise ValueError(
-            f"this {what} was trained for {trained_for['name']} ({describe_short(trained_for)}); the model at hand is "
-            f"{backbone.name} ({describe_short(describe(backbone))}). Use that model, or train one for this."
-        )
-
-
-def describe_short(description: dict[str, Any]) -> str:
-    return (
-        f"{description['model_type']}, hidden size {description['hidden_size']}, weights {description['fingerprint']}"
-    )
+def _make(config: dict[str, Any], state: dict[str, Tensor]) -> Rate:
+    kind = config.pop("kind")
+    if kind == "averaged":
+        return AveragedRate(state["table_KKM"], config["trained_for"])
+    network = ScaleNet(**config)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)

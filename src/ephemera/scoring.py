@@ -31,15 +31,18 @@ class Encoded:
 
 
 def encode_examples(
-    backbone: Backbone, examples: Sequence[Example], *, chat: bool, max_tokens: int
+    backbone: Backbone, examples: Sequence[Example], *, chat: bool, max_tokens: int, system: str | None = None
 ) -> tuple[list[Encoded], int]:
-    """Token ids of each example, and how many were left out because they are longer than `max_tokens`."""
+    """Token ids of each example, and how many were left out because they are longer than `max_tokens`.
+
+    `system` is the system message of the chat format; the plain format has none.
+    """
     room = min(max_tokens, backbone.max_length)
     encoded = [
         Encoded(
             e.id,
-            encode_prompt(backbone.tokenizer, e.prompt, chat=chat),
-            encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat),
+            encode_prompt(backbone.tokenizer, e.prompt, chat=chat, system=system),
+            encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system),
         )
         for e in examples
     ]

@@ -21,13 +21,14 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import ephemera
 from ephemera.adapt import adapt
+from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Evaluate
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
-from ephemera.rates import NETWORKS, FixedRate, Rate, load_rate
+from ephemera.rates import FixedRate, Rate, load_rate
 from ephemera.scoring import Encoded, batches_of, best, encode_examples, prompt_batch, search_uniform
 from ephemera.tasks import Dataset, load_dataset
 

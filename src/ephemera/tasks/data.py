@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -16,13 +17,33 @@ from typing import Any
 from ephemera.errors import unknown
 from ephemera.store import fetch_data_file
 from ephemera.tasks.adapteval import ADAPTEVAL
+from ephemera.tasks.arc import ARC
+from ephemera.tasks.boolq import BOOLQ
+from ephemera.tasks.commonsenseqa import COMMONSENSEQA
 from ephemera.tasks.example import Example, Row, Task
+from ephemera.tasks.gsm8k import GSM8K
+from ephemera.tasks.hellaswag import HELLASWAG
+from ephemera.tasks.humaneval import HUMANEVAL
+from ephemera.tasks.mbpp import MBPP
 from ephemera.tasks.nq_open import NQ_OPEN
+from ephemera.tasks.openbookqa import OPENBOOKQA
 from ephemera.tasks.own import OWN
+from ephemera.tasks.race import RACE_MIDDLE
+from ephemera.tasks.snli import SNLI
 from ephemera.tasks.squad import SQUAD
+from ephemera.tasks.svamp import SVAMP
+from ephemera.tasks.winogrande import WINOGRANDE
 from ephemera.tasks.xsum import XSUM
 
-TASKS: dict[str, Task] = {task.name: task for task in (NQ_OPEN, SQUAD, XSUM, *ADAPTEVAL, OWN)}
+LDTTA_TASKS = (NQ_OPEN, SQUAD, XSUM, *ADAPTEVAL)
+TASKWEAVER_TASKS = (GSM8K, SNLI, *ARC, BOOLQ, OPENBOOKQA, HELLASWAG, WINOGRANDE)
+ZERO_SHOT_TASKS = (COMMONSENSEQA, SVAMP, RACE_MIDDLE)
+CODE_TASKS = (HUMANEVAL, MBPP)
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*LDTTA_TASKS, *TASKWEAVER_TASKS, *ZERO_SHOT_TASKS, *CODE_TASKS, OWN)
+}
+# A prompt that already ends in the answer it asks for would teach, and measure, copying.
+ANSWERED = re.compile(r".*(?:answer|response)s?:\s*(\S.*)$", re.IGNORECASE | re.DOTALL)
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
@@ -60,7 +81,8 @@ def load_dataset(
     task = find_task(task_name)
     where, rows = _rows(task, split, source)
     examples, dropped = [], 0
-    for place, row in rows:
+    for place, given in rows:
+        row = task.reshape(given) if task.reshape and isinstance(given, dict) else given
         _check_fields(task, row, place)
         try:
             answer = task.answer(row)
@@ -68,13 +90,23 @@ def load_dataset(
                 dropped += 1
                 continue
             prompt = task.prompt(row)
+            choices = tuple(task.choices(row)) if task.choices else ()
+            tests = task.tests(row) if task.tests else ""
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ValueError(f"{place}: a field is not of the kind that task {task.name!r} reads ({error}).") from error
         if not isinstance(prompt, str):
             raise ValueError(f"{place}: the prompt should be a text; got {prompt!r}.")
         if not prompt.strip():
             raise ValueError(f"{place}: the prompt is empty.")
-        examples.append(Example(_identity(prompt, answer), prompt, answer))
+        last = ANSWERED.match(prompt)
+        if last and last[1].strip().lower() == answer.strip().lower():
+            raise ValueError(
+                f"{place}: the prompt already ends in its answer ({answer.strip()[:60]!r}); it belongs in field "
+                f"{task.fields[-1]!r} alone."
+            )
+        examples.append(Example(_identity(prompt, answer), prompt, answer, choices, tests))
     if not examples:
         raise ValueError(f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).")
     if limit is not None and limit < len(examples):

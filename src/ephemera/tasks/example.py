@@ -1,4 +1,4 @@
-"""What every task makes of a row: a prompt, and a gold answer to score against."""
+"""What every task makes of a row: a prompt, a gold answer, and how an answer is judged."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its gold answer. `id` is stable across runs."""
+    """One prompt and its gold answer. `id` is stable across runs.
+
+    `choices` holds every allowed answer of a choice task, the gold one (`answer`) among them. `tests` is
+    a program that judges generated code.
+    """
 
     id: str
     prompt: str
     answer: str
+    choices: tuple[str, ...] = ()
+    tests: str = ""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,11 @@ class Task:
     `prompt` and `answer` read a row; an empty answer means the row is dropped, as in the paper.
     `hub` is (hub id, config); `hub_splits` maps train/validation/test to the hub's names. `wheel` maps
     splits to files of the data wheel, for machines that reach no hub.
+
+    `choices` lists a row's allowed answers. `correct(text, example)` judges a generated text where that
+    needs no code to be run; `tests` gives the program that judges generated code, and `program(text, example)`
+    the whole of what is to be run: the code in a generated text, then its tests. `reshape` turns a row of
+    another published layout into the one with `fields`. `system` is the system message in the chat format.
     """
 
     name: str
@@ -35,3 +46,9 @@ class Task:
     hub: tuple[str, str | None] | None
     hub_splits: Mapping[str, str]
     wheel: Mapping[str, str]
+    choices: Callable[[Row], list[str]] | None = None
+    correct: Callable[[str, Example], bool] | None = None
+    tests: Callable[[Row], str] | None = None
+    program: Callable[[str, Example], str] | None = None
+    reshape: Callable[[Row], Row] | None = None
+    system: str | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from ephemera.config import TrainScaleNet, dump_yaml
+from ephemera.config import TrainGenerator, TrainScaleNet, dump_yaml
 
 
 def write_card(
@@ -24,26 +24,62 @@ def write_card(
         lines.append(
             f"| {metrics['step']} | " + " | ".join(f"{metrics[f'validation_nll_{K}']:.3f}" for K in steps) + " |"
         )
-    portable = config.model_copy(deep=True)
+    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
     for data in (portable.train, portable.validation):  # where the rows lay on one machine helps nobody
         data.source = None if data.source is None else f"<folder of {data.task}>"
     if Path(portable.model.name).exists():
         portable.model.name = trained_for["name"]
     granularity = "layer-wise" if config.scalenet.granularity == "layer" else "step-wise"
+    averaged = " `averaged/` holds its rates averaged over\ntraining prompts." if granularity == "layer-wise" else ""
     (folder / "README.md").write_text(
         f"# {folder.name}: {granularity} ScaleNet for {trained_for['name']} on {config.train.task}\n\n"
         f"Predicts learning rates for per-prompt test-time adaptation (LDTTA Eq. 13-16): eta_k * s(h(x), k, K), one per\n"
         f"{'adapted projection' if granularity == 'layer-wise' else 'step'}. It fits that model alone "
         f"(weights {trained_for['fingerprint']}, {len(trained_for['projections'])} projections).\n\n"
         f"Trained on {config.optimizer.samples} prompts (with repeats) from {rows} rows of {config.train.task}'s training\n"
-        f"split, by the first-order meta-gradient of the answers' NLL. `averaged/` holds its rates averaged over\n"
-        f"training prompts.\n\n"
+        f"split, by the first-order meta-gradient of the answers' NLL.{averaged}\n\n"
         f"Validation answer NLL (mean over {validated} prompts, nats per token):\n\n"
         + "\n".join(lines)
         + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
         f"```yaml\n{dump_yaml(portable)}```\n\n"
         "Intended for prompts in the form it was trained on (docs/method.md); on others it may do harm, which\n"
         "`ephemera evaluate` shows. Test results with intervals: docs/results.\n"
+    )
+
+
+def write_generator_card(
+    folder: Path,
+    run: Path,
+    config: TrainGenerator,
+    trained_for: dict[str, Any],
+    *,
+    parameters: int,
+    counts: dict[str, int],
+    validated: int,
+) -> None:
+    """README.md beside a trained generator, from the run's configuration and its metrics.jsonl."""
+    validations = [m for m in _metrics(run) if "validation_nll" in m]
+    keys = [key for key in validations[-1] if key.startswith("validation_nll")]
+    names = [key.removeprefix("validation_nll").removeprefix("_") or "all" for key in keys]
+    lines = ["| optimiser step | " + " | ".join(names) + " |", "|" + "---|" * (len(keys) + 1)]
+    lines += [f"| {m['step']} | " + " | ".join(f"{m[key]:.3f}" for key in keys) + " |" for m in validations]
+    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
+    for mixture in (portable.train, portable.validation):  # where the rows lay on one machine helps nobody
+        mixture.source = None if mixture.source is None else "<folder of {task}>"
+    if Path(portable.model.name).exists():
+        portable.model.name = trained_for["name"]
+    (folder / "README.md").write_text(
+        f"# {folder.name}: adapter generator for {trained_for['name']}\n\n"
+        "Makes a LoRA adapter for each prompt from the model's own last hidden state, in one pass (TaskWeaver 4.2). It\n"
+        f"fits that model alone (weights {trained_for['fingerprint']}). {parameters:,} parameters.\n\n"
+        f"Trained on {config.optimizer.samples} prompts drawn from "
+        + ", ".join(f"{task} ({n} rows)" for task, n in counts.items())
+        + f".\n\nValidation answer NLL (mean over {validated} prompts, nats per token; `swapped`: with a neighbour's adapter):\n\n"
+        + "\n".join(lines)
+        + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
+        f"```yaml\n{dump_yaml(portable)}```\n\n"
+        "Intended for prompts in the form of its tasks (src/ephemera/tasks); on others it may do harm. Test results with\n"
+        "intervals: docs/results.\n"
     )
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from ephemera.config import OptimizerSettings
 from ephemera.scoring import Encoded
 
+SKIPS = 10  # steps in a row without a finite gradient, after which training stops
 BUCKET = 50  # batches that are sorted by length together
 
 
@@ -31,6 +32,11 @@ class Trainee(Protocol):
 
     @property
     def network(self) -> nn.Module: ...
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Factor on the learning rate of the parameters whose names begin so, in the network's order."""
+        ...
 
     def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
         """Leave gradients in the network; None where this step has none to give."""
@@ -91,16 +97,22 @@ def train(
 ) -> None:
     """Train to `settings.samples` prompts, writing metrics.jsonl and checkpoints to `folder`."""
     network = trainee.network
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    factors = trainee.learning_rates
+    groups = [
+        {"params": [p for name, p in network.named_parameters() if name.startswith(start)], "factor": factor}
+        for start, factor in factors.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     plan = list(batches(lengths, batch_size=settings.batch_size, total=settings.samples, seed=settings.seed))
     done = _restore(folder, network, optimizer) if resume else 0
     metrics = Metrics(folder, accelerator, keep_below=done)
     start = time.perf_counter()
+    skipped = skipped_in_a_row = 0
     for step in range(done, len(plan)):
         share = plan[step][accelerator.process_index :: accelerator.num_processes]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(plan), settings)
+            group["lr"] = group["factor"] * learning_rate(step, len(plan), settings)
         optimizer.zero_grad(set_to_none=True)
         report = trainee.backward([rows[i] for i in share], step) if share else None
         if accelerator.num_processes > 1:
@@ -109,9 +121,21 @@ def train(
             norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
             if bool(norm.isfinite()):
                 optimizer.step()
-            report = {**(report or {}), "grad_norm": norm.item(), "learning_rate": optimizer.param_groups[0]["lr"]}
+                skipped_in_a_row = 0
+            else:
+                skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
+            rate = optimizer.param_groups[0]["lr"]
+            report = {**(report or {}), "grad_norm": norm.item(), "learning_rate": rate, "skipped": skipped}
         if report is not None:
             metrics.log(step + 1, {**report, "seconds": round(time.perf_counter() - start, 3)})
+        if skipped_in_a_row == SKIPS:
+            if accelerator.is_main_process:  # the weights are those of the last good step
+                _checkpoint(folder, step + 1 - SKIPS, network, optimizer)
+            raise ValueError(
+                f"the gradient was not finite {SKIPS} steps in a row (up to step {step + 1}); training stopped. The last "
+                f"good weights are kept in {folder / 'checkpoints'}. Lower optimizer.learning_rate or optimizer.clip_norm, "
+                "or use model.dtype=float32."
+            )
         last = step + 1 == len(plan)
         if last or (step + 1) % schedule.validate_every == 0:
             metrics.log(step + 1, trainee.validate())
@@ -138,9 +162,9 @@ def _average_gradients(network: nn.Module, accelerator: Accelerator, *, weight: 
 
 def _checkpoint(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write step-N whole, then drop the one before it: a kill at any moment leaves one that is whole."""
-    names = [name for name, _ in network.named_parameters()]
     state = {f"network.{key}": t.contiguous() for key, t in network.state_dict().items()}
-    for name, moments in zip(names, optimizer.state_dict()["state"].values(), strict=False):
+    for name, parameter in network.named_parameters():
+        moments = optimizer.state.get(parameter, {})
         state |= {f"optimizer.{name}.{key}": torch.as_tensor(value).clone() for key, value in moments.items()}
     place = folder / "checkpoints" / f"step-{step:06d}.safetensors"
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -12,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ephemera.adapt import adapt, meta_gradient
-from ephemera.backbone import Backbone, describe, load_backbone
-from ephemera.config import DataSettings, TrainScaleNet, check_config, dump_yaml
+from ephemera.adapt import Trace, adapt, meta_gradient
+from ephemera.backbone import Backbone, describe
+from ephemera.config import DataSettings, TrainScaleNet
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll, pad
@@ -30,7 +29,8 @@ from ephemera.scoring import (
 )
 from ephemera.tasks import load_dataset
 from ephemera.training.card import write_card
-from ephemera.training.loop import Schedule, clear, train
+from ephemera.training.loop import Schedule, train
+from ephemera.training.run import begin, kept_settings, open_run
 
 NORMALIZATION_PROMPTS = 512
 AVERAGED_PROMPTS = 64
@@ -59,6 +59,10 @@ class ScaleNetTrainee:
         self.batch_size = batch_size
         self.clip_prompt = clip_prompt
         self.seed = seed
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        return {"": 1.0}
 
     def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
         K = random.Random(f"{self.seed}:{step}").randint(0, self.network.max_steps)
@@ -122,6 +126,17 @@ def scalenet_backward(
     lora = init(backbone, batch, [seed] * len(rows))
     trace = adapt(backbone, batch, lora, network, K, keep_grads=True)
     nll_B, answer_grads = answer_gradient(backbone, rows, trace.lora)
+    used = rates_backward(trace, nll_B, answer_grads, clip=clip)
+    return {
+        "K": K,
+        "nll": nll_B[used].mean().item() if bool(used.any()) else float("nan"),
+        "prompt_nll_first": trace.prompt_nll_BK[:, 0].mean().item(),
+        "non_finite": len(rows) - int(used.sum()),
+    }
+
+
+def rates_backward(trace: Trace, nll_B: Tensor, answer_grads: Sequence[Tensor], *, clip: float | None) -> Tensor:
+    """Leave the batch's mean meta-gradient in ScaleNet; which rows were usable: bool [B]."""
     drates_BKM = meta_gradient(answer_grads, trace.grads)
     usable_B = ~trace.fallback_B & nll_B.isfinite() & drates_BKM.isfinite().flatten(1).all(1)
     drates_BKM = torch.where(usable_B[:, None, None], drates_BKM, 0.0)
@@ -129,14 +144,8 @@ def scalenet_backward(
         norm_B = (drates_BKM * trace.rates_BKM.detach()).flatten(1).norm(dim=1)
         drates_BKM = drates_BKM * (clip / norm_B.clamp(min=clip))[:, None, None]
     rates_BKM = torch.where(usable_B[:, None, None], trace.rates_BKM, 0.0)
-    rates_BKM.backward(drates_BKM.to(rates_BKM.dtype) / len(rows))
-    used = int(usable_B.sum())
-    return {
-        "K": K,
-        "nll": nll_B[usable_B].mean().item() if used else float("nan"),
-        "prompt_nll_first": trace.prompt_nll_BK[:, 0].mean().item(),
-        "non_finite": len(rows) - used,
-    }
+    rates_BKM.backward(drates_BKM.to(rates_BKM.dtype) / len(nll_B))
+    return usable_B
 
 
 def averaged_rate(
@@ -175,18 +184,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     """`ephemera train scalenet`: returns the folder of the trained network, `<output>/network`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    accelerator = Accelerator(
-        cpu=config.model.device == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder)
-    )
-    if config.trackers:
-        accelerator.init_trackers("ephemera", config=config.model_dump())
-    backbone = load_backbone(
-        config.model.name,
-        dtype=config.model.dtype,
-        device=config.model.device or accelerator.device,
-        target_modules=config.model.lora.target_modules,
-        attn_implementation=config.model.attn_implementation,
-    )
+    accelerator, backbone = open_run(config, folder, config.model.lora.target_modules)
     init = ZeroInit(**config.model.lora.model_dump(exclude={"target_modules"}))
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
     config = _settle(config, folder, backbone, init, validation, accelerator, resume=resume)
@@ -215,11 +213,12 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
     if accelerator.is_main_process:
         network.save_pretrained(folder / "network")
-        average = averaged_rate(
-            backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
-        )
-        average.save_pretrained(folder / "network" / "averaged")
         write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
+        if config.scalenet.granularity == "layer":
+            average = averaged_rate(
+                backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
+            )
+            average.save_pretrained(folder / "network" / "averaged")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers, and ends the process group: nothing may wait after it
     return folder / "network"
@@ -236,11 +235,10 @@ def _settle(
     resume: bool,
 ) -> TrainScaleNet:
     """Fill in the base rates, and keep the whole configuration beside the run; a resumed run reads it."""
-    saved = folder / "config.json"
-    if resume and saved.exists():
-        kept = check_config(TrainScaleNet, json.loads(saved.read_text()))
-        _check_same(kept, config, folder)
+    kept = kept_settings(config, folder) if resume else None
+    if kept is not None:
         return kept
+    tables = {}
     if config.scalenet.base_rates is None:
         rates, tables = search_base_rates(
             backbone,
@@ -256,30 +254,5 @@ def _settle(
             f"scalenet.base_rates has {len(config.scalenet.base_rates)} rates for scalenet.max_steps="
             f"{config.scalenet.max_steps}; give one per step."
         )
-    else:
-        tables = {}
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        clear(folder)
-        if tables:
-            (folder / "base_rates.json").write_text(json.dumps(tables, indent=1) + "\n")
-        scratch = saved.with_suffix(".partial")
-        scratch.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-        scratch.replace(saved)
-        (folder / "config.yaml").write_text(dump_yaml(config))
-    accelerator.wait_for_everyone()
+    begin(config, folder, accelerator, beside={"base_rates": tables} if tables else None)
     return config
-
-
-def _check_same(kept: TrainScaleNet, given: TrainScaleNet, folder: Path) -> None:
-    """A resumed run goes on with its own settings; others would be ignored, so they are refused."""
-    if given.scalenet.base_rates is None:  # searched by the first run, and kept
-        scalenet = given.scalenet.model_copy(update={"base_rates": kept.scalenet.base_rates})
-        given = given.model_copy(update={"scalenet": scalenet})
-    old, new = kept.model_dump(exclude={"output"}), given.model_dump(exclude={"output"})
-    changed = [key for key in old if old[key] != new[key]]
-    if changed:
-        raise ValueError(
-            f"--resume: the run in {folder} has other settings ({', '.join(changed)} differ). Resume with the settings of "
-            f"{folder / 'config.yaml'}, or give another output."
-        )

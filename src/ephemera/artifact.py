@@ -1,0 +1,77 @@
+"""A trained network on disk: NAME.json beside NAME.safetensors, each whole or not at all, made for one model."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ephemera.backbone import Backbone, describe
+from ephemera.errors import unknown
+
+NETWORKS = Path(__file__).parent / "networks"
+Made = TypeVar("Made")
+
+
+def shipped(name: str) -> list[str]:
+    """The networks of one kind ("rate", "generator") that come with the package."""
+    return sorted(p.parent.name for p in NETWORKS.glob(f"*/{name}.json"))
+
+
+def find(spec: str | Path, name: str, *, also: list[str]) -> Path:
+    """The folder of a shipped name or a path; ValueError names what there is (`also`: what else is allowed)."""
+    folder = NETWORKS / spec if (NETWORKS / spec / f"{name}.json").exists() else Path(spec).expanduser()
+    if not (folder / f"{name}.json").exists():
+        if folder.is_dir():
+            raise ValueError(f"{folder} holds no {name}: {name}.json and {name}.safetensors are expected there.")
+        raise unknown(name, str(spec), [*shipped(name), *also])
+    return folder
+
+
+def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save_file({key: t.contiguous().cpu() for key, t in state.items()}, Path(scratch) / f"{name}.safetensors")
+        (Path(scratch) / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
+        for suffix in (".safetensors", ".json"):
+            os.replace(Path(scratch) / f"{name}{suffix}", folder / f"{name}{suffix}")
+
+
+def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tensor]], Made]) -> Made:
+    """What `make` builds from the configuration and tensors; ValueError where they are not intact."""
+    try:
+        return make(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the {name} in {folder} is corrupt or incomplete ({reason}). "
+            f"It needs an intact {name}.json and {name}.safetensors; take them from a backup or train again."
+        ) from error
+
+
+def check_model(trained_for: dict[str, Any], backbone: Backbone, what: str) -> None:
+    """ValueError if `backbone` is not the model that a network was trained for; both are named."""
+    if trained_for.get("projections") != [p.name for p in backbone.projections]:
+        raise ValueError(
+            f"this {what} was trained for {trained_for['name']} ({len(trained_for['projections'])} projections, first "
+            f"{trained_for['projections'][0]}); the model at hand is {backbone.name} ({len(backbone.projections)} "
+            f"projections, first {backbone.projections[0].name}). Use that model, or train one for this."
+        )
+    if trained_for["fingerprint"] != backbone.fingerprint():
+        raise ValueError(
+            f"this {what} was trained for {trained_for['name']} ({_short(trained_for)}); the model at hand is "
+            f"{backbone.name} ({_short(describe(backbone))}). Use that model, or train one for this."
+        )
+
+
+def _short(description: dict[str, Any]) -> str:
+    return (
+        f"{description['model_type']}, hidden size {description['hidden_size']}, weights {description['fingerprint']}"
+    )

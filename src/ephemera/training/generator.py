@@ -1,0 +1,188 @@
+"""Training the generator end to end through the frozen model (TaskWeaver 4.3), alone or with a ScaleNet."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ephemera.adapt import adapt
+from ephemera.backbone import DTYPES, Backbone, describe
+from ephemera.config import JointSettings, TrainGenerator
+from ephemera.generator import LoraGenerator, load_generator
+from ephemera.lora import LoraBatch
+from ephemera.rates import ScaleNet
+from ephemera.scoring import Encoded, answer_nll, batches_of, prompt_batch, training_representations
+from ephemera.training.card import write_generator_card
+from ephemera.training.loop import Schedule, train
+from ephemera.training.mixture import mix, task_rows
+from ephemera.training.run import begin, kept_settings, open_run
+from ephemera.training.scalenet import answer_gradient, rates_backward
+
+NORMALIZATION_PROMPTS = 256
+VALIDATION_BATCH = 8
+
+
+class GeneratorTrainee:
+    """A generator under `loop.train`; with a ScaleNet, K in 0..Kmax steps are taken from the generated start.
+
+    Both learn from one answer backward at Phi^(K). With prompt gradients as constants (LDTTA Eq. 17-19)
+    Phi^(K) = Phi^(0) - sum_k rate^(k) g^(k), so dL/dPhi^(0) = dL/dPhi^(K): the generator needs no graph through the steps.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        generator: LoraGenerator,
+        *,
+        validation: dict[str, list[Encoded]],
+        scalenet: ScaleNet | None = None,
+        joint: JointSettings | None = None,
+        seed: int = 0,
+    ):
+        self.backbone = backbone
+        self.generator = generator
+        self.scalenet = scalenet
+        self.joint = joint
+        self.network = nn.ModuleDict({"generator": generator} | ({} if scalenet is None else {"scalenet": scalenet}))
+        self.validation = validation
+        self.seed = seed
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        return {"generator.": 1.0} | ({} if self.joint is None else {"scalenet.": self.joint.learning_rate_factor})
+
+    def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float]:
+        """One prompt forward, K steps, one answer forward and backward."""
+        batch = prompt_batch(self.backbone, rows)
+        start: LoraBatch = self.generator(self.backbone, batch, [0] * len(rows))
+        lora, trace, K = start, None, 0
+        if self.scalenet is not None:
+            K = random.Random(f"{self.seed}:{step}").randint(0, self.scalenet.max_steps)
+            trace = adapt(self.backbone, batch, start, self.scalenet, K, keep_grads=True)
+            lora = trace.lora
+        nll_B, grads = answer_gradient(self.backbone, rows, lora)
+        usable_B = nll_B.isfinite()
+        if trace is not None and self.joint is not None and K:
+            usable_B = rates_backward(trace, nll_B, grads, clip=self.joint.clip_prompt)
+        weights_B11 = (usable_B / len(rows))[:, None, None]
+        # A row that diverged has NaN gradients: zero times NaN would spoil the others.
+        kept = [torch.where(usable_B[:, None, None], g, 0.0) * weights_B11 for g in grads]
+        torch.autograd.backward(start.tensors, kept)
+        used = int(usable_B.sum())
+        return {
+            "K": K,
+            "nll": nll_B[usable_B].mean().item() if used else float("nan"),
+            "non_finite": len(rows) - used,
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean answer NLL of each task; with a neighbour's adapter (does it ignore its input?); after one step."""
+        report: dict[str, float] = {}
+        own, swapped, stepped = [], [], []
+        for task, rows in self.validation.items():
+            nlls = []
+            for some in batches_of(rows, VALIDATION_BATCH):
+                batch = prompt_batch(self.backbone, some)
+                lora: LoraBatch = self.generator(self.backbone, batch, [0] * len(some))
+                nlls.append(answer_nll(self.backbone, some, lora))
+                swapped.append(answer_nll(self.backbone, some, lora.rows(torch.arange(len(some)).roll(1))))
+                if self.scalenet is not None:
+                    trace = adapt(self.backbone, batch, lora, self.scalenet, 1)
+                    stepped.append(answer_nll(self.backbone, some, trace.lora))
+            report[f"validation_nll_{task}"] = torch.cat(nlls).mean().item()
+            own += nlls
+        report["validation_nll"] = torch.cat(own).mean().item()
+        report["validation_nll_swapped"] = torch.cat(swapped).mean().item()
+        if stepped:
+            report["validation_nll_1"] = torch.cat(stepped).mean().item()
+        return report
+
+
+@torch.no_grad()
+def fit_states(backbone: Backbone, generator: LoraGenerator, rows: Sequence[Encoded]) -> None:
+    states = [generator.state_BH(backbone, prompt_batch(backbone, some)) for some in batches_of(rows, 8)]
+    generator.fit_normalization(torch.cat(states))
+
+
+def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
+    """`ephemera train generator`: returns `<output>/network`; a ScaleNet trained with it lies in `<output>/scalenet`."""
+    torch.manual_seed(config.optimizer.seed)
+    folder = Path(config.output)
+    generator = None if config.start is None else load_generator(config.start).requires_grad_(True)
+    targets = config.model.lora.target_modules if generator is None else generator.target_modules
+    accelerator, backbone = open_run(config, folder, targets)
+    kept = kept_settings(config, folder) if resume else None
+    config = kept or config.model_copy(deep=True)
+    if kept is None:
+        begin(config, folder, accelerator)
+    lora = config.model.lora
+    by_task, validation = task_rows(backbone, config.train), task_rows(backbone, config.validation)
+    rows = mix(by_task, config.train, config.optimizer.samples)
+    if config.train.stop != "samples":
+        config.optimizer.samples = len(rows)
+    some = random.Random(config.optimizer.seed).sample(rows, min(NORMALIZATION_PROMPTS, len(rows)))
+    if generator is None:
+        generator = LoraGenerator(
+            projections=backbone.projections,
+            state_size=backbone.hidden_size,
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            init_std=lora.init_std,
+            target_modules=targets,
+            trained_for=describe(backbone),
+            **config.generator.model_dump(exclude={"save_dtype"}),
+        )
+        fit_states(backbone, generator, some)
+    else:
+        generator.check(backbone)
+    scalenet = _scalenet(backbone, config, some) if config.scalenet else None
+    trainee = GeneratorTrainee(
+        backbone,
+        generator.to(backbone.device).train(),
+        validation=validation,
+        scalenet=scalenet,
+        joint=config.scalenet,
+        seed=config.optimizer.seed,
+    )
+    schedule = Schedule(config.checkpoint_every, config.validate_every)
+    train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
+    if accelerator.is_main_process:
+        generator.save_pretrained(folder / "network", dtype=DTYPES[config.generator.save_dtype])
+        if scalenet is not None:
+            scalenet.save_pretrained(folder / "scalenet")
+        write_generator_card(
+            folder / "network",
+            folder,
+            config,
+            describe(backbone),
+            parameters=sum(p.numel() for p in generator.parameters()),
+            counts={task: len(found) for task, found in by_task.items()},
+            validated=sum(map(len, validation.values())),
+        )
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder / "network"
+
+
+def _scalenet(backbone: Backbone, config: TrainGenerator, rows: Sequence[Encoded]) -> ScaleNet:
+    settings = config.scalenet
+    assert settings is not None
+    if settings.base_rates is None or len(settings.base_rates) != settings.max_steps:
+        raise ValueError(
+            f"scalenet.base_rates should hold {settings.max_steps} rates (scalenet.max_steps), the first bold, the others "
+            f"small, e.g. [1, 0.001, ...]; got {settings.base_rates}."
+        )
+    network = ScaleNet(
+        hidden_size=backbone.hidden_size,
+        projections=len(backbone.projections),
+        trained_for=describe(backbone),
+        **settings.model_dump(exclude={"max_steps", "base_rates", "learning_rate_factor", "clip_prompt"}),
+        base_rates=settings.base_rates,
+    )
+    network.fit_normalization(training_representations(backbone, rows).cpu())
+    return network.to(backbone.device)

@@ -1,0 +1,79 @@
+"""Rows of several tasks in chosen proportions."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+
+from ephemera.backbone import Backbone
+from ephemera.config import MixtureSettings, MixtureTask
+from ephemera.scoring import Encoded, encode_examples
+from ephemera.tasks import load_dataset
+
+
+def task_rows(backbone: Backbone, settings: MixtureSettings) -> dict[str, list[Encoded]]:
+    """Each task's rows as token ids; what was left out is said."""
+    found = {}
+    for entry in settings.tasks:
+        data = load_dataset(
+            entry.task,
+            split=settings.split,
+            source=source_of(entry, settings.source),
+            limit=settings.limit,
+            seed=settings.seed,
+        )
+        rows, long = encode_examples(
+            backbone,
+            data.examples,
+            chat=settings.format == "chat",
+            max_tokens=settings.max_tokens,
+            system=data.task.system,
+        )
+        found[entry.task] = rows
+        print(
+            f"{entry.task} {settings.split}: {len(rows)} rows from {data.source} "
+            f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
+            file=sys.stderr,
+        )
+    return found
+
+
+def source_of(entry: MixtureTask, pattern: str | None) -> str | None:
+    """A task's own source, else the common one with {task} filled in."""
+    return entry.source or fill(pattern, entry.task)
+
+
+def fill(pattern: str | None, task: str) -> str | None:
+    """`data/{task}` and arc-easy -> data/arc_easy"""
+    return None if pattern is None else pattern.replace("{task}", task.replace("-", "_"))
+
+
+def mix(rows: dict[str, list[Encoded]], settings: MixtureSettings, samples: int) -> list[Encoded]:
+    """One pass of training rows: drawn task by task with the given weights, each task's rows shuffled.
+
+    A task that is used up starts over. `stop` says when the pass ends: after `samples` rows, or when the first, or
+    every, task has been used up once.
+    """
+    rng = random.Random(f"mixture:{settings.seed}")
+    names = [entry.task for entry in settings.tasks]
+    weights = [entry.weight for entry in settings.tasks]
+    orders: dict[str, list[int]] = {name: [] for name in names}
+    exhausted: set[str] = set()
+    mixed: list[Encoded] = []
+    while not _done(settings.stop, mixed, exhausted, names, samples):
+        name = rng.choices(names, weights)[0]
+        if not orders[name]:
+            orders[name] = rng.sample(range(len(rows[name])), len(rows[name]))
+        mixed.append(rows[name][orders[name].pop()])
+        if not orders[name]:
+            exhausted.add(name)
+    return mixed
+
+
+def _done(stop: str, mixed: Sequence[Encoded], exhausted: set[str], names: Sequence[str], samples: int) -> bool:
+    if stop == "first_exhausted":
+        return bool(exhausted)
+    if stop == "all_exhausted":
+        return len(exhausted) == len(names)
+    return len(mixed) >= samples

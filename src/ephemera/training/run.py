@@ -1,0 +1,73 @@
+"""What every training command does first: processes, model, and the run's folder with its settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+
+from ephemera.backbone import Backbone, load_backbone
+from ephemera.config import TrainGenerator, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
+from ephemera.training.loop import clear
+
+Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora)
+
+
+def open_run(
+    config: TrainScaleNet | TrainGenerator | TrainTaskLora, folder: Path, targets: str | list[str]
+) -> tuple[Accelerator, Backbone]:
+    """The accelerator, with its trackers, and the frozen model on its device."""
+    accelerator = Accelerator(
+        cpu=config.model.device == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder)
+    )
+    if config.trackers:
+        accelerator.init_trackers("ephemera", config=config.model_dump())
+    backbone = load_backbone(
+        config.model.name,
+        dtype=config.model.dtype,
+        device=config.model.device or accelerator.device,
+        target_modules=targets,
+        attn_implementation=config.model.attn_implementation,
+    )
+    return accelerator, backbone
+
+
+def kept_settings(config: Settings, folder: Path) -> Settings | None:
+    """The settings of the run that a resumed one goes on with; others would be ignored, so they are refused."""
+    saved = folder / "config.json"
+    if not saved.exists():
+        return None
+    kept = check_config(type(config), json.loads(saved.read_text()))
+    old, new = kept.model_dump(exclude={"output"}), config.model_dump(exclude={"output"})
+    searched = old.get("scalenet") and new.get("scalenet")
+    if searched and new["scalenet"]["base_rates"] is None:  # searched by the first run, and kept
+        new["scalenet"]["base_rates"] = old["scalenet"]["base_rates"]
+    changed = [key for key in old if old[key] != new[key]]
+    if changed:
+        raise ValueError(
+            f"--resume: the run in {folder} has other settings ({', '.join(changed)} differ). Resume with the settings of "
+            f"{folder / 'config.yaml'}, or give another output."
+        )
+    return kept
+
+
+def begin(
+    config: TrainScaleNet | TrainGenerator | TrainTaskLora,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    beside: dict[str, Any] | None = None,
+) -> None:
+    """Make way for a new run, and keep its whole configuration (and what stands `beside` it) in its folder."""
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear(folder)
+        for name, value in (beside or {}).items():
+            (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+        scratch = folder / "config.partial"
+        scratch.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        scratch.replace(folder / "config.json")
+        (folder / "config.yaml").write_text(dump_yaml(config))
+    accelerator.wait_for_everyone()
