@@ -14,8 +14,7 @@ from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, encode_answer, encode_prompt
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
-from ephemera.model import BATCH_TOKENS_CPU
-from ephemera.objective import length_batches, pad
+from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.rates import FixedRate
 from ephemera.scoring import Encoded
 
@@ -42,7 +41,9 @@ def initial_lora(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> LoraBa
 
 def adapt_batched(backbone: Backbone, prompts: Sequence[Sequence[int]], steps: int) -> LoraBatch:
     """As `AdaptiveLM.adapt` does it: batches by length, padding, init, K steps. Rows in the order given."""
-    batches = length_batches([len(ids) for ids in prompts], batch_size=len(prompts), max_tokens=BATCH_TOKENS_CPU)
+    batches = length_batches(
+        [len(ids) for ids in prompts], batch_size=len(prompts), max_tokens=batch_tokens(backbone.device)
+    )
     adapted = []
     for rows in batches:
         batch = pad([prompts[i] for i in rows], pad_id=backbone.pad_id).to(backbone.device)

@@ -10,7 +10,20 @@ import ephemera
 SRC = Path(ephemera.__file__).parent
 # From the ground up; a module may import what stands before it, a package's modules their neighbours.
 LAYERS = (
-    *("errors", "store", "lora", "objective", "backbone", "artifact", "inits", "generator", "rates", "adapt", "prefill", "export"),
+    *(
+        "errors",
+        "store",
+        "lora",
+        "objective",
+        "backbone",
+        "artifact",
+        "inits",
+        "generator",
+        "rates",
+        "adapt",
+        "prefill",
+        "export",
+    ),
     *("tasks", "scoring", "config", "model"),
     *("training", "evaluation", "serving"),
     *("doctor", "demo", "cli", "__main__"),

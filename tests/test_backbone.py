@@ -69,6 +69,15 @@ def test_named_modules_are_taken_as_they_are():
     assert [p.out_features for p in find_projections(tiny_model("llama"), "down_proj")] == [32, 32]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_linear_modules_of_the_layers(architecture):
+    model = tiny_model(architecture)
+    want = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in name}
+    have = [p.module for p in find_projections(model, "all-linear")]
+    assert set(have) == want
+    assert len(have) == len(want)
+
+
 def test_no_module_found_names_what_there_is():
     with pytest.raises(ValueError, match=r"target_modules='qkv_projj' in LlamaForCausalLM.*down_proj.*q_proj"):
         find_projections(tiny_model("llama"), "qkv_projj")

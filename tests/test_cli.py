@@ -13,9 +13,25 @@ import pytest
 import typer
 
 from ephemera import cli
-from ephemera.config import Evaluate, TrainScaleNet, load_config
+from ephemera.config import (
+    Analyse,
+    Benchmark,
+    Evaluate,
+    TrainGenerator,
+    TrainScaleNet,
+    TrainTaskLora,
+    load_config,
+)
 
 ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "train scalenet": TrainScaleNet,
+    "train generator": TrainGenerator,
+    "train lora": TrainTaskLora,
+    "evaluate": Evaluate,
+    "benchmark": Benchmark,
+    "analyse": Analyse,
+}
 
 
 def commands() -> dict[str, click.Command]:
@@ -58,7 +74,7 @@ def test_every_documented_command_parses(line, tmp_path, monkeypatch):
     assert name, f"{line!r} names no command"
     context = commands()[name].make_context(name, arguments)
     params = context.params
-    kind = {"train scalenet": TrainScaleNet, "evaluate": Evaluate}.get(name)
+    kind = SETTINGS.get(name)
     if kind is not None:
         config = params["config"]
         load_config(kind, str(ROOT / config) if config else None, list(params["set_"] or []))
@@ -71,8 +87,9 @@ def test_every_command_has_examples():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_config_loads(path):
-    kind = Evaluate if path.stem.startswith("evaluate") else TrainScaleNet
-    load_config(kind, str(path))
+    """As the setting of the command that its first lines name."""
+    command = re.findall(rf"ephemera (train \w+|\w+) --config configs/{path.name}", path.read_text())[0]
+    load_config(SETTINGS[command], str(path))
 
 
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:

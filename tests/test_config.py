@@ -1,9 +1,20 @@
 import pytest
 import yaml
 
-from ephemera.config import Evaluate, Settings, TrainScaleNet, check_config, dump_yaml, load_config
+from ephemera.config import (
+    Analyse,
+    Benchmark,
+    Evaluate,
+    Settings,
+    TrainGenerator,
+    TrainScaleNet,
+    TrainTaskLora,
+    check_config,
+    dump_yaml,
+    load_config,
+)
 
-KINDS = (TrainScaleNet, Evaluate)
+KINDS = (TrainScaleNet, TrainGenerator, TrainTaskLora, Evaluate, Benchmark, Analyse)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,3 +115,13 @@ def test_every_settings_class_refuses_unknown_keys():
     for kind in classes:
         with pytest.raises(ValueError, match="unknown setting 'zzz'"):
             check_config(kind, {"zzz": 1})
+
+
+def test_mistakes_inside_optional_parts_and_lists():
+    with pytest.raises(ValueError, match=r"unknown setting 'scalenet.mlp_sise'. Did you mean 'mlp_size'\?"):
+        load_config(TrainGenerator, None, ["scalenet={mlp_sise: 3}"])
+    with pytest.raises(ValueError, match=r"unknown setting 'train.tasks.0.tsk'. Did you mean 'task'\?"):
+        load_config(TrainGenerator, None, ["train.tasks=[{tsk: own}]"])
+    scalenet = load_config(TrainGenerator, None, ["scalenet.max_steps=3"]).scalenet
+    assert scalenet is not None
+    assert scalenet.max_steps == 3

@@ -20,7 +20,7 @@ from ephemera.evaluation.records import RECORDS, RUN, Record, RecordFile, read_r
 from ephemera.evaluation.report import write_report
 from ephemera.inits import ZeroInit
 from ephemera.rates import ScaleNet
-from ephemera.scoring import batches_of, encode_examples, prompt_batch
+from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import load_dataset
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "big", "red", "house", "what", "is", "who"]
@@ -87,35 +87,37 @@ def setting(tmp_path):
 def run(setting: dict, output: Path, **more) -> dict[tuple, dict]:
     """The run's records, without the one field that is a measurement of time."""
     folder = evaluate(Evaluate(**{**setting, **more, "output": str(output)}))
-    records = read_records(folder / RECORDS)
+    records = read_records(folder / RECORDS, Record)
     assert len({(r.method, r.K, r.id) for r in records}) == len(records)
     return {(r.method, r.K, r.id): r.model_dump(exclude={"seconds"}) for r in records}
 
 
 def test_records_resume(tmp_path):
-    file = RecordFile(tmp_path)
+    file = RecordFile(tmp_path, Record)
     file.add([record("none", 0, "a", 1.0, text="line\u2028separator"), record("none", 0, "b", 2.0)])
     with file.path.open("ab") as raw:  # a write that was cut off, inside a character
         raw.write('{"method":"none","K":0,"id":"c","text":"é'.encode()[:-1])
-    again = RecordFile(tmp_path)
+    again = RecordFile(tmp_path, Record)
     assert [r.id for r in again.records] == ["a", "b"]
     again.add([record("none", 0, "b", 9.0), record("none", 0, "c", 3.0), record("none", 0, "c", 3.0)])
-    assert [(r.id, r.nll) for r in read_records(again.path)] == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
-    assert again.has("none", 0, ["a", "c"])
-    assert not again.has("none", 0, ["a", "d"])
+    assert [(r.id, r.nll) for r in read_records(again.path, Record)] == [("a", 1.0), ("b", 2.0), ("c", 3.0)]
+    assert again.has([("none", 0, "a"), ("none", 0, "c")])
+    assert not again.has([("none", 0, "a"), ("none", 0, "d")])
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    RecordFile(tmp_path).add([record("none", 0, "a", 1.0)])
+    RecordFile(tmp_path, Record).add([record("none", 0, "a", 1.0)])
     path = tmp_path / RECORDS
     path.write_text("{]\n" + path.read_text())
     with pytest.raises(ValueError, match=r"records\.jsonl:1 is not a record"):
-        read_records(path)
+        read_records(path, Record)
 
 
 def test_records_of_a_diverged_prompt_can_be_read_again(tmp_path):
-    RecordFile(tmp_path).add([record("fixed", 2, "a", 1.0, prompt_nll=[3.0, float("nan")], rates=[[float("inf")]])])
-    (again,) = RecordFile(tmp_path).records
+    RecordFile(tmp_path, Record).add(
+        [record("fixed", 2, "a", 1.0, prompt_nll=[3.0, float("nan")], rates=[[float("inf")]])]
+    )
+    (again,) = RecordFile(tmp_path, Record).records
     assert np.isnan(again.prompt_nll[1])
     assert again.rates == [[float("inf")]]
 
@@ -138,7 +140,7 @@ def test_an_interrupted_grid_resumes_to_the_same_records(setting, tmp_path, monk
             run(setting, tmp_path / "parts")
     assert stop.value.code == 130
     path = tmp_path / "parts" / RECORDS
-    assert len(read_records(path)) == 6
+    assert len(read_records(path, Record)) == 6
     path.write_bytes(path.read_bytes()[:-20])
     parts = run(setting, tmp_path / "parts")
     assert parts == whole
@@ -185,7 +187,7 @@ def test_swapped_answers_with_the_neighbours_adapter(setting, tmp_path):
     data = load_dataset("own", source=setting["data"]["source"])
     rows, _ = encode_examples(backbone, data.examples, chat=False, max_tokens=1024)
     runs = grid.Grid(backbone, ZeroInit(), {"layerwise": network}, {}, seed=0)
-    batches = grid._at_least_two(batches_of(rows, 3))
+    batches = grid._at_least_two(batches_of(backbone, rows, 3))
     assert sorted(len(batch) for batch in batches) == [3, 4]
     for batch in batches:
         alone = [runs.adapt([row], "layerwise", 2).lora for row in batch]
@@ -221,3 +223,11 @@ def test_a_report_of_a_real_run(setting, tmp_path):
     page = write_report(tmp_path / "run")
     assert not (tmp_path / "run" / "figures" / "fig4.png").exists()  # no layer-wise records
     assert "fixed 5e-2, K = 2" in page.read_text()
+
+
+def test_no_batch_is_of_one():
+    a, b, c, d, e = (Encoded(name, [1], [1]) for name in "abcde")
+    assert grid._at_least_two([[a], [b, c]]) == [[a, b, c]]
+    assert grid._at_least_two([[a, b], [c], [d]]) == [[a, b, c, d]]
+    assert grid._at_least_two([[a, b], [c, d], [e]]) == [[a, b], [c, d, e]]
+    assert grid._at_least_two([[a]]) == [[a]]

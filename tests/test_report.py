@@ -57,7 +57,7 @@ def synthetic(folder: Path, *, text: str = "an <i>answer</i> & http://example.or
                     more = {**words, "rates": random.lognormal(0, 2, (K, 6)).tolist()}
                 nll = float("inf") if (method, K, i) == ("uniform", 2, "0") else base * random.uniform(0.6, 1.1)
                 records.append(record(method, K, i, nll, **more))
-    RecordFile(folder).add(records)
+    RecordFile(folder, Record).add(records)
     return folder
 
 
@@ -125,7 +125,7 @@ def test_the_tables_state_numbers_and_conditions(tmp_path):
 def test_figures_and_samples_of_an_unfinished_run(tmp_path):
     folder = synthetic(tmp_path / "run")
     (folder / RECORDS).unlink()
-    RecordFile(folder).add([record("fixed", 1, "a", 1.0), record("fixed", 2, "a", 1.0)])
+    RecordFile(folder, Record).add([record("fixed", 1, "a", 1.0), record("fixed", 2, "a", 1.0)])
     write_report(folder)
     assert samples([record("none", 0, "a", 1.0, text="t")]) == []
 

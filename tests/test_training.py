@@ -499,7 +499,15 @@ def test_two_processes_train_to_the_same_weights(material, finished, tmp_path):
     folder = tmp_path / "run"
     config = tmp_path / "config.json"
     config.write_text(settings(material, folder).model_dump_json())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = [*command, "-m", "ephemera", "train", "scalenet", "--config", str(config)]
     result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)

@@ -31,6 +31,7 @@ MODULE_NAMES = {
 }
 FUSED_NAMES = ("query_key_value", "qkv_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ALL_LINEAR = "all-linear"  # as PEFT calls it
 TARGETS = {"qv": ("q", "v"), "attention": ("q", "k", "v", "o")}
 
 
@@ -229,8 +230,9 @@ def _resolve(name: str) -> Path:
 def find_projections(model: nn.Module, targets: str | Sequence[str] = "qv") -> tuple[Projection, ...]:
     """The projections that adapters sit on, top layer last, in the order of `targets` within a layer.
 
-    `targets` is "qv" (the papers' default), "attention", or module names ("q_proj", "up_proj",
-    "query_key_value", ...), of which a fused one is adapted whole. Shapes are read from the modules.
+    `targets` is "qv" (the papers' default), "attention", "all-linear" (every linear module of a layer), or module
+    names ("q_proj", "up_proj", "query_key_value", ...). A fused module is adapted whole by the latter two. Shapes
+    are read from the modules.
     """
     kinds = TARGETS.get(targets) if isinstance(targets, str) else None
     wanted = [targets] if isinstance(targets, str) else list(targets)
@@ -239,13 +241,15 @@ def find_projections(model: nn.Module, targets: str | Sequence[str] = "qv") -> t
         match = re.search(r"(.*?\.\d+)\.", path + ".")
         if match and _features(module) is not None:
             layers.setdefault(match.group(1), []).append((path, module))
+    if targets == ALL_LINEAR:
+        wanted = list(dict.fromkeys(path.rpartition(".")[2] for modules in layers.values() for path, _ in modules))
     found: list[Projection] = []
     layer = 0
     for modules in layers.values():
         here: list[Projection] = []
         if kinds is None:
             for target in wanted:
-                here += [_whole(path, m, target, layer) for path, m in modules if path.endswith(f".{target}")]
+                here += [_whole(path, m, target, layer) for path, m in modules if f".{path}".endswith(f".{target}")]
         else:
             for kind in kinds:
                 here += _of_kind(model, modules, kind, layer)

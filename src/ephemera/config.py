@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,9 @@ class LoraSettings(Settings):
     r: int = Field(default=4, ge=1, description="rank of each adapter (LDTTA 4.1)")
     lora_alpha: float = Field(default=16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
     init_std: float = Field(default=1e-2, ge=0, description="deviation of A at the start; B starts at zero")
-    target_modules: str | list[str] = Field(default="qv", description='"qv", "attention", or module names')
+    target_modules: str | list[str] = Field(
+        default="qv", description='"qv", "attention", "all-linear", or module names'
+    )
 
 
 class ModelSettings(Settings):
@@ -86,6 +88,7 @@ class TrainScaleNet(Settings):
 
     output: str = Field(default="runs/scalenet", description="folder of checkpoints, metrics and the trained network")
     model: ModelSettings = ModelSettings()
+    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
     train: DataSettings = DataSettings(split="train")
     validation: DataSettings = DataSettings(split="validation", limit=200)
     scalenet: ScaleNetSettings = ScaleNetSettings()
@@ -126,6 +129,16 @@ class MixtureSettings(Settings):
     )
     format: Literal["plain", "chat"] = Field(default="plain", description="prompts as they are, or as chat messages")
     max_tokens: int = Field(default=512, ge=2, description="longer rows are left out, and counted")
+
+
+def source_of(entry: MixtureTask, pattern: str | None) -> str | None:
+    """A task's own source, else the common one with {task} filled in."""
+    return entry.source or fill(pattern, entry.task)
+
+
+def fill(pattern: str | None, task: str) -> str | None:
+    """`data/{task}` and arc-easy -> data/arc_easy"""
+    return None if pattern is None else pattern.replace("{task}", task.replace("-", "_"))
 
 
 class GeneratorSettings(Settings):
@@ -182,6 +195,7 @@ class Evaluate(Settings):
 
     output: str = Field(default="runs/evaluate", description="folder of records, tables and figures")
     model: ModelSettings = ModelSettings()
+    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
     methods: list[Method] = Field(default=list(METHODS), description="rows of the grid")
@@ -202,6 +216,58 @@ class Evaluate(Settings):
     generate_methods: list[Method] = Field(default=["none", "layerwise"], description="methods that generate")
     batch_size: int = Field(default=16, ge=2, description="prompts that adapt together")
     seed: int = Field(default=0, description="seed of the adapters' start")
+
+
+class Variant(Settings):
+    name: str = Field(description="how tables call it")
+    init: str | None = Field(
+        default=None,
+        description="generator (folder or shipped name) or PEFT folder, {task} filled in; default: the zero start",
+    )
+    rate: str | None = Field(default=None, description="shipped name, folder or number; needed where steps > 0")
+    steps: int = Field(default=0, ge=0, description="gradient steps on the prompt")
+
+
+class BenchmarkData(MixtureSettings):
+    split: str = Field(default="test", description="train, validation or test")
+    limit: int | None = Field(default=100, ge=1, description="rows of each task, drawn at random")
+    fraction: float | None = Field(default=None, gt=0, le=1, description="share of each task's rows, instead of limit")
+    max_tokens: int = Field(default=1024, ge=2, description="longer rows are left out, and counted")
+
+
+class Benchmark(Settings):
+    """`ephemera benchmark`: accuracy of models x variants on tasks (TaskWeaver Table 2)"""
+
+    output: str = Field(default="runs/benchmark", description="folder of records and tables")
+    models: list[ModelSettings] = Field(default=[ModelSettings()], min_length=1, description="rows of the table")
+    variants: list[Variant] = Field(default=[Variant(name="Base")], min_length=1, description="of each model")
+    data: BenchmarkData = BenchmarkData()
+    scoring: list[Literal["choices", "generate"]] = Field(
+        default=["choices", "generate"], description="log-probability of each choice; generate and read the answer"
+    )
+    temperature: float = Field(default=0.0, ge=0, description="of generation; 0 is greedy")
+    samples: int = Field(default=1, ge=1, description="answers per prompt, for pass@k and the majority vote")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: each task's own")
+    repeats: int = Field(default=1, ge=1, description="whole evaluations, each with its own seed")
+    allow_code_execution: bool = Field(default=False, description="run generated code (humaneval, mbpp), with limits")
+    batch_size: int = Field(default=8, ge=1, description="prompts at once")
+    seed: int = Field(default=0, description="of the adapters' start and of sampling")
+
+
+class Analyse(Settings):
+    """`ephemera analyse`: what a generator's adapters depend on"""
+
+    output: str = Field(default="runs/analysis", description="folder of records, tables and figures")
+    model: ModelSettings = Field(
+        default=ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0)),
+        description="lora is the generator's own; where this differs, that is said",
+    )
+    generator: str = Field(default="taskweaver", description="folder or shipped name")
+    data: MixtureSettings = Field(
+        default=MixtureSettings(split="test", limit=40), description="weight and stop are for training alone"
+    )
+    batch_size: int = Field(default=8, ge=1, description="prompts at once")
+    seed: int = Field(default=0, description="of controls, shuffled labels and embeddings")
 
 
 Config = TypeVar("Config", bound=Settings)
@@ -258,7 +324,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
-        inner = values.setdefault(key, {})
+        inner = values.get(key)
+        if inner is None:  # a part that is left out by default
+            inner = values[key] = {}
         if not isinstance(inner, dict):
             raise ValueError(f"--set {override!r}: {key} is a single value, it has no parts.")
         values = inner
@@ -276,8 +344,9 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
 
 def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     for part in path:
-        inner = kind.model_fields[str(part)].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
-        kind = inner
+        if isinstance(part, int):  # a place in a list: its kind is already found
+            continue
+        annotation = kind.model_fields[str(part)].annotation
+        # X, X | None, or list[X]
+        (kind,) = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
     return list(kind.model_fields)

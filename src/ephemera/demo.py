@@ -71,7 +71,7 @@ def run(output: Path, rows: int) -> None:
         print(f"{part.title} ...", file=sys.stderr)
         folder = evaluate(_settings(part, output))
         write_report(folder)
-        done.append((part, read_records(folder / RECORDS)))
+        done.append((part, read_records(folder / RECORDS, Record)))
     names = method_names({"config": _settings(done[0][0], output).model_dump(mode="json")})
     for title, style in (("prompts", "bold"), ("K", ""), *((names[m], "") for m in METHODS)):
         table.add_column(title, style=style, justify="left" if title == "prompts" else "right")

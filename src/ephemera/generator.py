@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,12 +35,13 @@ class Module:
 
 
 def modules_of(projections: Sequence[Projection]) -> list[Module]:
-    """Projections of one kind and shape share a head (TaskWeaver 4.2)."""
-    found: dict[tuple[str, int, int], Module] = {}
+    """Projections of one kind and shape share a head (TaskWeaver 4.2); a layer's second such one has its own."""
+    found: dict[tuple[str, int, int, int], Module] = {}
+    seen: Counter[tuple[str, int, int, int]] = Counter()
     for place, p in enumerate(projections):
-        module = found.setdefault(
-            (p.kind, p.in_features, p.out_features), Module(p.kind, p.in_features, p.out_features)
-        )
+        shape = (p.kind, p.in_features, p.out_features)
+        module = found.setdefault((*shape, seen[*shape, p.layer]), Module(*shape))
+        seen[*shape, p.layer] += 1
         module.layers.append(p.layer)
         module.places.append(place)
     return list(found.values())
@@ -163,24 +165,25 @@ class LoraGenerator(nn.Module):
 
     def check(self, backbone: Backbone) -> None:
         """ValueError if it was made for another model, or for other modules of it."""
-        if self.trained_for is not None:
-            artifact.check_model(self.trained_for, backbone, NAME)
         shapes = [[p.kind, p.layer, p.in_features, p.out_features] for p in backbone.projections]
-        if shapes != self.config["projections"]:
+        same = self.trained_for is None or self.trained_for["fingerprint"] == backbone.fingerprint()
+        if shapes != self.config["projections"] and same:
             raise ValueError(
                 f"this generator makes adapters for {self.count} projections ({self.target_modules}); {backbone.name} has "
                 f"{len(shapes)}, of other kinds or shapes. Load the model with target_modules={self.target_modules!r}, "
                 "or train a generator for it."
             )
+        if self.trained_for is not None:
+            artifact.check_model(self.trained_for, backbone, NAME)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write generator.json and generator.safetensors; `dtype=torch.bfloat16` halves the file."""
-        artifact.save(
-            Path(folder),
-            NAME,
-            self.config,
-            {key: t if dtype is None else t.to(dtype) for key, t in self.state_dict().items()},
-        )
+        """Write generator.json and generator.safetensors; `dtype=torch.bfloat16` halves the file.
+
+        The mean and deviation of h stay float32: a feature's mean can be large beside its deviation.
+        """
+        kept = {"mean_H", "std_H"}
+        state = {key: t if dtype is None or key in kept else t.to(dtype) for key, t in self.state_dict().items()}
+        artifact.save(Path(folder), NAME, self.config, state)
 
 
 def select_state(hidden_BTD: Tensor, batch: TokenBatch, source: Source) -> Tensor:

@@ -81,7 +81,7 @@ class PeftInit:
         try:
             config = json.loads((folder / "adapter_config.json").read_text())
             state = load_file(folder / "adapter_model.safetensors")
-            r, lora_alpha, targets = config["r"], config["lora_alpha"], config["target_modules"]
+            r, lora_alpha = config["r"], config["lora_alpha"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{folder} holds no readable PEFT adapter ({str(error).splitlines()[0]}); adapter_config.json and "
@@ -95,12 +95,18 @@ class PeftInit:
                 f"the adapter in {folder} is not a plain LoRA ({', '.join(special) or config.get('peft_type')}); only "
                 "one rank, one lora_alpha and no further trained modules are read."
             )
+        others = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+        if others:
+            raise ValueError(
+                f"the adapter in {folder} holds more than LoRA factors ({others[0]}, ...); only lora_A and lora_B are read."
+            )
         factors = {}
         for key, A_RI in state.items():
             if key.endswith(".lora_A.weight"):
                 module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 factors[module] = (A_RI.float(), state[key.replace("lora_A", "lora_B")].float())
-        names = [targets] if isinstance(targets, str) else sorted(targets)
+        # By the modules that it holds: target_modules may be a pattern, or full paths
+        names = sorted({module.rpartition(".")[2] for module in factors})
         usual = set(names) <= {"q_proj", "v_proj"}
         return PeftInit(factors, r, float(lora_alpha), "qv" if usual else names, folder)
 

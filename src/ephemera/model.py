@@ -18,14 +18,12 @@ from ephemera.export import export_peft
 from ephemera.generator import check_init, load_init, targets_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
-from ephemera.objective import length_batches, pad
+from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
 from ephemera.rates import Rate, load_rate
 
 DEFAULT_STEPS = 3
-# Rows and padded tokens that adapt together. A CPU's caches like small batches of long prompts: at 4,096 tokens eight
-# XSum prompts took 1.8 times as long as at 1,024 (docs/findings.md).
-BATCH_SIZE, BATCH_TOKENS, BATCH_TOKENS_CPU = 16, 16_384, 1024
+BATCH_SIZE = 16  # rows that adapt together
 UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
 FELL_BACK = "non-finite loss or update: answered unadapted"
 
@@ -112,9 +110,9 @@ class AdaptiveLM:
         for key in settings:
             if key not in allowed:
                 raise unknown("lora setting", key, allowed)
+        target_modules = settings.pop("target_modules", None)
         if init is not None and init != "zero" and settings:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
-        target_modules = settings.pop("target_modules", None)
         if init is None or isinstance(init, str | Path):
             init = load_init(init or "zero", **settings)
         target_modules = targets_of(init) or target_modules or "qv"
@@ -265,7 +263,7 @@ class AdaptiveLM:
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""
-        max_tokens = BATCH_TOKENS_CPU if self.backbone.device.type == "cpu" else BATCH_TOKENS
+        max_tokens = batch_tokens(self.backbone.device)
         return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=max_tokens)
 
     def _init(self, init: InitLike) -> Init:

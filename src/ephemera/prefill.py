@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ephemera.backbone import Backbone
 from ephemera.lora import LoraBatch, attach
-from ephemera.objective import TokenBatch, mean_nll, pad, token_nll
+from ephemera.objective import CHUNK_TOKENS, TokenBatch, mean_nll, pad, token_nll
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +40,48 @@ class Prefill:
     @torch.no_grad()
     def answer_nll(self, answers: Sequence[Sequence[int]]) -> Tensor:
         """Mean NLL [B] over each row's answer tokens, given as ids. The cache stays as it was."""
-        device = self.backbone.device
-        answer = pad(answers, side="right", pad_id=self.backbone.pad_id).to(device)
-        hidden_BSD = self.hidden_BTD[:, -1:]
-        S = answer.ids_BT.shape[1]
-        if S > 1:
+        states_ND, targets_N, of_N = self._answer_states(answers)
+        nll_N = token_nll(states_ND, self.backbone.logits, targets_N)
+        sums_B = nll_N.new_zeros(len(answers)).index_add(0, of_N, nll_N)
+        return sums_B / of_N.bincount(minlength=len(answers))
+
+    @torch.no_grad()
+    def score(self, answers: Sequence[Sequence[int]], rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probability in nats of each whole answer [N], and whether greedy decoding would give it: bool [N].
+
+        `answers[n]` continues prompt `rows[n]`; by default there is one answer per prompt, in their order. The
+        cache stays as it was, and answers of one token do not touch it.
+        """
+        states_ND, targets_N, of_N = self._answer_states(answers, rows)
+        logp, missed = [], []
+        for h_CD, targets_C in zip(states_ND.split(CHUNK_TOKENS), targets_N.split(CHUNK_TOKENS), strict=True):
+            logits_CV = self.backbone.logits(h_CD)
+            wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+            logp.append(-F.cross_entropy(wide_CV, targets_C, reduction="none"))
+            missed.append(logits_CV.argmax(-1) != targets_C)
+        logp_N, missed_N = torch.cat(logp), torch.cat(missed)
+        sums = logp_N.new_zeros(len(answers)).index_add(0, of_N, logp_N)
+        misses = torch.zeros_like(sums).index_add(0, of_N, missed_N.to(sums.dtype))
+        return sums, misses == 0
+
+    def _answer_states(
+        self, answers: Sequence[Sequence[int]], rows: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states before each answer token [N,D], those tokens [N], and the answer that each belongs to [N]."""
+        answer = pad(answers, side="right", pad_id=self.backbone.pad_id).to(self.backbone.device)
+        if rows is not None and list(rows) == list(range(len(self.fallback_B))):
+            rows = None
+        last_B1D, past_mask_BT, lora = self.hidden_BTD[:, -1:], self.batch.mask_BT, self.lora
+        if rows is not None:
+            last_B1D, past_mask_BT = last_B1D[list(rows)], past_mask_BT[list(rows)]
+        hidden_BSD = last_B1D
+        if answer.ids_BT.shape[1] > 1:
             fed = TokenBatch(answer.ids_BT[:, :-1], answer.mask_BT[:, :-1])
-            past_mask_BT = self.batch.mask_BT
-            cache = copy.deepcopy(self.cache)
-            out = self.backbone.forward(fed, self.lora, cache=cache, past_mask_BT=past_mask_BT)
-            hidden_BSD = torch.cat([hidden_BSD, out.hidden_BTD], 1)
-        rows_N, places_N = answer.mask_BT.nonzero(as_tuple=True)
-        nll_N = token_nll(hidden_BSD[rows_N, places_N], self.backbone.logits, answer.ids_BT[rows_N, places_N])
-        sums_B = nll_N.new_zeros(len(answers)).index_add(0, rows_N, nll_N)
-        return sums_B / answer.lengths_B
+            lora = lora.rows(rows) if lora is not None and rows is not None else lora
+            out = self.backbone.forward(fed, lora, cache=_fork(self.cache, rows), past_mask_BT=past_mask_BT)
+            hidden_BSD = torch.cat([last_B1D, out.hidden_BTD], 1)
+        of_N, places_N = answer.mask_BT.nonzero(as_tuple=True)
+        return hidden_BSD[of_N, places_N], answer.ids_BT[of_N, places_N], of_N
 
     @torch.no_grad()
     def generate(self, **kwargs: Any) -> list[list[int]]:
@@ -100,3 +129,14 @@ def _read(backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None) -> tupl
     cache = DynamicCache(config=backbone.model.config)
     cache.activate_past_recording()  # so that sliding-window layers can give back the last token
     return backbone.forward(batch, lora, cache=cache).hidden_BTD, cache
+
+
+def _fork(cache: DynamicCache, rows: Sequence[int] | None) -> DynamicCache:
+    """A cache of some rows (None: of all) that grows on its own, and shares what it can with the one it came from."""
+    fork = copy.copy(cache)
+    # Attention layers append by torch.cat, which leaves the old tensors alone; recurrent ones write in place
+    appending = (DynamicLayer, DynamicSlidingWindowLayer)
+    fork.layers = [copy.copy(x) if type(x) in appending else copy.deepcopy(x) for x in cache.layers]
+    if rows is not None:
+        fork.reorder_cache(torch.LongTensor(list(rows)))
+    return fork

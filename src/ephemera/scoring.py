@@ -13,7 +13,7 @@ from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, encode_answer, encode_prompt
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch, length_batches, pad
+from ephemera.objective import TokenBatch, batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
 from ephemera.rates import UNIFORM_GRID, FixedRate
 from ephemera.tasks import Example
@@ -56,9 +56,11 @@ def prompt_batch(backbone: Backbone, rows: Sequence[Encoded]) -> TokenBatch:
     return pad([row.prompt for row in rows], pad_id=backbone.pad_id).to(backbone.device)
 
 
-def batches_of(rows: Sequence[Encoded], batch_size: int, max_tokens: int | None = None) -> list[list[Encoded]]:
+def batches_of(backbone: Backbone, rows: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
+    """Rows of similar length together: at most `batch_size`, and no more tokens than the device likes at once."""
     lengths = [len(row.prompt) for row in rows]
-    return [[rows[i] for i in b] for b in length_batches(lengths, batch_size=batch_size, max_tokens=max_tokens)]
+    made = length_batches(lengths, batch_size=batch_size, max_tokens=batch_tokens(backbone.device))
+    return [[rows[i] for i in b] for b in made]
 
 
 def answer_nll(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch | None) -> Tensor:
@@ -80,7 +82,7 @@ def search_uniform(
     table: dict[int, dict[float, float]] = {K: {} for K in range(1, steps + 1)}
     for rate in grid:
         sums = dict.fromkeys(table, 0.0)
-        for batch_rows in batches_of(rows, batch_size):
+        for batch_rows in batches_of(backbone, rows, batch_size):
             batch = prompt_batch(backbone, batch_rows)
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for K in table:
@@ -115,7 +117,7 @@ def search_base_rates(
     later_table = {}
     for share in LATER_GRID:
         total = 0.0
-        for batch_rows in batches_of(rows, batch_size):
+        for batch_rows in batches_of(backbone, rows, batch_size):
             batch = prompt_batch(backbone, batch_rows)
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for rate in (first, first * share):
@@ -144,5 +146,5 @@ def _refined(table: dict[float, float]) -> float:
 @torch.no_grad()
 def training_representations(backbone: Backbone, rows: Sequence[Encoded], *, batch_size: int = 16) -> Tensor:
     """h(x) [N,2D] of unadapted prompts, for ScaleNet's normalisation."""
-    batches = (prompt_batch(backbone, b) for b in batches_of(rows, batch_size))
+    batches = (prompt_batch(backbone, b) for b in batches_of(backbone, rows, batch_size))
     return torch.cat([backbone.forward(b, embedded=True).representation_BH(b) for b in batches])

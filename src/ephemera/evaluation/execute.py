@@ -15,6 +15,7 @@ virtual machine, with nothing of value in it.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import math
@@ -118,7 +119,7 @@ def _child() -> None:
     sys.addaudithook(_guard(os.getcwd()))
     namespace = sys.modules["program"] = type(sys)("program")
     try:
-        exec(compile(program, "program", "exec"), namespace.__dict__)
+        builtins.exec(compile(program, "program", "exec"), namespace.__dict__)
     except BaseException as error:
         finish(error)
     finish(None)

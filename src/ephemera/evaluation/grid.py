@@ -25,7 +25,8 @@ from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Evaluate
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
-from ephemera.inits import Init, ZeroInit
+from ephemera.generator import check_init, load_init, targets_of
+from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
 from ephemera.rates import FixedRate, Rate, load_rate
@@ -143,14 +144,17 @@ def evaluate(config: Evaluate) -> Path:
     """Fill the grid, resuming what the folder already holds. Ctrl-C keeps all finished records."""
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
+    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules"}))
     backbone = load_backbone(
         config.model.name,
         dtype=config.model.dtype,
         device=config.model.device,
-        target_modules=config.model.lora.target_modules,
+        target_modules=targets_of(init) or config.model.lora.target_modules,
         attn_implementation=config.model.attn_implementation,
     )
-    init = ZeroInit(**config.model.lora.model_dump(exclude={"target_modules"}))
+    check_init(init, backbone)
+    if isinstance(init, torch.nn.Module):
+        init.to(backbone.device)
     rules = load_rules(config, backbone)
     data = load_dataset(
         config.data.task,
@@ -164,7 +168,7 @@ def evaluate(config: Evaluate) -> Path:
     if len(rows) < 2:
         raise ValueError(f"an evaluation needs at least 2 rows; {data.source} gave {len(rows)}.")
     run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone)
-    records = RecordFile(folder)
+    records = RecordFile(folder, Record)
     if "uniform" in config.methods and any(config.steps):
         run = _settle_uniform(folder, run, config, backbone, init)
     uniform = {int(k): v for k, v in (run["uniform_rates"] or {}).items()}
@@ -173,7 +177,7 @@ def evaluate(config: Evaluate) -> Path:
         raise ValueError(f"uniform_rates has no rate for K = {missing[0]}; give one for each of steps, or none at all.")
     grid = Grid(backbone, init, rules, uniform, config.seed)
     answers = {e.id: e.answer for e in data.examples}
-    batches = _at_least_two(batches_of(rows, config.batch_size))
+    batches = _at_least_two(batches_of(backbone, rows, config.batch_size))
     try:
         for batch_rows in track(batches, "evaluating", console=_stderr(), disable=not sys.stderr.isatty()):
             _fill(grid, batch_rows, config, records, answers, data.task.max_new_tokens)
@@ -189,7 +193,7 @@ def _fill(
     grid: Grid,
     rows: Sequence[Encoded],
     config: Evaluate,
-    records: RecordFile,
+    records: RecordFile[Record],
     answers: dict[str, str],
     max_new_tokens: int,
 ) -> None:
@@ -197,7 +201,11 @@ def _fill(
     for K in sorted(set(config.steps)):
         layerwise: Adapted | None = None
         for method in sorted(config.methods, key=lambda m: m == "swapped"):
-            if records.has(method, K, ids) or (method == "none" and K > 0) or (method != "none" and K == 0):
+            if (
+                records.has((method, K, i) for i in ids)
+                or (method == "none" and K > 0)
+                or (method != "none" and K == 0)
+            ):
                 continue  # every method is the base model at K = 0, and "none" is nothing else
             if method == "swapped":
                 adapted = grid.swap(layerwise or grid.adapt(rows, "layerwise", K))
@@ -249,7 +257,8 @@ def _open_run(
     path = folder / RUN
     if path.exists():
         run = json.loads(path.read_text())
-        changed = sorted(k for k in settings if settings[k] != run["config"].get(k) and k not in ("output", "methods"))
+        old = {"init": "zero", **run["config"]}  # runs made before there was a choice
+        changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in ("output", "methods"))
         if changed:
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ). Give another output=, "
@@ -306,10 +315,14 @@ def _settle_uniform(
 
 
 def _at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
-    """A batch of one has no neighbour to swap with: it joins the batch before."""
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        return [*batches[:-2], batches[-2] + batches[-1]]
-    return batches
+    """A batch of one has no neighbour to swap with: it joins the batch before, or the next one joins it."""
+    joined: list[list[Encoded]] = []
+    for batch in batches:
+        if joined and (len(batch) == 1 or len(joined[-1]) == 1):
+            joined[-1] = joined[-1] + batch
+        else:
+            joined.append(batch)
+    return joined
 
 
 def peak_memory() -> int:

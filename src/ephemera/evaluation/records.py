@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -32,27 +32,58 @@ class Record(BaseModel):
     text: str | None = None
     rouge_lsum: float | None = None
 
+    @property
+    def key(self) -> tuple[str, int, str]:
+        return self.method, self.K, self.id
 
-class RecordFile:
+
+class AnswerRecord(BaseModel):
+    """One prompt of a task under one variant of a model: what it prefers among choices, and what it says."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    model: str
+    variant: str
+    task: str
+    repeat: int
+    id: str
+    nll: float  # of the gold answer, mean over its tokens, nats
+    choice_logprobs: list[float] | None = None  # of each choice, summed over its tokens
+    choice_bytes: list[int] | None = None  # length of each choice
+    gold: int | None = None  # which choice is right
+    texts: list[str] | None = None  # generated answers
+    correct: list[bool] | None = None  # of each generated answer
+    seconds: float  # this prompt's share of its batch: adapter, prefill and scoring, without generation
+    fallback: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str, int, str]:
+        return self.model, self.variant, self.task, self.repeat, self.id
+
+
+R = TypeVar("R", Record, AnswerRecord)
+
+
+class RecordFile(Generic[R]):
     """records.jsonl of a run folder. Lines of an interrupted write are dropped on reading."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, kind: type[R]):
         self.path = folder / RECORDS
-        self.records: list[Record] = []
+        self.records: list[R] = []
         if self.path.exists():
-            self.records = read_records(self.path)
+            self.records = read_records(self.path, kind)
             self._rewrite()
-        self.done = {_key(r) for r in self.records}
+        self.done: set[Any] = {r.key for r in self.records}
 
-    def has(self, method: str, K: int, ids: Iterable[str]) -> bool:
-        return all((method, K, i) in self.done for i in ids)
+    def has(self, keys: Iterable[Any]) -> bool:
+        return all(key in self.done for key in keys)
 
-    def add(self, records: Sequence[Record]) -> None:
+    def add(self, records: Sequence[R]) -> None:
         """Append what is new, in one write. Rows of the data that repeat a prompt and answer count once."""
-        unwritten: dict[tuple[str, int, str], Record] = {}
+        unwritten: dict[Any, R] = {}
         for record in records:
-            if _key(record) not in self.done:
-                unwritten.setdefault(_key(record), record)
+            if record.key not in self.done:
+                unwritten.setdefault(record.key, record)
         new = list(unwritten.values())
         try:
             with self.path.open("a", encoding="utf-8") as file:
@@ -63,28 +94,24 @@ class RecordFile:
                 "some space and run the same command again."
             ) from error
         self.records += new
-        self.done |= {_key(r) for r in new}
+        self.done |= {r.key for r in new}
 
     def _rewrite(self) -> None:
         write_bytes(self.path, "".join(_line(r) for r in self.records).encode())
 
 
-def _key(record: Record) -> tuple[str, int, str]:
-    return record.method, record.K, record.id
-
-
-def _line(record: Record) -> str:
+def _line(record: BaseModel) -> str:
     return record.model_dump_json(exclude_none=True) + "\n"
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, kind: type[R]) -> list[R]:
     """Every whole line; ValueError names a line that is no record."""
     records = []
     # A write can be cut off inside a character; and splitlines() would also split at U+2028 inside a text.
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            records.append(Record.model_validate_json(line))
+            records.append(kind.model_validate_json(line))
         except ValueError as error:
             if number < len(lines):  # only the last line can be a write that was cut off
                 raise ValueError(f"{path}:{number} is not a record of an evaluation: {error}") from error

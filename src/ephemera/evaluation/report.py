@@ -119,7 +119,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     missing = [key for key in NEEDED if key not in run]
     if missing:
         raise ValueError(f"{folder / RUN} lacks {', '.join(missing)}: {expected}")
-    records = read_records(folder / RECORDS)
+    records = read_records(folder / RECORDS, Record)
     if not records:
         raise ValueError(f"{folder / RECORDS} is empty: {expected}")
     return run, records

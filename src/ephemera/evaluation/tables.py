@@ -125,6 +125,7 @@ def conditions(run: dict[str, Any], cells: Sequence[Cell]) -> list[tuple[str, st
     return [
         ("Model", f"{run['model']['name']} (weights {run['model']['fingerprint']})"),
         ("Number type", run["model"]["dtype"].removeprefix("torch.")),
+        ("Start", config.get("init", "zero")),
         ("LoRA", f"r {lora['r']}, alpha {lora['lora_alpha']:g}, on {lora['target_modules']}"),
         ("Task", f"{data['task']}, {data['split']} rows, {data['format']} prompts"),
         ("Source", run["source"]),

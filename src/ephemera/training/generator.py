@@ -86,7 +86,7 @@ class GeneratorTrainee:
         own, swapped, stepped = [], [], []
         for task, rows in self.validation.items():
             nlls = []
-            for some in batches_of(rows, VALIDATION_BATCH):
+            for some in batches_of(self.backbone, rows, VALIDATION_BATCH):
                 batch = prompt_batch(self.backbone, some)
                 lora: LoraBatch = self.generator(self.backbone, batch, [0] * len(some))
                 nlls.append(answer_nll(self.backbone, some, lora))
@@ -105,7 +105,7 @@ class GeneratorTrainee:
 
 @torch.no_grad()
 def fit_states(backbone: Backbone, generator: LoraGenerator, rows: Sequence[Encoded]) -> None:
-    states = [generator.state_BH(backbone, prompt_batch(backbone, some)) for some in batches_of(rows, 8)]
+    states = [generator.state_BH(backbone, prompt_batch(backbone, some)) for some in batches_of(backbone, rows, 8)]
     generator.fit_normalization(torch.cat(states))
 
 

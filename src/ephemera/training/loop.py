@@ -119,7 +119,7 @@ def train(
             _average_gradients(network, accelerator, weight=len(share) / len(plan[step]))
         if _has_gradients(network):
             norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-            if bool(norm.isfinite()):
+            if bool(norm.isfinite()) and not _lost(report, accelerator):
                 optimizer.step()
                 skipped_in_a_row = 0
             else:
@@ -133,14 +133,22 @@ def train(
                 _checkpoint(folder, step + 1 - SKIPS, network, optimizer)
             raise ValueError(
                 f"the gradient was not finite {SKIPS} steps in a row (up to step {step + 1}); training stopped. The last "
-                f"good weights are kept in {folder / 'checkpoints'}. Lower optimizer.learning_rate or optimizer.clip_norm, "
-                "or use model.dtype=float32."
+                f"good weights are kept in {folder / 'checkpoints'}. Start anew with a lower "
+                "optimizer.learning_rate or optimizer.clip_norm, or with model.dtype=float32."
             )
         last = step + 1 == len(plan)
         if last or (step + 1) % schedule.validate_every == 0:
             metrics.log(step + 1, trainee.validate())
         if (last or (step + 1) % schedule.checkpoint_every == 0) and accelerator.is_main_process:
             _checkpoint(folder, step + 1, network, optimizer)
+
+
+def _lost(report: dict[str, float] | None, accelerator: Accelerator) -> bool:
+    """Did every row of the batch, of all processes, come out non-finite? Then there is nothing to learn from it."""
+    lost = torch.tensor([float(report is not None and not math.isfinite(report["nll"]))], device=accelerator.device)
+    if accelerator.num_processes > 1:
+        lost = accelerator.reduce(lost, reduction="mean")
+    return lost.item() == 1.0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _has_gradients(network: nn.Module) -> bool:

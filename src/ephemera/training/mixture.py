@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ephemera.backbone import Backbone
-from ephemera.config import MixtureSettings, MixtureTask
+from ephemera.config import MixtureSettings, source_of
 from ephemera.scoring import Encoded, encode_examples
 from ephemera.tasks import load_dataset
 
@@ -15,6 +15,10 @@ from ephemera.tasks import load_dataset
 def task_rows(backbone: Backbone, settings: MixtureSettings) -> dict[str, list[Encoded]]:
     """Each task's rows as token ids; what was left out is said."""
     found = {}
+    names = [entry.task for entry in settings.tasks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'task {name!r} is listed twice; join its sources instead ("source: a.jsonl+b.jsonl").')
     for entry in settings.tasks:
         data = load_dataset(
             entry.task,
@@ -37,16 +41,6 @@ def task_rows(backbone: Backbone, settings: MixtureSettings) -> dict[str, list[E
             file=sys.stderr,
         )
     return found
-
-
-def source_of(entry: MixtureTask, pattern: str | None) -> str | None:
-    """A task's own source, else the common one with {task} filled in."""
-    return entry.source or fill(pattern, entry.task)
-
-
-def fill(pattern: str | None, task: str) -> str | None:
-    """`data/{task}` and arc-easy -> data/arc_easy"""
-    return None if pattern is None else pattern.replace("{task}", task.replace("-", "_"))
 
 
 def mix(rows: dict[str, list[Encoded]], settings: MixtureSettings, samples: int) -> list[Encoded]:

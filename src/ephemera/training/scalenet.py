@@ -14,7 +14,8 @@ from torch import Tensor
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
 from ephemera.config import DataSettings, TrainScaleNet
-from ephemera.inits import Init, ZeroInit
+from ephemera.generator import check_init, load_init, targets_of
+from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll, pad
 from ephemera.rates import AveragedRate, ScaleNet
@@ -79,7 +80,7 @@ class ScaleNetTrainee:
         report = {}
         for K in self.validation_steps:
             nlls, rates = [], []
-            for rows in batches_of(self.validation, self.batch_size):
+            for rows in batches_of(self.backbone, self.validation, self.batch_size):
                 batch = prompt_batch(self.backbone, rows)
                 lora = self.init(self.backbone, batch, [0] * len(rows))
                 trace = adapt(self.backbone, batch, lora, self.network, K)
@@ -156,7 +157,7 @@ def averaged_rate(
     table_KKM = torch.zeros(Kmax, Kmax, M)
     for K in range(1, Kmax + 1):
         rates = []
-        for batch_rows in batches_of(rows, batch_size):
+        for batch_rows in batches_of(backbone, rows, batch_size):
             batch = prompt_batch(backbone, batch_rows)
             trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
             rates.append(trace.rates_BKM[~trace.fallback_B])
@@ -184,8 +185,11 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     """`ephemera train scalenet`: returns the folder of the trained network, `<output>/network`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    accelerator, backbone = open_run(config, folder, config.model.lora.target_modules)
-    init = ZeroInit(**config.model.lora.model_dump(exclude={"target_modules"}))
+    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules"}))
+    accelerator, backbone = open_run(config, folder, targets_of(init) or config.model.lora.target_modules)
+    check_init(init, backbone)
+    if isinstance(init, torch.nn.Module):
+        init.to(backbone.device)
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
     config = _settle(config, folder, backbone, init, validation, accelerator, resume=resume)
     assert config.scalenet.base_rates is not None

@@ -1,0 +1,58 @@
+"""The command group, and the options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ephemera.store import DEFAULT_MODEL
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""An adapter for every prompt, gone after the answer.
+
+Per-prompt test-time adaptation: before it answers, the model takes a few gradient steps on the prompt itself, at
+rates that a trained network predicts for each layer and step. Then the adapter is thrown away.""",
+)
+train_app = typer.Typer(
+    no_args_is_help=True, help="Train a network that predicts rates, or one that generates adapters."
+)
+app.add_typer(train_app, name="train")
+
+DEFAULT_RATE = "scalenet-nq-open"
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help=f"Hub id, folder, GGUF file or {DEFAULT_MODEL}.", show_default=True)
+]
+Steps = Annotated[int, typer.Option("--steps", "-k", help="Gradient steps on each prompt; 0 is the base model.")]
+RateOption = Annotated[
+    str, typer.Option("--rate", "-r", help="Shipped name, folder, or a number (see `ephemera models`).")
+]
+InitOption = Annotated[
+    str, typer.Option("--init", "-i", help="Where adapters start: zero, a generator (name or folder), a PEFT folder.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the adapters' start.")]
+Dtype = Annotated[str | None, typer.Option(help="float32 (default on CPU) or bfloat16 (default on CUDA).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put prompts in the model's chat template.")]
+Truncate = Annotated[
+    str | None, typer.Option(help='"left": cut the beginning of prompts longer than the model\'s window.')
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One setting, as key.key=value. Repeatable.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML, and stop.")]
+
+
+def quiet() -> None:
+    """Libraries' notices off; their progress bars only on a terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -1,0 +1,95 @@
+"""Commands that train: ScaleNet, the generator, the task-LoRA baseline."""
+
+from __future__ import annotations
+
+from ephemera.cli.options import ConfigFile, PrintConfig, Resume, SetOption, quiet, train_app
+
+
+@train_app.command(
+    "scalenet",
+    epilog="""Examples:
+
+    ephemera train scalenet --config configs/scalenet-nq-open.yaml
+
+    ephemera train scalenet --set train.task=squad --set train.source=data/squad --set optimizer.samples=2000
+
+    ephemera train scalenet --config configs/smoke.yaml --resume
+
+    accelerate launch -m ephemera train scalenet --config configs/scalenet-nq-open.yaml""",
+)
+def train_scalenet_command(
+    config: ConfigFile = None,
+    set_: SetOption = None,
+    print_config: PrintConfig = False,
+    resume: Resume = False,
+) -> None:
+    """Train ScaleNet, layer-wise or step-wise, by the first-order meta-gradient of the answers' NLL.
+
+    Settings and their meaning: `--print-config`, and docs/method.md."""
+    from ephemera.config import TrainScaleNet, dump_yaml, load_config
+
+    settings = load_config(TrainScaleNet, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.training.scalenet import train_scalenet
+
+    quiet()
+    folder = train_scalenet(settings, resume=resume)
+    print(folder)
+
+
+@train_app.command(
+    "generator",
+    epilog="""Examples:
+
+    ephemera train generator --config configs/taskweaver.yaml
+
+    ephemera train generator --set "train.tasks=[{task: snli, weight: 2}, {task: boolq}]" --set optimizer.samples=2000
+
+    ephemera train generator --config configs/taskweaver.yaml --resume""",
+)
+def train_generator_command(
+    config: ConfigFile = None,
+    set_: SetOption = None,
+    print_config: PrintConfig = False,
+    resume: Resume = False,
+) -> None:
+    """Train a generator of adapters end to end through the frozen model; with `scalenet` settings, both together."""
+    from ephemera.config import TrainGenerator, dump_yaml, load_config
+
+    settings = load_config(TrainGenerator, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.training.generator import train_generator
+
+    quiet()
+    print(train_generator(settings, resume=resume))
+
+
+@train_app.command(
+    "lora",
+    epilog="""Examples:
+
+    ephemera train lora --set "train.tasks=[{task: snli}]" --set "validation.tasks=[{task: snli}]"
+
+    ephemera train lora --set output=runs/task-lora/mixed --set optimizer.learning_rate=5e-4""",
+)
+def train_lora_command(
+    config: ConfigFile = None,
+    set_: SetOption = None,
+    print_config: PrintConfig = False,
+    resume: Resume = False,
+) -> None:
+    """Train the baseline through PEFT: one adapter for a task, or for a mixture of tasks."""
+    from ephemera.config import TrainTaskLora, dump_yaml, load_config
+
+    settings = load_config(TrainTaskLora, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.training.task_lora import train_task_lora
+
+    quiet()
+    print(train_task_lora(settings, resume=resume))

@@ -1,0 +1,242 @@
+"""`ephemera benchmark`: models x variants on tasks, by log-probability of the choices and by what is generated."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from ephemera.adapt import adapt
+from ephemera.backbone import Backbone, encode_answer, load_backbone
+from ephemera.config import Benchmark, ModelSettings, Variant, fill, source_of
+from ephemera.evaluation.execute import run_program
+from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
+from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
+from ephemera.generator import check_init, load_init, targets_of
+from ephemera.inits import Init
+from ephemera.prefill import Prefill, prefill
+from ephemera.rates import Rate, load_rate
+from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
+from ephemera.tasks import Dataset, Example, Task, load_dataset
+
+
+class Rows:
+    """A task's rows as one model reads them."""
+
+    def __init__(self, backbone: Backbone, data: Dataset, config: Benchmark):
+        chat, system = config.data.format == "chat", data.task.system
+        self.task = data.task
+        self.examples = {e.id: e for e in data.examples}
+        self.rows, self.long = encode_examples(
+            backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=system
+        )
+        self.choices = {
+            e.id: [encode_answer(backbone.tokenizer, e.prompt, c, chat=chat, system=system) for c in e.choices]
+            for e in data.examples
+        }
+
+
+def benchmark(config: Benchmark) -> Path:
+    """Fill the table, resuming what the folder already holds. Ctrl-C keeps all finished records."""
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {entry.task: _load(config, entry) for entry in config.data.tasks}
+    for name, found in data.items():
+        if found.task.tests and "generate" in config.scoring and not config.allow_code_execution:
+            raise ValueError(
+                f"task {name!r} is judged by running generated code. Allow it with --allow-code-execution (it runs in a "
+                "limited subprocess; a container is safer), or leave the task out."
+            )
+    if len({v.name for v in config.variants}) < len(config.variants):
+        raise ValueError("two variants have the same name; a table could not tell them apart.")
+    run = _open_run(folder, config, data)
+    records = RecordFile(folder, AnswerRecord)
+    try:
+        for settings in config.models:
+            for targets, variants in _by_targets(settings, config).items():
+                backbone = load_backbone(
+                    settings.name,
+                    dtype=settings.dtype,
+                    device=settings.device,
+                    target_modules=json.loads(targets),
+                    attn_implementation=settings.attn_implementation,
+                )
+                run["models"][settings.name] = backbone.fingerprint()
+                for found in data.values():
+                    rows = Rows(backbone, found, config)
+                    run["left_out_as_too_long"][found.task.name] = rows.long
+                    for variant in variants:
+                        _fill(backbone, settings, variant, rows, config, records)
+    except KeyboardInterrupt:
+        print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
+        raise SystemExit(130) from None
+    write_json(folder / RUN, run)
+    return folder
+
+
+def _load(config: Benchmark, entry: Any) -> Dataset:
+    where = source_of(entry, config.data.source)
+    data = load_dataset(entry.task, split=config.data.split, source=where, limit=None)
+    limit = config.data.limit
+    if config.data.fraction is not None:
+        limit = max(1, round(config.data.fraction * len(data.examples)))
+    return load_dataset(entry.task, split=config.data.split, source=where, limit=limit, seed=config.data.seed)
+
+
+def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset]) -> dict[str, Any]:
+    """run.json. A folder holds one run; variants, models, tasks and repeats may be added, other changes are refused."""
+    settings = config.model_dump(mode="json")
+    path = folder / RUN
+    if path.exists():
+        old = json.loads(path.read_text())["config"]
+        adding = ("output", "variants", "models", "repeats", "data", "allow_code_execution")
+        changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in adding)
+        changed += [f"data.{k}" for k in settings["data"] if k != "tasks" and settings["data"][k] != old["data"].get(k)]
+        before = {v["name"]: v for v in old["variants"]}
+        changed += [f"variant {v['name']}" for v in settings["variants"] if before.get(v["name"], v) != v]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other settings ({', '.join(changed)} differ). Give another output=, "
+                "or remove the folder to start over."
+            )
+    run = {
+        "config": settings,
+        "sources": {name: found.source for name, found in data.items()},
+        "dropped_without_answer": {name: found.dropped for name, found in data.items()},
+        "left_out_as_too_long": {},
+        "models": {},
+        "versions": versions(),
+        "commit": commit(),
+        "command": command(),
+    }
+    write_json(path, run)
+    return run
+
+
+def _by_targets(settings: ModelSettings, config: Benchmark) -> dict[str, list[Variant]]:
+    """Variants by the modules that they adapt: each group is one loading of the model."""
+    groups: dict[str, list[Variant]] = {}
+    for variant in config.variants:
+        if variant.steps and variant.rate is None:
+            raise ValueError(f"variant {variant.name!r} has steps but no rate.")
+        targets = None
+        if variant.init is not None:
+            first = config.data.tasks[0].task
+            targets = targets_of(load_init(str(fill(variant.init, first))))
+        groups.setdefault(json.dumps(targets or settings.lora.target_modules), []).append(variant)
+    return groups
+
+
+def _fill(
+    backbone: Backbone,
+    settings: ModelSettings,
+    variant: Variant,
+    rows: Rows,
+    config: Benchmark,
+    records: RecordFile[AnswerRecord],
+) -> None:
+    zero = settings.lora.model_dump(exclude={"target_modules"})
+    init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
+    check_init(init, backbone)
+    rule = load_rate(variant.rate) if variant.rate is not None and variant.steps else None
+    if rule is not None:
+        rule.check(backbone)
+        if rule.max_steps is not None and variant.steps > rule.max_steps:
+            raise ValueError(
+                f"variant {variant.name!r}: {variant.steps} steps, but its rate has at most {rule.max_steps}."
+            )
+    for part in (init, rule):
+        if isinstance(part, torch.nn.Module):
+            part.to(backbone.device)
+    for repeat in range(config.repeats):
+        batches = batches_of(backbone, rows.rows, config.batch_size)
+        label = f"{rows.task.name}, {variant.name}"
+        for some in track(batches, label, console=_stderr(), disable=not sys.stderr.isatty()):
+            if records.has((settings.name, variant.name, rows.task.name, repeat, row.id) for row in some):
+                continue
+            records.add(_answer(backbone, settings, variant, init, rule, rows, some, config, repeat))
+
+
+def _answer(
+    backbone: Backbone,
+    settings: ModelSettings,
+    variant: Variant,
+    init: Init,
+    rule: Rate | None,
+    rows: Rows,
+    some: Sequence[Encoded],
+    config: Benchmark,
+    repeat: int,
+) -> list[AnswerRecord]:
+    """One batch: adapt, prefill, score the gold answer and the choices, generate."""
+    start = time.perf_counter()
+    batch = prompt_batch(backbone, some)
+    seed = config.seed + repeat
+    lora = init(backbone, batch, [seed] * len(some))
+    trace = adapt(backbone, batch, lora, rule, variant.steps if rule else 0)
+    read = prefill(backbone, batch, trace.lora, trace.initial_lora)
+    nll_B = read.answer_nll([row.answer for row in some])
+    examples = [rows.examples[row.id] for row in some]
+    logprobs = _choice_logprobs(read, [rows.choices[row.id] for row in some]) if "choices" in config.scoring else None
+    seconds = (time.perf_counter() - start) / len(some)
+    texts: list[list[str]] | None = None
+    if "generate" in config.scoring:
+        texts = _generate(read, rows.task, len(some), config, seed)
+    return [
+        AnswerRecord(
+            model=settings.name,
+            variant=variant.name,
+            task=rows.task.name,
+            repeat=repeat,
+            id=row.id,
+            nll=nll_B[b].item(),
+            choice_logprobs=logprobs[b] if logprobs and example.choices else None,
+            choice_bytes=[len(c.encode()) for c in example.choices] if logprobs and example.choices else None,
+            gold=example.choices.index(example.answer) if example.choices else None,
+            texts=texts[b] if texts else None,
+            correct=[_correct(rows.task, text, example) for text in texts[b]] if texts else None,
+            seconds=seconds,
+            fallback=bool(trace.fallback_B[b]) or bool(read.fallback_B[b]),
+        )
+        for b, (row, example) in enumerate(zip(some, examples, strict=True))
+    ]
+
+
+def _choice_logprobs(read: Prefill, choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    """Log-probability of each choice, summed over its tokens. Rows with fewer choices than others score one again."""
+    widest = max(len(c) for c in choices)
+    if widest == 0:
+        return [[] for _ in choices]
+    columns = []
+    for place in range(widest):
+        given = [c[min(place, len(c) - 1)] for c in choices]
+        lengths_B = torch.tensor([len(ids) for ids in given])
+        columns.append(-(read.answer_nll(given).cpu().double() * lengths_B))
+    table_BC = torch.stack(columns, 1).tolist()
+    return [[round(x, 5) for x in line[: len(c)]] for line, c in zip(table_BC, choices, strict=True)]
+
+
+def _generate(read: Prefill, task: Task, count: int, config: Benchmark, seed: int) -> list[list[str]]:
+    """`samples` texts for each row."""
+    settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens or task.max_new_tokens}
+    if config.temperature > 0:
+        settings |= {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(seed)
+    elif config.samples > 1:
+        raise ValueError("samples > 1 needs temperature > 0: greedy answers would all be the same.")
+    if config.samples > 1:
+        settings["num_return_sequences"] = config.samples
+    texts = read.backbone.tokenizer.batch_decode(read.generate(**settings), skip_special_tokens=True)
+    return [list(texts[b * config.samples : (b + 1) * config.samples]) for b in range(count)]
+
+
+def _correct(task: Task, text: str, example: Example) -> bool:
+    if task.program is not None:
+        return run_program(task.program(text, example)).passed
+    return task.correct is not None and task.correct(text, example)

@@ -1,0 +1,196 @@
+"""Tables of a benchmark: accuracy by log-probability and by generation, NLL, and differences to the first variant."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ephemera.evaluation.execute import pass_at_k
+from ephemera.evaluation.records import RECORDS, RUN, AnswerRecord, read_records, write_bytes, write_json
+from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
+from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table
+from ephemera.tasks import find_task
+from ephemera.tasks.gsm8k import number_in
+
+Metric = Callable[[AnswerRecord], float | None]
+Key = tuple[str, str]  # model, variant
+
+
+def by_sum(record: AnswerRecord) -> float | None:
+    """Is the likeliest choice the right one?"""
+    if not record.choice_logprobs:
+        return None
+    return float(int(np.argmax(record.choice_logprobs)) == record.gold)
+
+
+def by_bytes(record: AnswerRecord) -> float | None:
+    """The same with each log-probability divided by the choice's length in bytes."""
+    if not record.choice_logprobs or not record.choice_bytes:
+        return None
+    return float(int(np.argmax(np.array(record.choice_logprobs) / record.choice_bytes)) == record.gold)
+
+
+def by_text(record: AnswerRecord) -> float | None:
+    """Share of its generated answers that are right; with one greedy answer, whether that is."""
+    return None if record.correct is None else pass_at_k(len(record.correct), sum(record.correct), 1)
+
+
+def nll(record: AnswerRecord) -> float | None:
+    return record.nll
+
+
+def vote(record: AnswerRecord) -> float | None:
+    """Is the answer that most of the samples give right? (choice tasks and numbers; the first of a tie)"""
+    if not record.texts or not record.correct or len(record.texts) < 2 or find_task(record.task).correct is None:
+        return None
+    said = [_said(record, text) for text in record.texts]
+    counted = Counter(s for s in said if s is not None)
+    return float(bool(counted) and record.correct[said.index(counted.most_common(1)[0][0])])
+
+
+def _said(record: AnswerRecord, text: str) -> str | None:
+    choices = find_task(record.task).choices
+    if choices is None:
+        number = number_in(text)
+        return None if number is None else str(number)
+    return text.strip().split("\n")[0].lower()
+
+
+def any_right(record: AnswerRecord) -> float | None:
+    """pass@k for k = all of its samples: is one of them right?"""
+    return None if record.correct is None or len(record.correct) < 2 else float(any(record.correct))
+
+
+METRICS: dict[str, tuple[str, Metric]] = {
+    "generated": ("Accuracy of generated answers, %", by_text),
+    "choices": ("Accuracy by log-probability of the choices, %", by_sum),
+    "choices_per_byte": ("Accuracy by log-probability per byte, %", by_bytes),
+    "any": ("pass@k, k all samples, %", any_right),
+    "vote": ("Accuracy of the majority vote, %", vote),
+    "nll": ("Answer NLL, nats per token", nll),
+}
+
+
+def summarize(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict[str, Estimate]]:
+    """{(model, variant): {task: mean and interval}}; repeats of a row are averaged first, so n counts rows."""
+    values: dict[Key, dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        value = metric(record)
+        if value is not None:
+            tasks = values.setdefault((record.model, record.variant), {})
+            tasks.setdefault(record.task, {}).setdefault(record.id, []).append(value)
+    return {
+        key: {task: bootstrap_mean([float(np.mean(v)) for v in rows.values()]) for task, rows in tasks.items()}
+        for key, tasks in values.items()
+    }
+
+
+def differences(records: Sequence[AnswerRecord], metric: Metric, base: str) -> dict[Key, dict[str, Estimate]]:
+    """Every variant minus `base` of the same model, paired by row."""
+    values: dict[Key, dict[str, dict[str, list[float]]]] = {}
+    for record in records:
+        value = metric(record)
+        if value is not None:
+            tasks = values.setdefault((record.model, record.variant), {})
+            tasks.setdefault(record.task, {}).setdefault(record.id, []).append(value)
+    found: dict[Key, dict[str, Estimate]] = {}
+    for (model, variant), tasks in values.items():
+        if variant == base:
+            continue
+        for task, rows in tasks.items():
+            others = values.get((model, base), {}).get(task, {})
+            paired = [float(np.mean(v) - np.mean(others[i])) for i, v in rows.items() if i in others]
+            if paired:
+                found.setdefault((model, variant), {})[task] = bootstrap_mean(paired)
+    return found
+
+
+def write_tables(folder: Path) -> Path:
+    """results.json and table.md from the folder's records."""
+    run: dict[str, Any] = json.loads((folder / RUN).read_text())
+    records = read_records(folder / RECORDS, AnswerRecord)
+    tasks = [entry["task"] for entry in run["config"]["data"]["tasks"]]
+    base = run["config"]["variants"][0]["name"]
+    results: dict[str, Any] = {"conditions": dict(_conditions(run, records))}
+    parts = [f"# Benchmark: {', '.join(m['name'] for m in run['config']['models'])}\n"]
+    for name, (title, metric) in METRICS.items():
+        means = summarize(records, metric)
+        if not means:
+            continue
+        paired = differences(records, metric, base)
+        percent = name != "nll"
+        results[name] = _plain(means)
+        results[f"{name}_against_{base}"] = _plain(paired)
+        note = f"In brackets the {LEVEL} % interval over rows. {'Higher' if percent else 'Lower'} is better."
+        parts.append(_table(title, note, means, tasks, percent, signed=False).markdown())
+        if paired:
+            note = f"Paired by row, with its {LEVEL} % interval."
+            parts.append(_table(f"{title}: difference to {base}", note, paired, tasks, percent, signed=True).markdown())
+    stated = "\n".join(f"- {k}: {f'`{v}`' if k == 'Command' else v}" for k, v in _conditions(run, records))
+    write_json(folder / RESULTS, results)
+    write_bytes(folder / TABLE_MD, ("\n".join(parts) + f"\n## Conditions\n\n{stated}\n").encode())
+    return folder / TABLE_MD
+
+
+def _table(
+    title: str, note: str, cells: dict[Key, dict[str, Estimate]], tasks: Sequence[str], percent: bool, *, signed: bool
+) -> Table:
+    shown = [t for t in tasks if any(t in row for row in cells.values())]
+    rows = [
+        [model, variant, *(_cell(row.get(task), percent, signed) for task in shown)]
+        for (model, variant), row in cells.items()
+    ]
+    return Table(title, note, ["model", "variant", *shown], rows, labels=2)
+
+
+def _cell(estimate: Estimate | None, percent: bool, signed: bool) -> str:
+    if estimate is None:
+        return EMPTY
+    scale, digits = (100, 1) if percent else (1, 3)
+    sign = "+" if signed else ""
+    numbers = [f"{scale * x:{sign}.{digits}f}" for x in (estimate.mean, estimate.low, estimate.high)]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]".replace("-", "−")
+
+
+def _plain(cells: dict[Key, dict[str, Estimate]]) -> list[dict[str, Any]]:
+    return [
+        {"model": model, "variant": variant, "task": task, **asdict(estimate)}
+        for (model, variant), row in cells.items()
+        for task, estimate in row.items()
+    ]
+
+
+def _conditions(run: dict[str, Any], records: Sequence[AnswerRecord]) -> list[tuple[str, str]]:
+    config = run["config"]
+    counts = Counter((r.task, r.id) for r in records)
+    per_task = Counter(task for task, _ in counts)
+    variants = [
+        f"{v['name']} (init {v['init'] or 'zero'}, {v['steps']} steps{' at ' + v['rate'] if v['rate'] else ''})"
+        for v in config["variants"]
+    ]
+    return [
+        ("Models", ", ".join(f"{name} (weights {print_})" for name, print_ in run["models"].items())),
+        ("Number type", ", ".join(str(m["dtype"] or "default") for m in config["models"])),
+        ("Variants", "; ".join(variants)),
+        ("Rows", ", ".join(f"{task} {n}" for task, n in per_task.items()) + f" ({config['data']['split']})"),
+        ("Left out as too long", ", ".join(f"{t} {n}" for t, n in run["left_out_as_too_long"].items()) or "none"),
+        (
+            "Prompts",
+            f"{config['data']['format']}, temperature {config['temperature']:g}, {config['samples']} sample(s)",
+        ),
+        (
+            "Repeats",
+            f"{config['repeats']}, seed {config['seed']} (adapters, sampling), {config['data']['seed']} (rows)",
+        ),
+        ("Fallbacks", str(sum(r.fallback for r in records))),
+        ("Intervals", f"{LEVEL} %, percentile bootstrap over rows, {RESAMPLES:,} resamples, seed {SEED}"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())),
+        ("Commit", run["commit"] or "not a checkout"),
+        ("Command", run["command"]),
+    ]

@@ -1,0 +1,202 @@
+"""`ephemera benchmark` and the task-LoRA baseline, on a tiny random model and local rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ephemera.backbone import load_backbone
+from ephemera.config import Benchmark, TrainTaskLora, check_config, load_config
+from ephemera.evaluation.accuracy import benchmark
+from ephemera.evaluation.accuracy_tables import METRICS, by_bytes, by_sum, by_text, summarize, vote, write_tables
+from ephemera.evaluation.records import RECORDS, AnswerRecord, RecordFile, read_records
+from ephemera.model import AdaptiveLM
+from ephemera.tasks import load_dataset
+from ephemera.training.task_lora import train_task_lora
+from tiny import SENTENCES, save_tiny, slow_nll
+
+WORDS = " ".join(SENTENCES).split()
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder, and rows of a choice task and of a number task."""
+    folder = tmp_path_factory.mktemp("material")
+    config = save_tiny(folder / "model") / "config.json"
+    longer = {**json.loads(config.read_text()), "max_position_embeddings": 1024}
+    config.write_text(json.dumps(longer))
+    (folder / "snli").mkdir()
+    (folder / "gsm8k").mkdir()
+    for split in ("train", "validation", "test"):
+        snli = [{"premise": WORDS[i], "hypothesis": WORDS[i + 1], "label": i % 3} for i in range(7)]
+        gsm8k = [{"question": f"{WORDS[i]} {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(5)]
+        for task, rows in (("snli", snli), ("gsm8k", gsm8k)):
+            (folder / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def settings(material: Path, output: Path, **more) -> Benchmark:
+    values = {
+        "output": str(output),
+        "models": [{"name": str(material / "model"), "device": "cpu", "lora": {"r": 2}}],
+        "variants": [{"name": "Base"}, {"name": "TTA", "rate": "0.5", "steps": 1}],
+        "data": {"tasks": [{"task": "snli"}, {"task": "gsm8k"}], "source": str(material / "{task}")},
+        "max_new_tokens": 6,
+        "batch_size": 4,
+    }
+    return check_config(Benchmark, {**values, **more})
+
+
+@pytest.fixture(scope="module")
+def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return benchmark(settings(material, tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_choices_are_scored_by_their_own_tokens(material, finished):
+    """Against one plain forward a choice; texts against AdaptiveLM."""
+    records = [r for r in read_records(finished / RECORDS, AnswerRecord) if r.variant == "Base" and r.task == "snli"]
+    data = load_dataset("snli", source=str(material / "snli"))
+    lm = AdaptiveLM(load_backbone(str(material / "model"), device="cpu"))
+    examples = {e.id: e for e in data.examples}
+    assert len(records) == 7
+    for record in records:
+        example = examples[record.id]
+        prompt = lm.encode(example.prompt)
+        want = []
+        for choice in example.choices:
+            ids = lm.encode_answer(example.prompt, choice)
+            want.append(-slow_nll(lm.backbone.model, prompt + ids, first=len(prompt)).item() * len(ids))
+        assert record.choice_logprobs == pytest.approx(want, abs=1e-3)
+        assert record.gold == ["entailment", "neutral", "contradiction"].index(example.answer)
+        assert record.texts == lm.generate(example.prompt, max_new_tokens=6)
+        assert record.choice_bytes == [10, 7, 13]
+
+
+def test_number_tasks_have_no_choices(finished):
+    records = [r for r in read_records(finished / RECORDS, AnswerRecord) if r.task == "gsm8k"]
+    assert len(records) == 10
+    assert all(r.choice_logprobs is None and r.gold is None and r.correct is not None for r in records)
+
+
+def test_tables_and_a_second_run_adds_only_what_is_new(material, finished, tmp_path):
+    before = (finished / RECORDS).read_text()
+    table = write_tables(finished).read_text()
+    assert "| model | variant | snli |" in table
+    assert "difference to Base" in table
+    results = json.loads((finished / "results.json").read_text())
+    assert {c["n"] for c in results["choices"]} == {7}
+    more = settings(material, finished).model_copy(deep=True)
+    more.repeats = 2
+    benchmark(more)
+    after = (finished / RECORDS).read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 2 * len(before.splitlines())
+
+
+def test_other_settings_in_the_same_folder_are_refused(material, finished):
+    with pytest.raises(ValueError, match=r"other settings \(.*batch_size.* differ"):
+        benchmark(settings(material, finished, batch_size=2))
+    changed = [{"name": "Base"}, {"name": "TTA", "rate": "0.1", "steps": 1}]
+    with pytest.raises(ValueError, match="variant TTA differ"):
+        benchmark(settings(material, finished, variants=changed))
+
+
+def test_mistakes_are_named(material, tmp_path):
+    with pytest.raises(ValueError, match="has steps but no rate"):
+        benchmark(settings(material, tmp_path / "a", variants=[{"name": "x", "steps": 1}]))
+    with pytest.raises(ValueError, match="same name"):
+        benchmark(settings(material, tmp_path / "b", variants=[{"name": "x"}, {"name": "x"}]))
+    rows = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": " return 1\n"}]
+    rows[0] |= {"test": "def check(c):\n    assert c() == 1\n", "entry_point": "f"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    data = {"tasks": [{"task": "humaneval"}], "source": str(tmp_path)}
+    with pytest.raises(ValueError, match="--allow-code-execution"):
+        benchmark(settings(material, tmp_path / "c", data=data))
+
+
+def record(variant: str, i: int, **more) -> AnswerRecord:
+    return AnswerRecord(model="m", variant=variant, task="snli", repeat=0, id=str(i), nll=1.0, seconds=0.1, **more)
+
+
+def test_metrics_by_hand():
+    short = record("a", 0, choice_logprobs=[-2.0, -3.0], choice_bytes=[2, 30], gold=1)
+    assert (by_sum(short), by_bytes(short)) == (0.0, 1.0)
+    said = record("a", 1, texts=["neutral", "Neutral\nx", "no"], correct=[True, True, False])
+    assert by_text(said) == pytest.approx(2 / 3)
+    assert vote(said) == 1.0
+    assert vote(record("a", 2, texts=["no", "No", "neutral"], correct=[False, False, True])) == 0.0
+    assert summarize([short, said], by_sum)[("m", "a")]["snli"].n == 1
+    assert set(METRICS) == {"generated", "any", "choices", "choices_per_byte", "vote", "nll"}
+
+
+def test_repeats_of_a_row_count_once():
+    rows = [record("a", 0, texts=["x"], correct=[True]) for _ in range(3)]
+    rows = [r.model_copy(update={"repeat": i}) for i, r in enumerate(rows)]
+    assert summarize(rows, by_text)[("m", "a")]["snli"].n == 1
+
+
+def test_records_are_kept_by_key(tmp_path):
+    file = RecordFile(tmp_path, AnswerRecord)
+    file.add([record("a", 0), record("a", 0), record("b", 0)])
+    assert len(RecordFile(tmp_path, AnswerRecord).records) == 2
+
+
+@pytest.fixture(scope="module")
+def task_lora(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    overrides = [
+        f"output={tmp_path_factory.mktemp('lora') / 'run'}",
+        f"model.name={material / 'model'}",
+        "model.device=cpu",
+        *(f"{split}.source={material}/{{task}}" for split in ("train", "validation")),
+        *(f"{split}.tasks=[{{task: snli}}]" for split in ("train", "validation")),
+        *("optimizer.samples=40", "optimizer.learning_rate=0.05", "validate_every=5"),
+    ]
+    return train_task_lora(load_config(TrainTaskLora, None, overrides))
+
+
+def test_the_baseline_learns_and_saves_what_peft_reads(material, task_lora):
+    metrics = [json.loads(line) for line in (task_lora.parent / "metrics.jsonl").read_text().splitlines()]
+    validation = [m["validation_nll"] for m in metrics if "validation_nll" in m]
+    assert validation[-1] < validation[0]
+    base = AutoModelForCausalLM.from_pretrained(material / "model")
+    peft = PeftModel.from_pretrained(base, task_lora)
+    lm = AdaptiveLM.from_pretrained(str(material / "model"), init=task_lora, device="cpu")
+    prompt, answer = "the mill", "burned"
+    ids = lm.encode(prompt) + lm.encode_answer(prompt, answer)
+    with torch.no_grad():
+        logits = peft(torch.tensor([ids])).logits[0].log_softmax(-1)
+    count = len(lm.encode_answer(prompt, answer))
+    want = -torch.stack([logits[len(ids) - count + i - 1, ids[len(ids) - count + i]] for i in range(count)]).mean()
+    have = lm.answer_nll([prompt], [answer], lm.adapt([prompt], steps=0))
+    assert have.item() == pytest.approx(want.item(), abs=1e-5)
+    assert abs(have.item() - lm.answer_nll([prompt], [answer]).item()) > 1e-3
+
+
+def test_the_benchmark_reads_the_baseline(material, task_lora, tmp_path):
+    variants = [{"name": "Base"}, {"name": "LoRA", "init": str(task_lora)}]
+    data = {"tasks": [{"task": "snli"}], "source": str(material / "{task}")}
+    folder = benchmark(settings(material, tmp_path / "run", variants=variants, data=data, scoring=["choices"]))
+    means = summarize(read_records(folder / RECORDS, AnswerRecord), lambda r: r.nll)
+    model = str(material / "model")
+    assert means[(model, "LoRA")]["snli"].mean < means[(model, "Base")]["snli"].mean
+
+
+def test_an_exported_adapter_is_an_init(material, tmp_path):
+    lm = AdaptiveLM.from_pretrained(str(material / "model"), rate=0.5, device="cpu")
+    prompts = ["the mill burned", "a quiet mill"]
+    adaptation = lm.adapt(prompts, steps=1)
+    adaptation.export_peft(tmp_path / "adapter", row=1)
+    again = AdaptiveLM.from_pretrained(str(material / "model"), init=tmp_path / "adapter", device="cpu")
+    want = lm.answer_nll(prompts, ["x", "y"], adaptation)[1].item()
+    have = again.answer_nll(prompts, ["x", "y"], again.adapt(prompts, steps=0))[1].item()
+    assert have == pytest.approx(want, abs=1e-5)
+
+
+def test_a_task_listed_twice(material, tmp_path):
+    overrides = [f"output={tmp_path}", f"model.name={material / 'model'}", "model.device=cpu"]
+    twice = "train.tasks=[{task: snli}, {task: snli}]"
+    with pytest.raises(ValueError, match="task 'snli' is listed twice"):
+        train_task_lora(load_config(TrainTaskLora, None, [*overrides, twice, f"train.source={material}/{{task}}"]))
