@@ -24,6 +24,7 @@ from ephemera.config import (
 )
 
 ROOT = Path(__file__).parent.parent
+OURS = re.compile(r"(?:^|\| |-m )ephemera ")  # not another program's argument
 SETTINGS = {
     "train scalenet": TrainScaleNet,
     "train generator": TrainGenerator,
@@ -57,7 +58,7 @@ def documented() -> list[str]:
         lines += [line.strip() for line in (command.epilog or "").splitlines() if "ephemera " in line]
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), flags=re.S)
-        lines += [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "ephemera " in line]
+        lines += [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if OURS.search(line)]
     return lines
 
 

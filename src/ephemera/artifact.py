@@ -40,6 +40,7 @@ def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tenso
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         save_file({key: t.contiguous().cpu() for key, t in state.items()}, Path(scratch) / f"{name}.safetensors")
         (Path(scratch) / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
+        (Path(scratch) / f"{name}.safetensors").chmod(0o644)  # safetensors writes for the owner alone
         for suffix in (".safetensors", ".json"):
             os.replace(Path(scratch) / f"{name}{suffix}", folder / f"{name}{suffix}")
 

@@ -39,9 +39,12 @@ class ModelSettings(Settings):
 
 
 class DataSettings(Settings):
-    task: str = Field(default="nq-open", description="nq-open, squad, xsum, adapteval/<subset>, own")
+    task: str = Field(
+        default="nq-open", description='nq-open, squad, snli, own, ...; in training also several: "snli+boolq"'
+    )
     source: str | None = Field(
-        default=None, description='file, folder, "a+b", hub id or "wheel"; default: hub, else wheel'
+        default=None,
+        description='file, folder, "a+b", hub id or "wheel"; {task} stands for the task\'s name; default: hub, else wheel',
     )
     split: str = Field(default="test", description="train, validation or test")
     limit: int | None = Field(default=None, ge=1, description="draw this many rows at random")

@@ -23,7 +23,7 @@ import ephemera
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, load_backbone
-from ephemera.config import Evaluate
+from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
 from ephemera.generator import check_init, load_init, targets_of
 from ephemera.inits import Init
@@ -159,12 +159,14 @@ def evaluate(config: Evaluate) -> Path:
     data = load_dataset(
         config.data.task,
         split=config.data.split,
-        source=config.data.source,
+        source=fill(config.data.source, config.data.task),
         limit=config.data.limit,
         seed=config.data.seed,
     )
     chat = config.data.format == "chat"
-    rows, long = encode_examples(backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens)
+    rows, long = encode_examples(
+        backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=data.task.system
+    )
     if len(rows) < 2:
         raise ValueError(f"an evaluation needs at least 2 rows; {data.source} gave {len(rows)}.")
     run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone)
@@ -292,12 +294,16 @@ def _settle_uniform(
     data = load_dataset(
         config.validation.task,
         split=config.validation.split,
-        source=config.validation.source,
+        source=fill(config.validation.source, config.validation.task),
         limit=config.validation.limit,
         seed=config.validation.seed,
     )
     rows, _ = encode_examples(
-        backbone, data.examples, chat=config.validation.format == "chat", max_tokens=config.validation.max_tokens
+        backbone,
+        data.examples,
+        chat=config.validation.format == "chat",
+        max_tokens=config.validation.max_tokens,
+        system=data.task.system,
     )
     print(f"searching the best uniform rate of each K on {len(rows)} validation rows ...", file=sys.stderr)
     table = search_uniform(

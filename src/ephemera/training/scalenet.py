@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
-from ephemera.config import DataSettings, TrainScaleNet
+from ephemera.config import DataSettings, TrainScaleNet, fill
 from ephemera.generator import check_init, load_init, targets_of
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
@@ -166,19 +166,25 @@ def averaged_rate(
 
 
 def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
-    """A data set's examples as token ids; what was left out is said."""
-    data = load_dataset(
-        settings.task, split=settings.split, source=settings.source, limit=settings.limit, seed=settings.seed
-    )
-    rows, long = encode_examples(
-        backbone, data.examples, chat=settings.format == "chat", max_tokens=settings.max_tokens
-    )
-    print(
-        f"{settings.task} {settings.split}: {len(rows)} rows from {data.source} "
-        f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
-        file=sys.stderr,
-    )
-    return rows
+    """Examples of a task, or of several joined by "+", as token ids; what was left out is said."""
+    every: list[Encoded] = []
+    for task in settings.task.split("+"):
+        source = fill(settings.source, task)
+        data = load_dataset(task, split=settings.split, source=source, limit=settings.limit, seed=settings.seed)
+        rows, long = encode_examples(
+            backbone,
+            data.examples,
+            chat=settings.format == "chat",
+            max_tokens=settings.max_tokens,
+            system=data.task.system,
+        )
+        print(
+            f"{task} {settings.split}: {len(rows)} rows from {data.source} "
+            f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
+            file=sys.stderr,
+        )
+        every += rows
+    return every
 
 
 def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
