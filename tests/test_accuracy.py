@@ -104,6 +104,15 @@ def test_other_settings_in_the_same_folder_are_refused(material, finished):
         benchmark(settings(material, finished, variants=changed))
 
 
+def test_a_variant_can_be_for_some_tasks(material, tmp_path):
+    variants = [{"name": "Base"}, {"name": "x", "rate": "0.5", "steps": 1, "tasks": ["snli"]}]
+    folder = benchmark(settings(material, tmp_path / "run", variants=variants, scoring=["choices"]))
+    records = read_records(folder / RECORDS, AnswerRecord)
+    assert {(r.variant, r.task) for r in records} == {("Base", "snli"), ("Base", "gsm8k"), ("x", "snli")}
+    with pytest.raises(ValueError, match="unknown task of variant 'x': 'snly'"):
+        benchmark(settings(material, tmp_path / "b", variants=[{"name": "x", "tasks": ["snly"]}]))
+
+
 def test_mistakes_are_named(material, tmp_path):
     with pytest.raises(ValueError, match="has steps but no rate"):
         benchmark(settings(material, tmp_path / "a", variants=[{"name": "x", "steps": 1}]))

@@ -229,6 +229,7 @@ class Variant(Settings):
     )
     rate: str | None = Field(default=None, description="shipped name, folder or number; needed where steps > 0")
     steps: int = Field(default=0, ge=0, description="gradient steps on the prompt")
+    tasks: list[str] | None = Field(default=None, min_length=1, description="only these; default: all of data.tasks")
 
 
 class BenchmarkData(MixtureSettings):

@@ -15,6 +15,7 @@ from rich.progress import track
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, encode_answer, load_backbone
 from ephemera.config import Benchmark, ModelSettings, Variant, fill, source_of
+from ephemera.errors import unknown
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
@@ -72,6 +73,8 @@ def benchmark(config: Benchmark) -> Path:
                     rows = Rows(backbone, found, config)
                     run["left_out_as_too_long"][found.task.name] = rows.long
                     for variant in variants:
+                        if variant.tasks is not None and found.task.name not in variant.tasks:
+                            continue
                         _fill(backbone, settings, variant, rows, config, records)
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
@@ -125,9 +128,12 @@ def _by_targets(settings: ModelSettings, config: Benchmark) -> dict[str, list[Va
     for variant in config.variants:
         if variant.steps and variant.rate is None:
             raise ValueError(f"variant {variant.name!r} has steps but no rate.")
+        for task in variant.tasks or []:
+            if task not in [entry.task for entry in config.data.tasks]:
+                raise unknown(f"task of variant {variant.name!r}:", task, [e.task for e in config.data.tasks])
         targets = None
         if variant.init is not None:
-            first = config.data.tasks[0].task
+            first = (variant.tasks or [config.data.tasks[0].task])[0]
             targets = targets_of(load_init(str(fill(variant.init, first))))
         groups.setdefault(json.dumps(targets or settings.lora.target_modules), []).append(variant)
     return groups
