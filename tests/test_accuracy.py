@@ -1,11 +1,13 @@
 """`ephemera benchmark` and the task-LoRA baseline, on a tiny random model and local rows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ephemera.backbone import load_backbone
@@ -13,6 +15,7 @@ from ephemera.config import Benchmark, TrainTaskLora, check_config, load_config
 from ephemera.evaluation.accuracy import benchmark
 from ephemera.evaluation.accuracy_tables import METRICS, by_bytes, by_sum, by_text, summarize, vote, write_tables
 from ephemera.evaluation.records import RECORDS, AnswerRecord, RecordFile, read_records
+from ephemera.inits import PeftInit
 from ephemera.model import AdaptiveLM
 from ephemera.tasks import load_dataset
 from ephemera.training.task_lora import train_task_lora
@@ -100,7 +103,7 @@ def test_other_settings_in_the_same_folder_are_refused(material, finished):
     with pytest.raises(ValueError, match=r"other settings \(.*batch_size.* differ"):
         benchmark(settings(material, finished, batch_size=2))
     changed = [{"name": "Base"}, {"name": "TTA", "rate": "0.1", "steps": 1}]
-    with pytest.raises(ValueError, match="variant TTA differ"):
+    with pytest.raises(ValueError, match=r"variant TTA on gsm8k, variant TTA on snli differ"):
         benchmark(settings(material, finished, variants=changed))
 
 
@@ -109,7 +112,7 @@ def test_a_variant_can_be_for_some_tasks(material, tmp_path):
     folder = benchmark(settings(material, tmp_path / "run", variants=variants, scoring=["choices"]))
     records = read_records(folder / RECORDS, AnswerRecord)
     assert {(r.variant, r.task) for r in records} == {("Base", "snli"), ("Base", "gsm8k"), ("x", "snli")}
-    with pytest.raises(ValueError, match="unknown task of variant 'x': 'snly'"):
+    with pytest.raises(ValueError, match="variant 'x' names task 'snly'"):
         benchmark(settings(material, tmp_path / "b", variants=[{"name": "x", "tasks": ["snly"]}]))
 
 
@@ -133,10 +136,14 @@ def record(variant: str, i: int, **more) -> AnswerRecord:
 def test_metrics_by_hand():
     short = record("a", 0, choice_logprobs=[-2.0, -3.0], choice_bytes=[2, 30], gold=1)
     assert (by_sum(short), by_bytes(short)) == (0.0, 1.0)
-    said = record("a", 1, texts=["neutral", "Neutral\nx", "no"], correct=[True, True, False])
+    said = record("a", 1, correct=[True, True, False], picked=["neutral", "neutral", None])
     assert by_text(said) == pytest.approx(2 / 3)
     assert vote(said) == 1.0
-    assert vote(record("a", 2, texts=["no", "No", "neutral"], correct=[False, False, True])) == 0.0
+    assert vote(record("a", 2, correct=[False, False, True], picked=["no", "no", "neutral"])) == 0.0
+    assert vote(record("a", 2, correct=[False, False, True], picked=[None, None, "neutral"])) == 1.0
+    assert vote(record("a", 2, correct=[False], picked=["no"])) is None
+    lost = record("a", 3, choice_logprobs=[float("nan"), -1.0], choice_bytes=[1, 1], gold=0)
+    assert (by_sum(lost), by_bytes(lost)) == (0.0, 0.0)
     assert summarize([short, said], by_sum)[("m", "a")]["snli"].n == 1
     assert set(METRICS) == {"generated", "any", "choices", "choices_per_byte", "vote", "nll"}
 
@@ -209,3 +216,46 @@ def test_a_task_listed_twice(material, tmp_path):
     twice = "train.tasks=[{task: snli}, {task: snli}]"
     with pytest.raises(ValueError, match="task 'snli' is listed twice"):
         train_task_lora(load_config(TrainTaskLora, None, [*overrides, twice, f"train.source={material}/{{task}}"]))
+
+
+@pytest.mark.parametrize("spoil", ["rank", "missing", "list", "pissa"])
+def test_damaged_peft_folders_are_one_clear_error(task_lora, tmp_path, spoil):
+    folder = tmp_path / "adapter"
+    shutil.copytree(task_lora, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    state = load_file(folder / "adapter_model.safetensors")
+    if spoil == "rank":
+        config["r"] = 8
+    elif spoil == "missing":
+        del state[next(key for key in state if "lora_B" in key)]
+    elif spoil == "pissa":
+        config["init_lora_weights"] = "pissa_niter_4"
+    (folder / "adapter_config.json").write_text("[]" if spoil == "list" else json.dumps(config))
+    save_file(state, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=str(folder)):
+        PeftInit.load(folder)
+
+
+def test_a_network_trained_anew_is_another_variant(material, task_lora, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(task_lora, adapter)
+    variants = [{"name": "LoRA", "init": str(adapter)}]
+    data = {"tasks": [{"task": "snli"}], "source": str(material / "{task}")}
+    config = settings(material, tmp_path / "run", variants=variants, data=data, scoring=["choices"])
+    benchmark(config)
+    benchmark(config)
+    state = load_file(adapter / "adapter_model.safetensors")
+    save_file({key: 2 * t for key, t in state.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="variant LoRA on snli differ"):
+        benchmark(config)
+
+
+def test_notes_do_not_call_a_generated_start_unadapted(material, task_lora):
+    model = str(material / "model")
+    zero = AdaptiveLM.from_pretrained(model, rate=0.5, device="cpu").adapt(["the"], steps=1)
+    start = AdaptiveLM.from_pretrained(model, init=task_lora, rate=0.5, device="cpu").adapt(["the"], steps=1)
+    assert zero.notes == ("one-token prompt: nothing to learn from, answered unadapted",)
+    assert start.notes == ("one-token prompt: nothing to learn from, answered from its start",)
+    diverged = AdaptiveLM.from_pretrained(model, init=task_lora, rate=1e38, device="cpu").adapt(["the mill"], steps=2)
+    assert diverged.notes == ("non-finite loss or update: answered from its start",)
+    assert diverged.fallback_B.tolist() == [True]

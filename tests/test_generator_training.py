@@ -320,7 +320,7 @@ def test_nine_in_a_row_go_on_however_often(tmp_path):
 def test_ten_in_a_row_stop_and_keep_the_last_good_weights(tmp_path, checkpoint_every):
     trainee = Spoilt(set(range(5, 40)))
     with pytest.raises(
-        ValueError, match=r"not finite 10 steps in a row \(up to step 15\).* Lower optimizer.learning_rate"
+        ValueError, match=r"not finite 10 steps in a row \(up to step 15\).* lower optimizer.learning_rate"
     ):
         spoilt_run(tmp_path, trainee, steps=40, checkpoint_every=checkpoint_every)
     assert len(trainee.weights) == 15

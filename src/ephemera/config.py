@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ephemera.errors import nearest
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
@@ -133,6 +133,15 @@ class MixtureSettings(Settings):
     format: Literal["plain", "chat"] = Field(default="plain", description="prompts as they are, or as chat messages")
     max_tokens: int = Field(default=512, ge=2, description="longer rows are left out, and counted")
 
+    @field_validator("tasks")
+    @classmethod
+    def _once(cls, tasks: list[MixtureTask]) -> list[MixtureTask]:
+        names = [entry.task for entry in tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'task {name!r} is listed twice; join its sources instead ("source: a.jsonl+b.jsonl")')
+        return tasks
+
 
 def source_of(entry: MixtureTask, pattern: str | None) -> str | None:
     """A task's own source, else the common one with {task} filled in."""
@@ -201,8 +210,10 @@ class Evaluate(Settings):
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
-    methods: list[Method] = Field(default=list(METHODS), description="rows of the grid")
-    steps: list[int] = Field(default=list(range(MAX_STEPS + 1)), description="columns of the grid: K")
+    methods: list[Method] = Field(default=list(METHODS), min_length=1, description="rows of the grid")
+    steps: list[Annotated[int, Field(ge=0)]] = Field(
+        default=list(range(MAX_STEPS + 1)), min_length=1, description="columns of the grid: K"
+    )
     fixed_rate: float = Field(default=5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
     uniform_rates: dict[int, float] | None = Field(
         default=None, description="best uniform rate of each K; default: searched on validation rows"
@@ -211,7 +222,7 @@ class Evaluate(Settings):
     stepwise: str = Field(default="stepwise-nq-open", description="folder or shipped name")
     layerwise: str = Field(default="scalenet-nq-open", description="folder or shipped name; also for swapped")
     averaged: str | None = Field(
-        default=None, description="folder of averaged rates; default: averages/ beside layerwise"
+        default=None, description="folder of averaged rates; default: the folder averaged/ in that of layerwise"
     )
     generate: list[int] = Field(
         default=[0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum"
@@ -227,9 +238,15 @@ class Variant(Settings):
         default=None,
         description="generator (folder or shipped name) or PEFT folder, {task} filled in; default: the zero start",
     )
-    rate: str | None = Field(default=None, description="shipped name, folder or number; needed where steps > 0")
+    rate: str | float | None = Field(default=None, description="shipped name, folder or number; needed where steps > 0")
     steps: int = Field(default=0, ge=0, description="gradient steps on the prompt")
     tasks: list[str] | None = Field(default=None, min_length=1, description="only these; default: all of data.tasks")
+
+    @model_validator(mode="after")
+    def _rate_for_steps(self) -> Variant:
+        if self.steps and self.rate is None:
+            raise ValueError(f"variant {self.name!r} has steps but no rate")
+        return self
 
 
 class BenchmarkData(MixtureSettings):
@@ -247,7 +264,9 @@ class Benchmark(Settings):
     variants: list[Variant] = Field(default=[Variant(name="Base")], min_length=1, description="of each model")
     data: BenchmarkData = BenchmarkData()
     scoring: list[Literal["choices", "generate"]] = Field(
-        default=["choices", "generate"], description="log-probability of each choice; generate and read the answer"
+        default=["choices", "generate"],
+        min_length=1,
+        description="log-probability of each choice; generate and read the answer",
     )
     temperature: float = Field(default=0.0, ge=0, description="of generation; 0 is greedy")
     samples: int = Field(default=1, ge=1, description="answers per prompt, for pass@k and the majority vote")
@@ -256,6 +275,20 @@ class Benchmark(Settings):
     allow_code_execution: bool = Field(default=False, description="run generated code (humaneval, mbpp), with limits")
     batch_size: int = Field(default=8, ge=1, description="prompts at once")
     seed: int = Field(default=0, description="of the adapters' start and of sampling")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Benchmark:
+        for what, names in (("variants", [v.name for v in self.variants]), ("models", [m.name for m in self.models])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {what} have the same name; a table could not tell them apart")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples > 1 needs temperature > 0: greedy answers would all be the same")
+        known = [entry.task for entry in self.data.tasks]
+        for variant in self.variants:
+            for task in variant.tasks or []:
+                if task not in known:
+                    raise ValueError(f"variant {variant.name!r} names task {task!r}, which data.tasks has not: {known}")
+        return self
 
 
 class Analyse(Settings):
@@ -343,6 +376,8 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
         known = _fields_at(kind, item["loc"][:-1])
         hint = nearest(str(item["loc"][-1]), known)
         return f"unknown setting {where!r}. {hint + ' ' if hint else ''}Known here: {', '.join(known)}."
+    if item["type"] == "value_error":
+        return f"{where + ': ' if where else ''}{item['msg'].removeprefix('Value error, ')}."
     return f"setting {where!r}: {item['msg'][0].lower()}{item['msg'][1:]}; got {item['input']!r}."
 
 

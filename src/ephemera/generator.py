@@ -120,7 +120,7 @@ class LoraGenerator(nn.Module):
     def fit_normalization(self, h_NH: Tensor) -> None:
         """Take mean and deviation of each feature from training prompts' h [N,H]."""
         self.mean_H.copy_(h_NH.mean(0))
-        self.std_H.copy_(h_NH.std(0).clamp(min=1e-6))
+        self.std_H.copy_(h_NH.std(0, correction=int(len(h_NH) > 1)).clamp(min=1e-6))
 
     def state_BH(self, backbone: Backbone, batch: TokenBatch) -> Tensor:
         """h [B,H] in float32 from a forward over the prompt alone, without adapters or the vocabulary head."""
@@ -234,6 +234,13 @@ def check_init(init: Init, backbone: Backbone) -> None:
     """ValueError where an init was made for another model; others' own inits are taken as they are."""
     if isinstance(init, LoraGenerator | PeftInit):
         init.check(backbone)
+
+
+def lora_of(init: Init) -> dict[str, Any]:
+    """The LoRA settings that an init brings with it, for the records of a run; none where it takes any."""
+    if isinstance(init, LoraGenerator | PeftInit):
+        return {"r": init.r, "lora_alpha": init.lora_alpha, "target_modules": init.target_modules}
+    return {}
 
 
 def targets_of(init: Init) -> str | list[str] | None:

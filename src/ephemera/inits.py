@@ -81,15 +81,23 @@ class PeftInit:
         try:
             config = json.loads((folder / "adapter_config.json").read_text())
             state = load_file(folder / "adapter_model.safetensors")
-            r, lora_alpha = config["r"], config["lora_alpha"]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            r, lora_alpha = int(config["r"]), float(config["lora_alpha"])
+            special = [
+                k
+                for k in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save")
+                if config.get(k)
+            ]
+            if (
+                str(config.get("init_lora_weights", True))
+                .lower()
+                .startswith(("pissa", "olora", "loftq", "corda", "eva"))
+            ):
+                special.append(f"init_lora_weights={config['init_lora_weights']}")
+        except (AttributeError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder} holds no readable PEFT adapter ({str(error).splitlines()[0]}); adapter_config.json and "
                 "adapter_model.safetensors of a LoRA are expected."
             ) from error
-        special = [
-            k for k in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save") if config.get(k)
-        ]
         if config.get("peft_type") != "LORA" or special:
             raise ValueError(
                 f"the adapter in {folder} is not a plain LoRA ({', '.join(special) or config.get('peft_type')}); only "
@@ -104,7 +112,12 @@ class PeftInit:
         for key, A_RI in state.items():
             if key.endswith(".lora_A.weight"):
                 module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                factors[module] = (A_RI.float(), state[key.replace("lora_A", "lora_B")].float())
+                B_OR = state.get(key.replace("lora_A", "lora_B"))
+                if B_OR is None or A_RI.shape[0] != r or B_OR.shape[1] != r:
+                    raise ValueError(
+                        f"the adapter in {folder} has no whole pair of rank {r} (its config's r) for {module}."
+                    )
+                factors[module] = (A_RI.float(), B_OR.float())
         # By the modules that it holds: target_modules may be a pattern, or full paths
         names = sorted({module.rpartition(".")[2] for module in factors})
         usual = set(names) <= {"q_proj", "v_proj"}

@@ -15,7 +15,7 @@ from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone, encode_answer, encode_prompt, load_backbone
 from ephemera.errors import unknown
 from ephemera.export import export_peft
-from ephemera.generator import check_init, load_init, targets_of
+from ephemera.generator import check_init, load_init, lora_of, targets_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import batch_tokens, length_batches, pad
@@ -53,7 +53,7 @@ class Adaptation:
     @property
     def fallback_B(self) -> Tensor:
         """Rows that fell back to the unadapted model because something was not finite: bool [B]."""
-        return torch.tensor([note == FELL_BACK for note in self.notes])
+        return torch.tensor([(note or "").startswith(FELL_BACK.partition(":")[0]) for note in self.notes])
 
     def export_peft(self, folder: str | Path, row: int = 0) -> Path:
         """Write one row's adapter in PEFT's format; PEFT opens it with the same logits."""
@@ -178,6 +178,10 @@ class AdaptiveLM:
         order = torch.tensor([i for rows in batches for i in rows])
         back = order.argsort()
         fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
+
+        def said(note: str) -> str:
+            return note.replace("unadapted", "from its start") if lora_of(start_from) else note
+
         return Adaptation(
             prompts=prompts,
             lora=LoraBatch.cat([t.lora for t in traces]).rows(back),
@@ -185,7 +189,7 @@ class AdaptiveLM:
             prompt_nll_BK=torch.cat([t.prompt_nll_BK for t in traces]).cpu()[back],
             rates_BKM=torch.cat([t.rates_BKM.detach() for t in traces]).cpu()[back],
             notes=tuple(
-                FELL_BACK if fell else UNCHANGED if len(i) < 2 and steps else None
+                said(FELL_BACK) if fell else said(UNCHANGED) if len(i) < 2 and steps else None
                 for fell, i in zip(fallback_B.tolist(), ids, strict=True)
             ),
             seconds=time.perf_counter() - start,

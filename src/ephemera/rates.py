@@ -154,7 +154,7 @@ class ScaleNet(nn.Module):
     def fit_normalization(self, h_NH: Tensor) -> None:
         """Take mean and deviation of each feature from training prompts [N,2D]."""
         self.mean_H.copy_(h_NH.mean(0))
-        self.std_H.copy_(h_NH.std(0).clamp(min=1e-6))
+        self.std_H.copy_(h_NH.std(0, correction=int(len(h_NH) > 1)).clamp(min=1e-6))
 
     def _normalized(self, h_BH: Tensor) -> Tensor:
         if self.normalization == "standardize":

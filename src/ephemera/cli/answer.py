@@ -44,8 +44,8 @@ def answer(
         Path | None, typer.Option("--file", "-f", help='Text (one prompt) or JSONL with a "prompt" on each line.')
     ] = None,
     model: Model = DEFAULT_MODEL,
-    steps: Steps = 3,
-    rate: RateOption = DEFAULT_RATE,
+    steps: Steps = None,
+    rate: RateOption = None,
     init: InitOption = "zero",
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, with losses and rates.")] = False,
@@ -58,7 +58,8 @@ def answer(
 ) -> None:
     """Adapt to each prompt, answer it, forget."""
     prompts = _prompts(prompt, file)
-    lm = _load(model, init=init, rate=rate if steps else None, dtype=dtype, device=device, chat=chat, truncate=truncate)
+    steps, rate = _moves(steps, rate, init)
+    lm = _load(model, init=init, rate=rate, dtype=dtype, device=device, chat=chat, truncate=truncate)
     adaptation = lm.adapt(prompts, steps=steps, seed=seed)
     answers = lm.generate(prompts, adaptation=adaptation, max_new_tokens=max_new_tokens)
     bases: list[str | None] = [None] * len(prompts)
@@ -106,8 +107,8 @@ def export(
     prompt: Annotated[str, typer.Argument(help="The prompt to adapt to.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for PEFT's two files.")],
     model: Model = DEFAULT_MODEL,
-    steps: Steps = 3,
-    rate: RateOption = DEFAULT_RATE,
+    steps: Steps = None,
+    rate: RateOption = None,
     init: InitOption = "zero",
     seed: Seed = 0,
     chat: Chat = False,
@@ -116,11 +117,19 @@ def export(
     device: Device = None,
 ) -> None:
     """Adapt to a prompt and keep the adapter, in PEFT's format."""
-    lm = _load(model, init=init, rate=rate if steps else None, dtype=dtype, device=device, chat=chat, truncate=truncate)
+    steps, rate = _moves(steps, rate, init)
+    lm = _load(model, init=init, rate=rate, dtype=dtype, device=device, chat=chat, truncate=truncate)
     adaptation = lm.adapt([prompt], steps=steps, seed=seed)
     if adaptation.notes[0]:
         print(adaptation.notes[0], file=sys.stderr)
     print(adaptation.export_peft(output, row=0))
+
+
+def _moves(steps: int | None, rate: str | None, init: str) -> tuple[int, str | None]:
+    """Steps and their rate; the shipped default rate was trained from the zero start, so it is not another's."""
+    if steps is None:
+        steps = 3 if init == "zero" or rate is not None else 0
+    return steps, (rate or DEFAULT_RATE) if steps else None
 
 
 def _load(

@@ -29,9 +29,24 @@ DEFAULT_RATE = "scalenet-nq-open"
 Model = Annotated[
     str, typer.Option("--model", "-m", help=f"Hub id, folder, GGUF file or {DEFAULT_MODEL}.", show_default=True)
 ]
-Steps = Annotated[int, typer.Option("--steps", "-k", help="Gradient steps on each prompt; 0 is the base model.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        "-k",
+        help="Gradient steps on each prompt; 0 leaves the adapter at its start. Default: 3, and 0 where --init is given "
+        "without --rate.",
+        show_default=False,
+    ),
+]
 RateOption = Annotated[
-    str, typer.Option("--rate", "-r", help="Shipped name, folder, or a number (see `ephemera models`).")
+    str | None,
+    typer.Option(
+        "--rate",
+        "-r",
+        help=f"Shipped name, folder, or a number (see `ephemera models`). Default: {DEFAULT_RATE}.",
+        show_default=False,
+    ),
 ]
 InitOption = Annotated[
     str, typer.Option("--init", "-i", help="Where adapters start: zero, a generator (name or folder), a PEFT folder.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -13,9 +14,9 @@ import torch
 from rich.progress import track
 
 from ephemera.adapt import adapt
+from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, encode_answer, load_backbone
 from ephemera.config import Benchmark, ModelSettings, Variant, fill, source_of
-from ephemera.errors import unknown
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
@@ -25,6 +26,8 @@ from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, load_rate
 from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import Dataset, Example, Task, load_dataset
+from ephemera.tasks.choice import parse
+from ephemera.tasks.gsm8k import number_in
 
 
 class Rows:
@@ -54,10 +57,8 @@ def benchmark(config: Benchmark) -> Path:
                 f"task {name!r} is judged by running generated code. Allow it with --allow-code-execution (it runs in a "
                 "limited subprocess; a container is safer), or leave the task out."
             )
-    if len({v.name for v in config.variants}) < len(config.variants):
-        raise ValueError("two variants have the same name; a table could not tell them apart.")
-    run = _open_run(folder, config, data)
     records = RecordFile(folder, AnswerRecord)
+    run = _open_run(folder, config, data, fresh=not records.records)
     try:
         for settings in config.models:
             for targets, variants in _by_targets(settings, config).items():
@@ -92,24 +93,34 @@ def _load(config: Benchmark, entry: Any) -> Dataset:
     return load_dataset(entry.task, split=config.data.split, source=where, limit=limit, seed=config.data.seed)
 
 
-def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset]) -> dict[str, Any]:
-    """run.json. A folder holds one run; variants, models, tasks and repeats may be added, other changes are refused."""
+def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset], *, fresh: bool) -> dict[str, Any]:
+    """run.json. A folder holds one run, to which models, variants, tasks and repeats may be added.
+
+    `seen` keeps what every record was made with, by name; what comes again under a name must be the same.
+    """
     settings = config.model_dump(mode="json")
+    common = {k: v for k, v in settings.items() if k not in ("output", "variants", "models", "repeats", "data")}
+    common |= {f"data.{k}": v for k, v in settings["data"].items() if k not in ("tasks", "source")}
+    del common["allow_code_execution"]
+    now: dict[str, Any] = {f"setting {k}": v for k, v in common.items()}
+    now |= {f"model {m.name}": m.model_dump(mode="json") for m in config.models}
+    now |= {f"source of {name}": found.source for name, found in data.items()}
+    for variant in config.variants:
+        for name in data if variant.tasks is None else variant.tasks:
+            now[f"variant {variant.name} on {name}"] = _identity(variant, name)
     path = folder / RUN
-    if path.exists():
-        old = json.loads(path.read_text())["config"]
-        adding = ("output", "variants", "models", "repeats", "data", "allow_code_execution")
-        changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in adding)
-        changed += [f"data.{k}" for k in settings["data"] if k != "tasks" and settings["data"][k] != old["data"].get(k)]
-        before = {v["name"]: v for v in old["variants"]}
-        changed += [f"variant {v['name']}" for v in settings["variants"] if before.get(v["name"], v) != v]
+    before: dict[str, Any] = {}
+    if path.exists() and not fresh:
+        before = json.loads(path.read_text()).get("seen", {})
+        changed = sorted(key for key in now if before.get(key, now[key]) != now[key])
         if changed:
             raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(changed)} differ). Give another output=, "
+                f"{folder} holds records of a run with other settings ({', '.join(changed)} differ). Give another output=, "
                 "or remove the folder to start over."
             )
     run = {
         "config": settings,
+        "seen": before | now,
         "sources": {name: found.source for name, found in data.items()},
         "dropped_without_answer": {name: found.dropped for name, found in data.items()},
         "left_out_as_too_long": {},
@@ -122,15 +133,21 @@ def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset]) -> dict
     return run
 
 
+def _identity(variant: Variant, task: str) -> dict[str, Any]:
+    """A variant's settings and the contents of the files it names: a network trained anew is another variant."""
+    digests = {}
+    init = fill(variant.init, task)
+    for what, spec in (("init", init), ("rate", variant.rate)):
+        for folder in (NETWORKS / str(spec), Path(str(spec)).expanduser()) if spec is not None else ():
+            for file in sorted(folder.glob("*.safetensors")):
+                digests[f"{what}/{file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return {"init": init, "rate": variant.rate, "steps": variant.steps, "files": digests}
+
+
 def _by_targets(settings: ModelSettings, config: Benchmark) -> dict[str, list[Variant]]:
     """Variants by the modules that they adapt: each group is one loading of the model."""
     groups: dict[str, list[Variant]] = {}
     for variant in config.variants:
-        if variant.steps and variant.rate is None:
-            raise ValueError(f"variant {variant.name!r} has steps but no rate.")
-        for task in variant.tasks or []:
-            if task not in [entry.task for entry in config.data.tasks]:
-                raise unknown(f"task of variant {variant.name!r}:", task, [e.task for e in config.data.tasks])
         targets = None
         if variant.init is not None:
             first = (variant.tasks or [config.data.tasks[0].task])[0]
@@ -206,7 +223,8 @@ def _answer(
             choice_bytes=[len(c.encode()) for c in example.choices] if logprobs and example.choices else None,
             gold=example.choices.index(example.answer) if example.choices else None,
             texts=texts[b] if texts else None,
-            correct=[_correct(rows.task, text, example) for text in texts[b]] if texts else None,
+            correct=_all_or_none([_judged(rows.task, text, example) for text in texts[b]]) if texts else None,
+            picked=[_picked(text, example) for text in texts[b]] if texts and rows.task.correct else None,
             seconds=seconds,
             fallback=bool(trace.fallback_B[b]) or bool(read.fallback_B[b]),
         )
@@ -234,15 +252,26 @@ def _generate(read: Prefill, task: Task, count: int, config: Benchmark, seed: in
     if config.temperature > 0:
         settings |= {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
         torch.manual_seed(seed)
-    elif config.samples > 1:
-        raise ValueError("samples > 1 needs temperature > 0: greedy answers would all be the same.")
     if config.samples > 1:
         settings["num_return_sequences"] = config.samples
     texts = read.backbone.tokenizer.batch_decode(read.generate(**settings), skip_special_tokens=True)
     return [list(texts[b * config.samples : (b + 1) * config.samples]) for b in range(count)]
 
 
-def _correct(task: Task, text: str, example: Example) -> bool:
+def _judged(task: Task, text: str, example: Example) -> bool | None:
+    """Is a generated answer right? None where the task has no judge of texts."""
     if task.program is not None:
         return run_program(task.program(text, example)).passed
-    return task.correct is not None and task.correct(text, example)
+    return None if task.correct is None else task.correct(text, example)
+
+
+def _picked(text: str, example: Example) -> str | None:
+    """What a text comes down to, for the majority vote: a choice or a number."""
+    if example.choices:
+        return parse(text, example.choices)
+    number = number_in(text)
+    return None if number is None else str(number)
+
+
+def _all_or_none(judged: list[bool | None]) -> list[bool] | None:
+    return [j for j in judged if j is not None] or None

@@ -15,8 +15,6 @@ from ephemera.evaluation.execute import pass_at_k
 from ephemera.evaluation.records import RECORDS, RUN, AnswerRecord, read_records, write_bytes, write_json
 from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
 from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table
-from ephemera.tasks import find_task
-from ephemera.tasks.gsm8k import number_in
 
 Metric = Callable[[AnswerRecord], float | None]
 Key = tuple[str, str]  # model, variant
@@ -26,6 +24,8 @@ def by_sum(record: AnswerRecord) -> float | None:
     """Is the likeliest choice the right one?"""
     if not record.choice_logprobs:
         return None
+    if not np.isfinite(record.choice_logprobs).all():
+        return 0.0
     return float(int(np.argmax(record.choice_logprobs)) == record.gold)
 
 
@@ -33,6 +33,8 @@ def by_bytes(record: AnswerRecord) -> float | None:
     """The same with each log-probability divided by the choice's length in bytes."""
     if not record.choice_logprobs or not record.choice_bytes:
         return None
+    if not np.isfinite(record.choice_logprobs).all():
+        return 0.0
     return float(int(np.argmax(np.array(record.choice_logprobs) / record.choice_bytes)) == record.gold)
 
 
@@ -46,20 +48,11 @@ def nll(record: AnswerRecord) -> float | None:
 
 
 def vote(record: AnswerRecord) -> float | None:
-    """Is the answer that most of the samples give right? (choice tasks and numbers; the first of a tie)"""
-    if not record.texts or not record.correct or len(record.texts) < 2 or find_task(record.task).correct is None:
+    """Is the choice or number that most of the samples come down to right? (the first of a tie)"""
+    if not record.picked or not record.correct or len(record.picked) < 2:
         return None
-    said = [_said(record, text) for text in record.texts]
-    counted = Counter(s for s in said if s is not None)
-    return float(bool(counted) and record.correct[said.index(counted.most_common(1)[0][0])])
-
-
-def _said(record: AnswerRecord, text: str) -> str | None:
-    choices = find_task(record.task).choices
-    if choices is None:
-        number = number_in(text)
-        return None if number is None else str(number)
-    return text.strip().split("\n")[0].lower()
+    counted = Counter(p for p in record.picked if p is not None)
+    return float(bool(counted) and record.correct[record.picked.index(counted.most_common(1)[0][0])])
 
 
 def any_right(record: AnswerRecord) -> float | None:
@@ -114,8 +107,16 @@ def differences(records: Sequence[AnswerRecord], metric: Metric, base: str) -> d
 def write_tables(folder: Path) -> Path:
     """results.json and table.md from the folder's records."""
     run: dict[str, Any] = json.loads((folder / RUN).read_text())
-    records = read_records(folder / RECORDS, AnswerRecord)
+    variants = {v["name"] for v in run["config"]["variants"]}
+    models = {m["name"] for m in run["config"]["models"]}
     tasks = [entry["task"] for entry in run["config"]["data"]["tasks"]]
+    records = [
+        r
+        for r in read_records(
+            folder / RECORDS, AnswerRecord
+        )  # all that was ever run; the tables show what is asked for
+        if r.variant in variants and r.model in models and r.task in tasks
+    ]
     base = run["config"]["variants"][0]["name"]
     results: dict[str, Any] = {"conditions": dict(_conditions(run, records))}
     parts = [f"# Benchmark: {', '.join(m['name'] for m in run['config']['models'])}\n"]
@@ -170,10 +171,10 @@ def _conditions(run: dict[str, Any], records: Sequence[AnswerRecord]) -> list[tu
     config = run["config"]
     counts = Counter((r.task, r.id) for r in records)
     per_task = Counter(task for task, _ in counts)
-    variants = [
-        f"{v['name']} (init {v['init'] or 'zero'}, {v['steps']} steps{' at ' + v['rate'] if v['rate'] else ''})"
-        for v in config["variants"]
-    ]
+    variants = []
+    for v in config["variants"]:
+        steps = f"{v['steps']} steps at {v['rate']}" if v["steps"] else "no steps"
+        variants.append(f"{v['name']} (init {v['init'] or 'zero'}, {steps})")
     return [
         ("Models", ", ".join(f"{name} (weights {print_})" for name, print_ in run["models"].items())),
         ("Number type", ", ".join(str(m["dtype"] or "default") for m in config["models"])),

@@ -25,7 +25,7 @@ from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
-from ephemera.generator import check_init, load_init, targets_of
+from ephemera.generator import check_init, load_init, lora_of
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
@@ -145,11 +145,13 @@ def evaluate(config: Evaluate) -> Path:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules"}))
+    brought = config.model.lora.model_copy(update=lora_of(init))  # what is adapted is the init's to say
+    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": brought})})
     backbone = load_backbone(
         config.model.name,
         dtype=config.model.dtype,
         device=config.model.device,
-        target_modules=targets_of(init) or config.model.lora.target_modules,
+        target_modules=config.model.lora.target_modules,
         attn_implementation=config.model.attn_implementation,
     )
     check_init(init, backbone)
@@ -169,8 +171,8 @@ def evaluate(config: Evaluate) -> Path:
     )
     if len(rows) < 2:
         raise ValueError(f"an evaluation needs at least 2 rows; {data.source} gave {len(rows)}.")
-    run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone)
     records = RecordFile(folder, Record)
+    run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone, fresh=not records.records)
     if "uniform" in config.methods and any(config.steps):
         run = _settle_uniform(folder, run, config, backbone, init)
     uniform = {int(k): v for k, v in (run["uniform_rates"] or {}).items()}
@@ -252,12 +254,12 @@ def load_rules(config: Evaluate, backbone: Backbone) -> dict[str, Rate]:
 
 
 def _open_run(
-    folder: Path, config: Evaluate, data: Dataset, *, rows: int, long: int, backbone: Backbone
+    folder: Path, config: Evaluate, data: Dataset, *, rows: int, long: int, backbone: Backbone, fresh: bool
 ) -> dict[str, Any]:
     """run.json: what was run, on what. A folder holds one run; another configuration is refused."""
     settings = config.model_dump(mode="json")
     path = folder / RUN
-    if path.exists():
+    if path.exists() and not fresh:
         run = json.loads(path.read_text())
         old = {"init": "zero", **run["config"]}  # runs made before there was a choice
         changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in ("output", "methods"))

@@ -53,6 +53,7 @@ class AnswerRecord(BaseModel):
     gold: int | None = None  # which choice is right
     texts: list[str] | None = None  # generated answers
     correct: list[bool] | None = None  # of each generated answer
+    picked: list[str | None] | None = None  # the choice or number that each comes down to
     seconds: float  # this prompt's share of its batch: adapter, prefill and scoring, without generation
     fallback: bool = False
 

@@ -135,7 +135,8 @@ def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tup
     if source == "wheel" or (source is None and task.hub is None):
         return _wheel_rows(task, split)
     if source is not None:
-        paths = [Path(part).expanduser() for part in source.split("+")]
+        whole = Path(source).expanduser()
+        paths = [whole] if whole.exists() else [Path(part).expanduser() for part in source.split("+")]
         if all(p.exists() for p in paths):
             files = [_split_file(p, split) for p in paths]
             return source, (row for file in files for row in read_jsonl(file))

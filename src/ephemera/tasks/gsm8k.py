@@ -33,7 +33,7 @@ def number_in(text: str) -> float | None:
 
 
 def correct(text: str, example: Example) -> bool:
-    have, want = number_in(text), number_in(example.answer)
+    have, want = number_in(text), number_in(example.answer.rpartition("\n")[2])
     return have is not None and want is not None and abs(have - want) <= TOLERANCE * max(1.0, abs(want))
 
 

@@ -90,14 +90,17 @@ class GeneratorTrainee:
                 batch = prompt_batch(self.backbone, some)
                 lora: LoraBatch = self.generator(self.backbone, batch, [0] * len(some))
                 nlls.append(answer_nll(self.backbone, some, lora))
-                swapped.append(answer_nll(self.backbone, some, lora.rows(torch.arange(len(some)).roll(1))))
+                if len(some) > 1:  # a row alone has no neighbour
+                    neighbours = lora.rows(torch.arange(len(some)).roll(1))
+                    swapped.append(answer_nll(self.backbone, some, neighbours) - nlls[-1])
                 if self.scalenet is not None:
                     trace = adapt(self.backbone, batch, lora, self.scalenet, 1)
                     stepped.append(answer_nll(self.backbone, some, trace.lora))
             report[f"validation_nll_{task}"] = torch.cat(nlls).mean().item()
             own += nlls
         report["validation_nll"] = torch.cat(own).mean().item()
-        report["validation_nll_swapped"] = torch.cat(swapped).mean().item()
+        if swapped:
+            report["validation_nll_swapped"] = report["validation_nll"] + torch.cat(swapped).mean().item()
         if stepped:
             report["validation_nll_1"] = torch.cat(stepped).mean().item()
         return report
@@ -115,11 +118,15 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     folder = Path(config.output)
     generator = None if config.start is None else load_generator(config.start).requires_grad_(True)
     targets = config.model.lora.target_modules if generator is None else generator.target_modules
+    config = config.model_copy(deep=True)
+    if generator is not None:  # what it is made for goes with it
+        for settings in (config.model.lora, config.generator):
+            for key in type(settings).model_fields:
+                if key in generator.config:
+                    setattr(settings, key, generator.config[key])
     accelerator, backbone = open_run(config, folder, targets)
     kept = kept_settings(config, folder) if resume else None
-    config = kept or config.model_copy(deep=True)
-    if kept is None:
-        begin(config, folder, accelerator)
+    config = kept or config
     lora = config.model.lora
     by_task, validation = task_rows(backbone, config.train), task_rows(backbone, config.validation)
     rows = mix(by_task, config.train, config.optimizer.samples)
@@ -141,6 +148,8 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     else:
         generator.check(backbone)
     scalenet = _scalenet(backbone, config, some) if config.scalenet else None
+    if kept is None:
+        begin(config, folder, accelerator)
     trainee = GeneratorTrainee(
         backbone,
         generator.to(backbone.device).train(),

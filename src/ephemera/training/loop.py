@@ -158,14 +158,15 @@ def _has_gradients(network: nn.Module) -> bool:
 def _average_gradients(network: nn.Module, accelerator: Accelerator, *, weight: float) -> None:
     """Every process's gradient is the mean over its own prompts: weigh them, and add.
 
-    Where no process has one (K = 0) there is no step to take, as with one process.
+    A parameter that has a gradient nowhere (K = 0) keeps none, so that it takes no step, as with one process.
     """
-    have = torch.tensor([float(_has_gradients(network))], device=accelerator.device)
-    if not accelerator.reduce(have, reduction="sum").item():  # pyright: ignore[reportAttributeAccessIssue]
-        return
-    for parameter in network.parameters():
-        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * weight
-        parameter.grad = accelerator.reduce(own, reduction="sum")  # pyright: ignore[reportAttributeAccessIssue]
+    parameters = list(network.parameters())
+    have_P = torch.tensor([float(p.grad is not None) for p in parameters], device=accelerator.device)
+    somewhere_P = accelerator.reduce(have_P, reduction="sum") > 0  # pyright: ignore[reportOperatorIssue]
+    for parameter, somewhere in zip(parameters, somewhere_P.tolist(), strict=True):
+        if somewhere:
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad * weight
+            parameter.grad = accelerator.reduce(own, reduction="sum")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _checkpoint(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:

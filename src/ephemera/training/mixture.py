@@ -15,10 +15,6 @@ from ephemera.tasks import load_dataset
 def task_rows(backbone: Backbone, settings: MixtureSettings) -> dict[str, list[Encoded]]:
     """Each task's rows as token ids; what was left out is said."""
     found = {}
-    names = [entry.task for entry in settings.tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f'task {name!r} is listed twice; join its sources instead ("source: a.jsonl+b.jsonl").')
     for entry in settings.tasks:
         data = load_dataset(
             entry.task,

@@ -74,8 +74,6 @@ def train_task_lora(config: TrainTaskLora, *, resume: bool = False) -> Path:
     accelerator, backbone = open_run(config, folder, lora.target_modules)
     kept = kept_settings(config, folder) if resume else None
     config = kept or config.model_copy(deep=True)
-    if kept is None:
-        begin(config, folder, accelerator)
     by_task, validation = task_rows(backbone, config.train), task_rows(backbone, config.validation)
     rows = mix(by_task, config.train, config.optimizer.samples)
     if config.train.stop != "samples":
@@ -85,6 +83,8 @@ def train_task_lora(config: TrainTaskLora, *, resume: bool = False) -> Path:
     settings.base_model_name_or_path = config.model.name
     model = get_peft_model(backbone.model, settings, autocast_adapter_dtype=True)  # adapters in float32
     assert isinstance(model, PeftModel)
+    if kept is None:  # after everything that can be wrong: it clears an older run
+        begin(config, folder, accelerator)
     trainee = TaskLoraTrainee(backbone, model, validation=validation)
     schedule = Schedule(config.checkpoint_every, config.validate_every)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
