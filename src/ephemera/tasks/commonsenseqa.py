@@ -16,7 +16,8 @@ def reshape(row: Row) -> Row:
     if "choices" in row or not isinstance(row.get("options"), str):
         return row
     labels, texts = zip(*OPTION.findall(row["options"]), strict=True) if OPTION.search(row["options"]) else ((), ())
-    lines = {f"{label}. {text}": label for label, text in zip(labels, texts, strict=True)}
+    # One option of the wheel ends in a question mark that its answer has not.
+    lines = {f"{label}. {text}".rstrip("?"): label for label, text in zip(labels, texts, strict=True)}
     said = row.get("answer", "")
     # An answer that is none of the lines stays as it is, for the error to name.
     return {**row, "choices": {"text": list(texts), "label": list(labels)}, "answerKey": lines.get(said, said)}
