@@ -22,6 +22,7 @@ from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll
 from ephemera.rates import load_rate
 from ephemera.scoring import Encoded
+from ephemera.training import run
 from ephemera.training.loop import batches, learning_rate
 from ephemera.training.scalenet import (
     ScaleNetTrainee,
@@ -524,6 +525,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_trackers_take_the_settings_or_are_named_as_missing(material, tmp_path, monkeypatch):
+    config = settings(material, tmp_path / "run")
+    config.trackers = ["tensorboard"]
+    monkeypatch.setattr(run, "is_tensorboard_available", lambda: False)
+    with pytest.raises(ValueError, match=r"tensorboard, which is not installed: pip install 'ephemera\[tensorboard\]'"):
+        train_scalenet(config)
+    flat = run._flat(config.model_dump(mode="json"))
+    assert flat["optimizer.samples"] == 48
+    assert flat["scalenet.base_rates"] == "[0.5, 0.05, 0.05]"
+    assert flat["train.limit"] == "null"
+    assert all(isinstance(value, bool | int | float | str) for value in flat.values())
 
 
 def test_base_rates_of_the_wrong_number(material, tmp_path):

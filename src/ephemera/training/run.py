@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import TrainGenerator, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
@@ -19,11 +20,15 @@ def open_run(
     config: TrainScaleNet | TrainGenerator | TrainTaskLora, folder: Path, targets: str | list[str]
 ) -> tuple[Accelerator, Backbone]:
     """The accelerator, with its trackers, and the frozen model on its device."""
+    available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
+    for tracker in config.trackers:
+        if not available[tracker]:
+            raise ValueError(f"trackers names {tracker}, which is not installed: pip install 'ephemera[{tracker}]'.")
     accelerator = Accelerator(
         cpu=config.model.device == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder)
     )
     if config.trackers:
-        accelerator.init_trackers("ephemera", config=config.model_dump())
+        accelerator.init_trackers("ephemera", config=_flat(config.model_dump(mode="json")))
     backbone = load_backbone(
         config.model.name,
         dtype=config.model.dtype,
@@ -32,6 +37,17 @@ def open_run(
         attn_implementation=config.model.attn_implementation,
     )
     return accelerator, backbone
+
+
+def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
+    """{"optimizer.seed": 0, ...}: trackers take numbers and texts alone."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{start}{key}.")
+        else:
+            flat[start + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return flat
 
 
 def kept_settings(config: Settings, folder: Path) -> Settings | None:
