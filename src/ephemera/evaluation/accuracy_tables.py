@@ -70,8 +70,8 @@ METRICS: dict[str, tuple[str, Metric]] = {
 }
 
 
-def summarize(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict[str, Estimate]]:
-    """{(model, variant): {task: mean and interval}}; repeats of a row are averaged first, so n counts rows."""
+def by_row(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict[str, dict[str, float]]]:
+    """{(model, variant): {task: {row: value}}}; repeats of a row are averaged, so that n counts rows."""
     values: dict[Key, dict[str, dict[str, list[float]]]] = {}
     for record in records:
         value = metric(record)
@@ -79,26 +79,29 @@ def summarize(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict
             tasks = values.setdefault((record.model, record.variant), {})
             tasks.setdefault(record.task, {}).setdefault(record.id, []).append(value)
     return {
-        key: {task: bootstrap_mean([float(np.mean(v)) for v in rows.values()]) for task, rows in tasks.items()}
+        key: {task: {i: float(np.mean(v)) for i, v in rows.items()} for task, rows in tasks.items()}
         for key, tasks in values.items()
+    }
+
+
+def summarize(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict[str, Estimate]]:
+    """{(model, variant): {task: mean and interval}}."""
+    return {
+        key: {task: bootstrap_mean(list(rows.values())) for task, rows in tasks.items()}
+        for key, tasks in by_row(records, metric).items()
     }
 
 
 def differences(records: Sequence[AnswerRecord], metric: Metric, base: str) -> dict[Key, dict[str, Estimate]]:
     """Every variant minus `base` of the same model, paired by row."""
-    values: dict[Key, dict[str, dict[str, list[float]]]] = {}
-    for record in records:
-        value = metric(record)
-        if value is not None:
-            tasks = values.setdefault((record.model, record.variant), {})
-            tasks.setdefault(record.task, {}).setdefault(record.id, []).append(value)
+    values = by_row(records, metric)
     found: dict[Key, dict[str, Estimate]] = {}
     for (model, variant), tasks in values.items():
         if variant == base:
             continue
         for task, rows in tasks.items():
             others = values.get((model, base), {}).get(task, {})
-            paired = [float(np.mean(v) - np.mean(others[i])) for i, v in rows.items() if i in others]
+            paired = [value - others[i] for i, value in rows.items() if i in others]
             if paired:
                 found.setdefault((model, variant), {})[task] = bootstrap_mean(paired)
     return found
@@ -110,11 +113,10 @@ def write_tables(folder: Path) -> Path:
     variants = {v["name"] for v in run["config"]["variants"]}
     models = {m["name"] for m in run["config"]["models"]}
     tasks = [entry["task"] for entry in run["config"]["data"]["tasks"]]
+    # The folder keeps all that was ever run; the tables show what is asked for.
     records = [
         r
-        for r in read_records(
-            folder / RECORDS, AnswerRecord
-        )  # all that was ever run; the tables show what is asked for
+        for r in read_records(folder / RECORDS, AnswerRecord)
         if r.variant in variants and r.model in models and r.task in tasks
     ]
     base = run["config"]["variants"][0]["name"]
