@@ -20,7 +20,7 @@ from ephemera.config import Benchmark, ModelSettings, Variant, fill, source_of
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
-from ephemera.generator import check_init, load_init, targets_of
+from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, load_rate
@@ -166,7 +166,7 @@ def _fill(
 ) -> None:
     zero = settings.lora.model_dump(exclude={"target_modules"})
     init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
-    check_init(init, backbone)
+    init = place_init(init, backbone)
     rule = load_rate(variant.rate) if variant.rate is not None and variant.steps else None
     if rule is not None:
         rule.check(backbone)
@@ -174,9 +174,8 @@ def _fill(
             raise ValueError(
                 f"variant {variant.name!r}: {variant.steps} steps, but its rate has at most {rule.max_steps}."
             )
-    for part in (init, rule):
-        if isinstance(part, torch.nn.Module):
-            part.to(backbone.device)
+    if isinstance(rule, torch.nn.Module):
+        rule.to(backbone.device)
     for repeat in range(config.repeats):
         batches = batches_of(backbone, rows.rows, config.batch_size)
         label = f"{rows.task.name}, {variant.name}"

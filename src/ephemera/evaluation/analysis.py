@@ -25,7 +25,7 @@ from ephemera.config import Analyse, source_of
 from ephemera.evaluation.grid import _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN
 from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
-from ephemera.generator import LoraGenerator, load_generator
+from ephemera.generator import LoraGenerator, load_generator, place_init
 from ephemera.lora import LoraBatch
 from ephemera.objective import length_batches
 from ephemera.scoring import Encoded, answer_nll, encode_examples, prompt_batch
@@ -317,8 +317,10 @@ def analyse(config: Analyse) -> Analysis:
         target_modules=model.lora.target_modules,
         attn_implementation=model.attn_implementation,
     )
-    generator.check(backbone)
-    generator.to(backbone.device)
+    print_of_it = _fingerprint(generator)
+    placed = place_init(generator, backbone)
+    assert isinstance(placed, LoraGenerator)
+    generator = placed
     rows, tasks, counts, long = [], [], [], {}
     chat, max_tokens = config.data.format == "chat", config.data.max_tokens
     for data in loaded:
@@ -347,7 +349,7 @@ def analyse(config: Analyse) -> Analysis:
     stated = {
         "Model": f"{backbone.name} (weights {backbone.fingerprint()})",
         "Number type": str(backbone.dtype).removeprefix("torch."),
-        "Generator": f"{config.generator} (weights {_fingerprint(generator)}), h from {generator.source}",
+        "Generator": f"{config.generator} (weights {print_of_it}), h from {generator.source}",
         "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
         "Prompts": f"{len(rows)} ({', '.join(f'{t} {n}' for t, n in zip(tasks, counts, strict=True))}), "
         f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {sum(long.values())}",

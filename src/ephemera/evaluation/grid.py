@@ -25,7 +25,7 @@ from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
-from ephemera.generator import check_init, load_init, lora_of
+from ephemera.generator import load_init, lora_of, place_init
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
@@ -154,9 +154,7 @@ def evaluate(config: Evaluate) -> Path:
         target_modules=config.model.lora.target_modules,
         attn_implementation=config.model.attn_implementation,
     )
-    check_init(init, backbone)
-    if isinstance(init, torch.nn.Module):
-        init.to(backbone.device)
+    init = place_init(init, backbone)
     rules = load_rules(config, backbone)
     data = load_dataset(
         config.data.task,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
 from ephemera.config import DataSettings, TrainScaleNet, fill
-from ephemera.generator import check_init, load_init, targets_of
+from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll, pad
@@ -193,9 +193,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     folder = Path(config.output)
     init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules"}))
     accelerator, backbone = open_run(config, folder, targets_of(init) or config.model.lora.target_modules)
-    check_init(init, backbone)
-    if isinstance(init, torch.nn.Module):
-        init.to(backbone.device)
+    init = place_init(init, backbone)
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
     config = _settle(config, folder, backbone, init, validation, accelerator, resume=resume)
     assert config.scalenet.base_rates is not None
