@@ -129,6 +129,28 @@ def test_mistakes_are_named(material, tmp_path):
         benchmark(settings(material, tmp_path / "c", data=data))
 
 
+def test_a_choice_longer_than_the_window_is_named(material, tmp_path):
+    """At once, by file, row and field: alone, or after a prompt whose gold answer fits."""
+    narrow = save_tiny(tmp_path / "narrow")
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 160}))
+    short = {"question": "why?", "choices": {"text": ["the mill", "a river"], "label": ["A", "B"]}, "answerKey": "A"}
+    lm = AdaptiveLM.from_pretrained(str(narrow), device="cpu")
+    for count, words in ((80, "after a prompt of"), (170, r"has a choice of \d+ tokens \(")):
+        long = {**short, "choices": {"text": ["the mill", " ".join(["mill"] * count)], "label": ["A", "B"]}}
+        (tmp_path / "test.jsonl").write_text(json.dumps(short) + "\n" + json.dumps(long) + "\n")
+        example = load_dataset("arc-easy", source=str(tmp_path)).examples[1]
+        room = 160 - len(lm.encode_answer(example.prompt, "the mill"))
+        assert (len(lm.backbone.tokenizer(example.prompt)["input_ids"]) <= room) is (count == 80)
+        data = {"tasks": [{"task": "arc-easy"}], "source": str(tmp_path)}
+        models = [{"name": str(narrow), "device": "cpu", "lora": {"r": 2}}]
+        said = rf"test\.jsonl:2: field 'choices\.text' .*{words}.*the window of .*narrow holds \(160\)"
+        with pytest.raises(ValueError, match=said) as error:
+            benchmark(settings(material, tmp_path / f"run{count}", data=data, models=models))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / f"run{count}" / RECORDS).exists()
+
+
 def record(variant: str, i: int, **more) -> AnswerRecord:
     return AnswerRecord(model="m", variant=variant, task="snli", repeat=0, id=str(i), nll=1.0, seconds=0.1, **more)
 

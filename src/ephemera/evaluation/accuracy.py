@@ -37,13 +37,31 @@ class Rows:
         chat, system = config.data.format == "chat", data.task.system
         self.task = data.task
         self.examples = {e.id: e for e in data.examples}
-        self.rows, self.long = encode_examples(
-            backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=system
-        )
         self.choices = {
             e.id: [encode_answer(backbone.tokenizer, e.prompt, c, chat=chat, system=system) for c in e.choices]
             for e in data.examples
         }
+        for example in data.examples:
+            self._check_room(example, 0, backbone)
+        self.rows, self.long = encode_examples(
+            backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=system
+        )
+        for row in self.rows:
+            self._check_room(self.examples[row.id], len(row.prompt), backbone)
+
+    def _check_room(self, example: Example, prompt_tokens: int, backbone: Backbone) -> None:
+        """ValueError where a choice, after its prompt, does not fit into the model's window.
+
+        A row whose prompt and gold answer are too long is left out, and counted; scoring another choice would fail.
+        """
+        for text, ids in zip(example.choices, self.choices[example.id], strict=True):
+            if prompt_tokens + len(ids) > backbone.max_length:
+                after = f" after a prompt of {prompt_tokens}" if prompt_tokens else ""
+                raise ValueError(
+                    f"{example.place}: field {self.task.choices_field!r} has a choice of {len(ids)} tokens{after} "
+                    f"({text[:30]!r} ...), more than the window of {backbone.name} holds ({backbone.max_length}). Shorten "
+                    "it, or leave the row out."
+                )
 
 
 def benchmark(config: Benchmark) -> Path:
