@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM
 from ephemera.backbone import load_backbone
 from ephemera.config import Benchmark, TrainTaskLora, check_config, load_config
 from ephemera.evaluation.accuracy import benchmark
-from ephemera.evaluation.accuracy_tables import METRICS, by_bytes, by_sum, by_text, summarize, vote, write_tables
+from ephemera.evaluation.accuracy_tables import (
+    METRICS,
+    by_bytes,
+    by_repeat,
+    by_sum,
+    by_text,
+    summarize,
+    vote,
+    write_tables,
+)
 from ephemera.evaluation.records import RECORDS, AnswerRecord, RecordFile, read_records
 from ephemera.inits import PeftInit
 from ephemera.model import AdaptiveLM
@@ -174,6 +183,33 @@ def test_repeats_of_a_row_count_once():
     rows = [record("a", 0, texts=["x"], correct=[True]) for _ in range(3)]
     rows = [r.model_copy(update={"repeat": i}) for i, r in enumerate(rows)]
     assert summarize(rows, by_text)[("m", "a")]["snli"].n == 1
+
+
+def test_repeats_draw_anew_and_their_spread_is_shown(material, tmp_path):
+    more = {"repeats": 3, "temperature": 1.0, "samples": 2, "scoring": ["generate"]}
+    data = {"tasks": [{"task": "gsm8k"}], "source": str(material / "{task}")}
+    config = settings(material, tmp_path / "run", data=data, variants=[{"name": "Base"}], **more)
+    folder = benchmark(config)
+    records = read_records(folder / RECORDS, AnswerRecord)
+    texts = [[r.texts for r in records if r.repeat == repeat] for repeat in range(3)]
+    assert len(texts[0]) == 5
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    ids = [r.id for r in records if r.repeat == 0]
+    assert len({str(t) for t in texts[0]}) == len(ids)  # rows of one batch, and batches, draw on their own
+    # A run that was stopped in its second repeat draws the same again
+    (folder / RECORDS).write_text("".join(r.model_dump_json(exclude_none=True) + "\n" for r in records[:5]))
+    benchmark(config)
+    assert [r.texts for r in read_records(folder / RECORDS, AnswerRecord)] == [r.texts for r in records]
+    # What was right is the judge's; here the spread is what counts
+    for record in records:
+        record.correct = [record.repeat > 0, record.repeat > 1]
+    assert by_repeat(records, by_text) == {(records[0].model, "Base"): {"gsm8k": [0.0, 0.5, 1.0]}}
+    assert by_repeat(records[:-1], by_text)[(records[0].model, "Base")]["gsm8k"] == [0.0, 0.5]
+    (folder / RECORDS).write_text("".join(r.model_dump_json(exclude_none=True) + "\n" for r in records))
+    page = write_tables(folder).read_text()
+    assert "from repeat to repeat" in page
+    assert "50.0 [0.0, 100.0]" in page.split("from repeat to repeat")[1]
+    assert json.loads((folder / "results.json").read_text())["generated_by_repeat"][0]["means"] == [0.0, 0.5, 1.0]
 
 
 def test_records_are_kept_by_key(tmp_path):

@@ -227,7 +227,7 @@ def _answer(
     seconds = (time.perf_counter() - start) / len(some)
     texts: list[list[str]] | None = None
     if "generate" in config.scoring:
-        texts = _generate(read, rows.task, len(some), config, seed)
+        texts = _generate(read, rows.task, len(some), config, f"{seed}:{' '.join(row.id for row in some)}")
     return [
         AnswerRecord(
             model=settings.name,
@@ -263,12 +263,12 @@ def _choice_logprobs(read: Prefill, choices: Sequence[Sequence[Sequence[int]]]) 
     return [[round(x, 5) for x in line[: len(c)]] for line, c in zip(table_BC, choices, strict=True)]
 
 
-def _generate(read: Prefill, task: Task, count: int, config: Benchmark, seed: int) -> list[list[str]]:
-    """`samples` texts for each row."""
+def _generate(read: Prefill, task: Task, count: int, config: Benchmark, seed: str) -> list[list[str]]:
+    """`samples` texts for each row; batches draw on their own, so that a resumed run draws the same."""
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens or task.max_new_tokens}
     if config.temperature > 0:
         settings |= {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
-        torch.manual_seed(seed)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True))
     if config.samples > 1:
         settings["num_return_sequences"] = config.samples
     texts = read.backbone.tokenizer.batch_decode(read.generate(**settings), skip_special_tokens=True)

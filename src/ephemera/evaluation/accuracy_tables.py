@@ -107,6 +107,23 @@ def differences(records: Sequence[AnswerRecord], metric: Metric, base: str) -> d
     return found
 
 
+def by_repeat(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict[str, list[float]]]:
+    """{(model, variant): {task: mean over rows of each repeat}}; a repeat that was not finished is left out."""
+    values: dict[Key, dict[str, dict[int, list[float]]]] = {}
+    for record in records:
+        value = metric(record)
+        if value is not None:
+            repeats = values.setdefault((record.model, record.variant), {}).setdefault(record.task, {})
+            repeats.setdefault(record.repeat, []).append(value)
+    return {
+        key: {
+            task: [float(np.mean(v)) for _, v in sorted(found.items()) if len(v) == max(map(len, found.values()))]
+            for task, found in tasks.items()
+        }
+        for key, tasks in values.items()
+    }
+
+
 def write_tables(folder: Path) -> Path:
     """results.json and table.md from the folder's records."""
     run: dict[str, Any] = json.loads((folder / RUN).read_text())
@@ -135,6 +152,18 @@ def write_tables(folder: Path) -> Path:
         if paired:
             note = f"Paired by row, with its {LEVEL} % interval."
             parts.append(_table(f"{title}: difference to {base}", note, paired, tasks, percent, signed=True).markdown())
+        repeats = by_repeat(records, metric) if run["config"]["repeats"] > 1 else {}
+        if repeats:
+            results[f"{name}_by_repeat"] = [
+                {"model": model, "variant": variant, "task": task, "means": found}
+                for (model, variant), cells in repeats.items()
+                for task, found in cells.items()
+            ]
+            note = "Mean over rows of each whole evaluation: their mean, and in brackets the lowest and the highest."
+            spread = {key: {t: _spread(v) for t, v in cells.items()} for key, cells in repeats.items()}
+            parts.append(
+                _table(f"{title}: from repeat to repeat", note, spread, tasks, percent, signed=False).markdown()
+            )
     stated = "\n".join(f"- {k}: {f'`{v}`' if k == 'Command' else v}" for k, v in _conditions(run, records))
     write_json(folder / RESULTS, results)
     write_bytes(folder / TABLE_MD, ("\n".join(parts) + f"\n## Conditions\n\n{stated}\n").encode())
@@ -150,6 +179,10 @@ def _table(
         for (model, variant), row in cells.items()
     ]
     return Table(title, note, ["model", "variant", *shown], rows, labels=2)
+
+
+def _spread(means: Sequence[float]) -> Estimate:
+    return Estimate(float(np.mean(means)), min(means), max(means), len(means))
 
 
 def _cell(estimate: Estimate | None, percent: bool, signed: bool) -> str:
