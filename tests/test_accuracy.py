@@ -128,6 +128,13 @@ def test_a_variant_can_be_for_some_tasks(material, tmp_path):
 def test_mistakes_are_named(material, tmp_path):
     with pytest.raises(ValueError, match="has steps but no rate"):
         benchmark(settings(material, tmp_path / "a", variants=[{"name": "x", "steps": 1}]))
+    weighted = {"tasks": [{"task": "snli", "weight": 2}], "source": str(material / "{task}")}
+    with pytest.raises(ValueError, match="weight are for training mixtures"):
+        benchmark(settings(material, tmp_path / "w", data=weighted))
+    for setting in ("optimizer.clip_prompt=2", "model.lora.init_std=0.5"):
+        overrides = [f"output={tmp_path / 'l'}", f"model.name={material / 'model'}", "model.device=cpu", setting]
+        with pytest.raises(ValueError, match=rf"{setting}.* has no effect on this training"):
+            train_task_lora(load_config(TrainTaskLora, None, overrides))
     with pytest.raises(ValueError, match="same name"):
         benchmark(settings(material, tmp_path / "b", variants=[{"name": "x"}, {"name": "x"}]))
     rows = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": " return 1\n"}]

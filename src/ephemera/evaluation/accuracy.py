@@ -16,7 +16,7 @@ from rich.progress import track
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, encode_answer, load_backbone
-from ephemera.config import Benchmark, ModelSettings, Variant, fill, source_of
+from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
@@ -66,6 +66,7 @@ class Rows:
 
 def benchmark(config: Benchmark) -> Path:
     """Fill the table, resuming what the folder already holds. Ctrl-C keeps all finished records."""
+    check_mixture(config.data)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     data = {entry.task: _load(config, entry) for entry in config.data.tasks}
@@ -100,6 +101,12 @@ def benchmark(config: Benchmark) -> Path:
         raise SystemExit(130) from None
     write_json(folder / RUN, run)
     return folder
+
+
+def check_mixture(data: MixtureSettings) -> None:
+    """ValueError where a setting of training mixtures is given: here it would be ignored."""
+    if data.stop != "samples" or any(entry.weight != 1 for entry in data.tasks):
+        raise ValueError("data.stop and the tasks' weight are for training mixtures; every row counts alike here.")
 
 
 def _load(config: Benchmark, entry: Any) -> Dataset:

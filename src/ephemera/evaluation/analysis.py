@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Analyse, source_of
+from ephemera.evaluation.accuracy import check_mixture
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.grouping import Grouping, embed, grouping, update_products
 from ephemera.evaluation.records import RUN, ControlRecord, RecordFile, write_json
@@ -28,7 +29,7 @@ from ephemera.generator import LoraGenerator, load_generator, place_init
 from ephemera.lora import LoraBatch
 from ephemera.objective import length_batches
 from ephemera.scoring import Encoded, answer_nll, encode_examples, prompt_batch
-from ephemera.tasks import load_dataset
+from ephemera.tasks import Dataset, load_dataset
 
 CONTROLS = {
     "base": "no adapter",
@@ -159,6 +160,7 @@ def analyse(config: Analyse) -> Analysis:
     if (folder / RUN).exists() and json.loads((folder / RUN).read_text()).get("kind") != "analysis":
         raise ValueError(f"{folder} holds a run of another command. Give another output=.")
     folder.mkdir(parents=True, exist_ok=True)
+    check_mixture(config.data)
     if config.data.limit == 1:
         raise ValueError("an analysis compares prompts of a task: data.limit should be at least 2, or null.")
     generator = load_generator(config.generator)
@@ -189,19 +191,13 @@ def analyse(config: Analyse) -> Analysis:
     placed = place_init(generator, backbone)
     assert isinstance(placed, LoraGenerator)
     generator = placed
-    rows, tasks, counts, long = [], [], [], {}
-    chat, max_tokens = config.data.format == "chat", config.data.max_tokens
-    for data in loaded:
-        name = data.task.name
-        encoded, long[name] = encode_examples(
-            backbone, data.examples, chat=chat, max_tokens=max_tokens, system=data.task.system
-        )
-        kept = list({row.id: row for row in encoded}.values())  # a repeated row would be its own neighbour
-        if len(kept) < 2:
-            raise ValueError(f"an analysis needs at least 2 rows of each task; {name} has {len(kept)} ({data.source}).")
-        rows += kept
-        tasks.append(name)
-        counts.append(len(kept))
+    by_task, long = _rows(backbone, loaded, config)
+    rows, tasks, counts = (
+        [row for kept in by_task.values() for row in kept],
+        list(by_task),
+        [*map(len, by_task.values())],
+    )
+    max_tokens = config.data.max_tokens
     task_N = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))
     records = RecordFile(folder, ControlRecord)
     _open_run(folder, config, backbone, print_of_it, rows, fresh=not records.records)
@@ -238,7 +234,7 @@ def analyse(config: Analyse) -> Analysis:
         "Generator": f"{config.generator} (weights {print_of_it}), h from {generator.source}",
         "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
         "Prompts": f"{len(rows)} ({', '.join(f'{t} {n}' for t, n in zip(tasks, counts, strict=True))}), "
-        f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {sum(long.values())}",
+        f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {long}",
         "Sources": ", ".join(dict.fromkeys(data.source for data in loaded)),
         "Seed": f"{config.seed} (controls, shuffles, embeddings), {config.data.seed} (choice of rows)",
         "Intervals": f"{LEVEL} %, percentile bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}",
@@ -261,6 +257,27 @@ def analyse(config: Analyse) -> Analysis:
         pca_shares=shares,
         controls={name: compare(nll, chosen) for name, chosen in groups.items()},
     )
+
+
+def _rows(backbone: Backbone, loaded: Sequence[Dataset], config: Analyse) -> tuple[dict[str, list[Encoded]], int]:
+    """Each task's different rows, and how many were left out as too long."""
+    by_task: dict[str, list[Encoded]] = {}
+    long = 0
+    for data in loaded:
+        encoded, left_out = encode_examples(
+            backbone,
+            data.examples,
+            chat=config.data.format == "chat",
+            max_tokens=config.data.max_tokens,
+            system=data.task.system,
+        )
+        kept = list({row.id: row for row in encoded}.values())  # a repeated row would be its own neighbour
+        if len(kept) < 2:
+            raise ValueError(
+                f"an analysis needs at least 2 rows of each task; {data.task.name} has {len(kept)} ({data.source})."
+            )
+        by_task[data.task.name], long = kept, long + left_out
+    return by_task, long
 
 
 def _open_run(
