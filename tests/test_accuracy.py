@@ -19,6 +19,7 @@ from ephemera.evaluation.accuracy_tables import (
     by_repeat,
     by_sum,
     by_text,
+    commonest_place,
     summarize,
     vote,
     write_tables,
@@ -100,12 +101,20 @@ def test_tables_and_a_second_run_adds_only_what_is_new(material, finished, tmp_p
     assert "difference to Base" in table
     results = json.loads((finished / "results.json").read_text())
     assert {c["n"] for c in results["choices"]} == {7}
-    more = settings(material, finished).model_copy(deep=True)
+    more = settings(material, finished, against=["TTA", "Base"]).model_copy(deep=True)
     more.repeats = 2
     benchmark(more)
     after = (finished / RECORDS).read_text()
     assert after.startswith(before)
     assert len(after.splitlines()) == 2 * len(before.splitlines())
+    table = write_tables(finished).read_text()
+    assert table.index("generated answers, %: difference to TTA") < table.index(
+        "generated answers, %: difference to Base"
+    )
+    results = json.loads((finished / "results.json").read_text())
+    forth, back = (results[f"nll_against_{base}"][0] for base in ("Base", "TTA"))
+    assert (forth["variant"], back["variant"]) == ("TTA", "Base")
+    assert forth["mean"] == pytest.approx(-back["mean"])
 
 
 def test_other_settings_in_the_same_folder_are_refused(material, finished):
@@ -135,6 +144,8 @@ def test_mistakes_are_named(material, tmp_path):
         overrides = [f"output={tmp_path / 'l'}", f"model.name={material / 'model'}", "model.device=cpu", setting]
         with pytest.raises(ValueError, match=rf"{setting}.* has no effect on this training"):
             train_task_lora(load_config(TrainTaskLora, None, overrides))
+    with pytest.raises(ValueError, match="against names 'Bass', which is no variant's name"):
+        benchmark(settings(material, tmp_path / "a", against=["Bass"]))
     with pytest.raises(ValueError, match="same name"):
         benchmark(settings(material, tmp_path / "b", variants=[{"name": "x"}, {"name": "x"}]))
     rows = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": " return 1\n"}]
@@ -184,6 +195,14 @@ def test_metrics_by_hand():
     assert (by_sum(lost), by_bytes(lost)) == (0.0, 0.0)
     assert summarize([short, said], by_sum)[("m", "a")]["snli"].n == 1
     assert set(METRICS) == {"generated", "any", "choices", "choices_per_byte", "vote", "nll"}
+
+
+def test_a_variant_that_always_chooses_one_place_shows():
+    same = [record("a", i, choice_logprobs=[-3.0, -1.0], choice_bytes=[1, 1], gold=i % 2) for i in range(4)]
+    mixed = [record("b", i, choice_logprobs=[-float(i), -1.5], choice_bytes=[1, 1], gold=i % 2) for i in range(4)]
+    lost = record("b", 5, choice_logprobs=[float("nan"), -1.5], choice_bytes=[1, 1], gold=0)
+    shares = commonest_place([*same, *mixed, lost, record("b", 6)])
+    assert shares == {("m", "a"): {"snli": 1.0}, ("m", "(right answers)"): {"snli": 0.5}, ("m", "b"): {"snli": 0.5}}
 
 
 def test_repeats_of_a_row_count_once():

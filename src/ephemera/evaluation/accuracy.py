@@ -124,7 +124,9 @@ def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset], *, fres
     `seen` keeps what every record was made with, by name; what comes again under a name must be the same.
     """
     settings = config.model_dump(mode="json")
-    common = {k: v for k, v in settings.items() if k not in ("output", "variants", "models", "repeats", "data")}
+    common = {
+        k: v for k, v in settings.items() if k not in ("output", "variants", "against", "models", "repeats", "data")
+    }
     common |= {f"data.{k}": v for k, v in settings["data"].items() if k not in ("tasks", "source")}
     del common["allow_code_execution"]
     now: dict[str, Any] = {f"setting {k}": v for k, v in common.items()}
