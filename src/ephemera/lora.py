@@ -187,6 +187,9 @@ def lora_linear(y_BTO: Tensor, x_BTI: Tensor, A_BRI: Tensor, B_BOR: Tensor, scal
     """`y + scaling * B A x` for every row of the batch; `y` may be overwritten."""
     if y_BTO._base is not None:  # autograd pays for writing into a view (linear with bias) by a clone anyway
         y_BTO = y_BTO.clone()
+    if not torch.is_grad_enabled():  # autograd's bookkeeping is a fifth of this at a few tokens
+        xa_BTR = torch.bmm(x_BTI, A_BRI.to(x_BTI.dtype).mT)
+        return y_BTO.baddbmm_(xa_BTR, B_BOR.to(x_BTI.dtype).mT, alpha=scaling)
     return _BatchedLora.apply(y_BTO, x_BTI, A_BRI, B_BOR, scaling)  # pyright: ignore[reportReturnType]
 
 
