@@ -91,7 +91,8 @@ def benchmark(config: Benchmark) -> Path:
                 run["models"][settings.name] = backbone.fingerprint()
                 for found in data.values():
                     rows = Rows(backbone, found, config)
-                    run["left_out_as_too_long"][found.task.name] = rows.long
+                    label = found.task.name if len(config.models) == 1 else f"{found.task.name} ({settings.name})"
+                    run["left_out_as_too_long"][label] = rows.long
                     for variant in variants:
                         if variant.tasks is not None and found.task.name not in variant.tasks:
                             continue
