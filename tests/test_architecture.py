@@ -21,6 +21,7 @@ LAYERS = (
         "generator",
         "rates",
         "adapt",
+        "decode",
         "prefill",
         "export",
     ),
