@@ -27,7 +27,7 @@ LAYERS = (
     ),
     *("tasks", "scoring", "config", "model"),
     *("training", "evaluation", "serving"),
-    *("doctor", "demo", "cli", "__main__"),
+    *("bench", "doctor", "demo", "cli", "__main__"),
 )
 SIBLINGS = {"training", "evaluation", "serving"}
 FILES = sorted(SRC.rglob("*.py"))
