@@ -73,7 +73,9 @@ class Watched:
 class Training:
     """One network and length: the loop, and the bare passes of the same plan."""
 
-    def __init__(self, backbone: Backbone, network: str, length: str, batch: int, steps: int, seed: int = 0):
+    def __init__(
+        self, backbone: Backbone, network: str, length: str, batch: int, steps: int, hidden_size: int, seed: int = 0
+    ):
         self.backbone, self.network, self.length = backbone, network, length
         self.rows = encoded(backbone, length, 2 * batch)
         self.settings = OptimizerSettings(samples=batch * steps, batch_size=batch, seed=seed)
@@ -81,6 +83,7 @@ class Training:
         self.plan = list(batches(lengths, batch_size=batch, total=batch * steps, seed=seed))
         draws = (random.Random(f"{seed}:{step}").randint(0, KMAX) for step in range(steps))
         self.Ks = [0] * steps if network == "generator" else list(draws)
+        self.hidden_size = hidden_size
         self.waiting: list[float] = []
 
     def train(self) -> float:
@@ -126,7 +129,9 @@ class Training:
                 clip_prompt=1.0,
                 seed=self.settings.seed,
             )
-        generator = LoraGenerator(projections=backbone.projections, state_size=backbone.hidden_size)
+        generator = LoraGenerator(
+            projections=backbone.projections, state_size=backbone.hidden_size, hidden_size=self.hidden_size
+        )
         joint = None if self.network == "generator" else JointSettings(base_rates=[RATE] * KMAX)
         return GeneratorTrainee(
             backbone,
@@ -160,7 +165,8 @@ class Training:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        f"Model {results['settings']['model']}; optimiser steps of {results['settings']['batch']} rows.",
+        f"Model {results['settings']['model']}; optimiser steps of {results['settings']['batch']} rows; generator "
+        f"{results['settings']['hidden']} wide.",
         *machine_lines(results["machine"]),
         "",
         "| network | rows | dtype | K of the steps | rounds | training (s) | its passes (s) | ratio | outside the passes |",
@@ -187,6 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a round (default: %(default)s)")
+    parser.add_argument(
+        "--hidden", type=int, default=512, help="width of the generator (default: %(default)s, as shipped)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="at most (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=2.5, help="of rounds in all (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
@@ -204,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{network} {length} {dtype} ...", file=sys.stderr)
                 cells.append(Training(backbone, network, length, args.batch, args.steps).compare(args.rounds, budget_s))
         del backbone
-    settings = {key: getattr(args, key) for key in ("model", "batch", "steps", "threads")}
+    settings = {key: getattr(args, key) for key in ("model", "batch", "steps", "hidden", "threads")}
     results = {"machine": facts, "settings": settings, "cells": cells}
     text = table(results)
     print(text, file=sys.stderr if args.json else sys.stdout)

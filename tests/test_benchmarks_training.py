@@ -15,7 +15,20 @@ from ephemera.backbone import Backbone, load_backbone
 def test_training_and_its_passes_run_on_the_same_rows(
     llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    arguments = ["--model", str(llama_folder), "--batch", "3", "--steps", "3", "--rounds", "2", "--dtypes", "float32"]
+    arguments = [
+        "--model",
+        str(llama_folder),
+        "--batch",
+        "3",
+        "--steps",
+        "3",
+        "--rounds",
+        "2",
+        "--dtypes",
+        "float32",
+        "--hidden",
+        "32",
+    ]
     assert benchmarks.training.main([*arguments, "--json", "--output", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     results = json.loads(out.splitlines()[-1])
@@ -39,7 +52,7 @@ def test_passes_take_as_many_forwards_as_the_loop(llama_folder: Path, network: s
         return original(self, batch, *args, **kwargs)
 
     monkeypatch.setattr(Backbone, "forward", forward)
-    training = benchmarks.training.Training(backbone, network, "short", batch=3, steps=4)
+    training = benchmarks.training.Training(backbone, network, "short", batch=3, steps=4, hidden_size=32)
     training.train()
     by_loop = list(seen)
     seen.clear()
