@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import matplotlib
@@ -32,6 +32,7 @@ from ephemera.prefill import prefill
 from ephemera.rates import FixedRate
 from ephemera.store import DEFAULT_MODEL
 
+POINT_S = 2.5  # of turns of one point, unless two take longer
 BATCH, LENGTH = 4, 32  # where they are not what changes
 STEPS = (1, 2, 3, 5)
 BATCHES = (1, 2, 4, 8, 16)
@@ -82,7 +83,7 @@ def tokens(backbone: Backbone, batch: int, length: int) -> TokenBatch:
     return pad([row.prompt[:length] for row in rows], pad_id=backbone.pad_id)
 
 
-def measure(backbone: Backbone, point: Point, rounds: int) -> dict[str, Any]:
+def measure(backbone: Backbone, point: Point, rounds: int, budget_s: float = POINT_S) -> dict[str, Any]:
     every = backbone.projections
     batch = tokens(backbone, point.batch, point.length)
     try:
@@ -96,7 +97,7 @@ def measure(backbone: Backbone, point: Point, rounds: int) -> dict[str, Any]:
     }
     for warm in contenders.values():
         warm()
-    seconds = turns(contenders, rounds)
+    seconds = turns(contenders, rounds, budget_s=budget_s)
     costs = [a / p for a, p in zip(seconds["adapt"], seconds["prefill"], strict=True)]
     return {
         "axis": point.axis,
@@ -105,11 +106,17 @@ def measure(backbone: Backbone, point: Point, rounds: int) -> dict[str, Any]:
         "batch": point.batch,
         "length": point.length,
         "dtype": str(backbone.dtype).removeprefix("torch."),
-        "cost": median(costs),
+        "cost": median(seconds["adapt"]) / median(seconds["prefill"]),
         "costs": costs,
+        "quartiles": _quartiles(costs),
         "seconds": median(seconds["adapt"]),
         "prefill_seconds": median(seconds["prefill"]),
     }
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    first, _, third = quantiles(values, n=4, method="inclusive")
+    return first, third
 
 
 def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
@@ -127,9 +134,8 @@ def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
                 label = dtype if len(axes) == 1 else f"{dtype}, {axis} layers"
                 xs, ys = [c["x"] for c in some], [c["cost"] for c in some]
                 panel.plot(xs, ys, "o--" if axis == "last" else "o-", color=color, label=label)
-                panel.fill_between(
-                    xs, [min(c["costs"]) for c in some], [max(c["costs"]) for c in some], color=color, alpha=0.15
-                )
+                low, high = zip(*(c["quartiles"] for c in some), strict=True)
+                panel.fill_between(xs, low, high, color=color, alpha=0.15)
         panel.set_title(TITLES["share" if len(axes) > 1 else axes[0]])
         panel.set_xlabel(AXES[axes[0]])
         panel.set_ylim(bottom=0)
@@ -149,8 +155,8 @@ def draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
 def table(results: dict[str, Any]) -> str:
     lines = [
         f"Seconds of adaptation over those of a plain prefill of the same prompts; model {results['model']}, "
-        f"{BATCH} prompts of {LENGTH} tokens and K=1 where nothing else is said; median [lowest, highest] of "
-        f"{results['rounds']} turns.",
+        f"{BATCH} prompts of {LENGTH} tokens and K=1 where nothing else is said. Ratio of the medians of up to "
+        f"{results['rounds']} turns [middle half of the turns].",
         *machine_lines(results["machine"]),
         "",
         "| what changes | value | dtype | cost in prefills | seconds |",
@@ -159,7 +165,7 @@ def table(results: dict[str, Any]) -> str:
     names = {"first": "adapted share, first layers", "last": "adapted share, last layers"}
     lines += [
         f"| {names.get(c['axis'], AXES[c['axis']])} | {c['x']:.3g} | {c['dtype']} | {c['cost']:.2f} "
-        f"[{min(c['costs']):.2f}, {max(c['costs']):.2f}] | {c['seconds']:.3f} |"
+        f"[{c['quartiles'][0]:.2f}, {c['quartiles'][1]:.2f}] | {c['seconds']:.3f} |"
         for c in results["cells"]
     ]
     return "\n".join(lines)
@@ -170,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figure", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each point (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of a point at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="a folder for cost.png, cost.json and cost.md")
     args = parser.parse_args(argv)

@@ -211,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for network in networks:
             for length in lengths:
                 print(f"{network} {length} {dtype} ...", file=sys.stderr)
-                cells.append(Training(backbone, network, length, args.batch, args.steps).compare(args.rounds, budget_s))
+                training = Training(backbone, network, length, args.batch, args.steps, args.hidden)
+                cells.append(training.compare(args.rounds, budget_s))
         del backbone
     settings = {key: getattr(args, key) for key in ("model", "batch", "steps", "hidden", "threads")}
     results = {"machine": facts, "settings": settings, "cells": cells}

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -60,55 +59,34 @@ def decoding(model: nn.Module, lora: LoraBatch | None) -> Iterator[None]:
 
 
 def mergeable(model: nn.Module, lora: LoraBatch) -> bool:
-    """One row, on plain linear modules that are as wide as the adapter, or on a CPU.
+    """One row, on plain linear modules that are as wide as the adapter.
 
     Rounded to bfloat16, W + BA keeps W where BA is below half a unit of W's last place: a bold step lost 7 % of its
-    adapter so, a small one most of it (docs/performance.md). A CPU multiplies a float32 matrix by one row no slower than a
-    bfloat16 one, so there the sum stays float32.
+    adapter so, a small one most of it (docs/performance.md).
     """
     modules = [model.get_submodule(p.module) for p in lora.projections]
     return lora.batch_size == 1 and all(
-        type(m) is nn.Linear
-        and (m.weight.dtype == A_BRI.dtype or (m.weight.device.type == "cpu" and m.weight.is_floating_point()))
-        for m, A_BRI in zip(modules, lora.A, strict=True)
+        type(m) is nn.Linear and m.weight.dtype == A_BRI.dtype for m, A_BRI in zip(modules, lora.A, strict=True)
     )
-
-
-class WideLinear(nn.Module):
-    """A linear module whose weight is wider than what passes through it."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.to(weight.dtype), requires_grad=False)
-
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        return F.linear(x_BTI.to(self.weight.dtype), self.weight, self.bias).to(x_BTI.dtype)
 
 
 @contextmanager
 def merged(model: nn.Module, lora: LoraBatch, row: int = 0) -> Iterator[None]:
     """W + scaling * B A in place of each adapted W. W itself comes back after: nothing is subtracted."""
     factors, r, lora_alpha = lora.peft_factors(row)
-    kept: list[tuple[nn.Module, str, nn.Module | nn.Parameter]] = []
+    kept: list[tuple[nn.Module, nn.Parameter]] = []
     try:
         for path, (A_RI, B_OR) in factors.items():
             module = model.get_submodule(path)
             own = module.get_parameter("weight")
             with torch.no_grad():
-                W_OI = torch.addmm(own.to(A_RI.dtype), B_OR, A_RI, alpha=lora_alpha / r)
-            if own.dtype == W_OI.dtype:
-                kept.append((module, "weight", own))
-                module.weight = nn.Parameter(W_OI, requires_grad=False)
-            else:
-                parent_path, _, child = path.rpartition(".")
-                parent = model.get_submodule(parent_path)
-                kept.append((parent, child, module))
-                setattr(parent, child, WideLinear(W_OI, module._parameters.get("bias")))
+                W_OI = torch.addmm(own, B_OR, A_RI, alpha=lora_alpha / r)
+            kept.append((module, own))
+            module.weight = nn.Parameter(W_OI, requires_grad=False)
         yield
     finally:
-        for owner, name, own in kept:
-            setattr(owner, name, own)
+        for module, own in kept:
+            module.weight = own
 
 
 @contextmanager
