@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.prompts import examples
-from benchmarks.report import machine, spread
 from ephemera.backbone import encode_prompt, load_backbone
+from ephemera.bench.prompts import examples
+from ephemera.bench.timing import machine, spread
 from ephemera.generator import LoraGenerator
 from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad

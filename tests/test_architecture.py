@@ -21,12 +21,13 @@ LAYERS = (
         "generator",
         "rates",
         "adapt",
+        "decode",
         "prefill",
         "export",
     ),
     *("tasks", "scoring", "config", "model"),
     *("training", "evaluation", "serving"),
-    *("doctor", "demo", "cli", "__main__"),
+    *("bench", "doctor", "demo", "cli", "__main__"),
 )
 SIBLINGS = {"training", "evaluation", "serving"}
 FILES = sorted(SRC.rglob("*.py"))
