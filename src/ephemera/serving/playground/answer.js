@@ -78,15 +78,15 @@ export function answerColumn(root, emptyText) {
         become("streaming");
         showTimes();
       }
+      text.append(state.text.trim() ? piece : piece.trimStart()); // no empty lines above an answer
       state.text += piece;
-      text.append(piece);
     },
     finish({ finish, usage, extension }) {
       state.total = now();
       progress.hidden = true;
       become("done");
       column.show();
-      if (extension?.note) aside.append(el("p", { class: "note" }, el("strong", {}, "Not adapted. "), extension.note));
+      if (extension?.note) aside.append(el("p", { class: "note" }, el("strong", {}, "Note: "), extension.note));
       if (finish === "length") aside.append(el("p", { class: "footnote" }, "Cut at the token limit."));
       state.adapting = extension?.adapt_seconds ?? 0;
       showTimes(...(usage ? [entry("Tokens", String(usage.completion_tokens))] : []),
@@ -95,7 +95,7 @@ export function answerColumn(root, emptyText) {
     // The answer as runs of {text, changed}, or plain.
     show(runs = null, tag = "ins") {
       if (!state.text.trim()) return placeholder("The model ended its answer at once: it is empty.");
-      text.replaceChildren(...(runs?.map((run) => (run.changed ? el(tag, {}, run.text) : run.text)) ?? [state.text]));
+      text.replaceChildren(...(runs?.map((run) => (run.changed ? el(tag, {}, run.text) : run.text)) ?? [state.text.trim()]));
     },
     compareTimes(longest) { // adapting, then to the first token, then the rest, on the scale of the slower answer
       if (state.firstToken === null || state.total === null) return;

@@ -122,15 +122,17 @@ function refreshSnippet() {
 
 // ---- the server's models ----
 
+function serverIs(state, words) {
+  byId("served").dataset.state = state;
+  byId("served").textContent = words;
+}
+
 async function loadModels() {
-  const served = byId("served");
-  served.dataset.state = "loading";
-  served.textContent = "Connecting to the server";
+  serverIs("loading", "Connecting to the server");
   try {
     models = await listModels(page.key.value);
   } catch (error) {
-    served.dataset.state = "down";
-    served.textContent = error.status === 401 ? "Waiting for an API key" : "Not connected";
+    serverIs("down", error.status === 401 ? "Waiting for an API key" : "Not connected");
     page.method.replaceChildren(el("option", {}, "Unknown"));
     page.method.disabled = page.run.disabled = page.download.disabled = true;
     return report(error, loadModels);
@@ -142,8 +144,7 @@ async function loadModels() {
   const first = choices.find(({ id }) => id === before) ?? choices.find(({ method }) => method === "layerwise") ?? choices[0];
   page.method.value = first?.id ?? "";
   page.method.disabled = page.run.disabled = page.download.disabled = !first;
-  served.dataset.state = "ready";
-  served.textContent = baseModel().id;
+  serverIs("ready", baseModel().id);
   base.name("Without an adapter");
   fitSteps();
   nameAdapted();
@@ -154,6 +155,7 @@ const nameAdapted = () => adapted.name(`${methodName(chosen().method)}, ${count(
 
 // An error that belongs to the page as a whole.
 function report(error, retry) {
+  if (error.kind === "network") serverIs("down", "Not connected");
   page.banner.replaceChildren(problem(error, retry));
   page.banner.hidden = false;
   blame(error);
@@ -198,13 +200,14 @@ async function run() {
   if (!errors[1]) showInside(outcomes[1].value.extension, outcomes[0].value?.extension);
   const longest = Math.max(base.total ?? 0, adapted.total ?? 0);
   [base, adapted].forEach((column) => column.compareTimes(longest));
-  byId("timing-note").hidden = Boolean(errors[0] || errors[1]);
+  byId("timing-note").hidden = errors.some(Boolean);
   if (errors.some(Boolean)) return announce(errors.find(Boolean).message);
   showDifference(outcomes[1].value.extension?.note);
 }
 
 function begin(control) {
   running = control;
+  serverIs("ready", baseModel().id);
   difference = null;
   nameAdapted();
   byId("changed").hidden = byId("mark-control").hidden = byId("timing-note").hidden = true;
@@ -225,7 +228,7 @@ function end() {
 }
 
 function showDifference(note) {
-  difference = compare(base.text, adapted.text);
+  difference = compare(base.text.trim(), adapted.text.trim());
   const { changed, dropped, total } = difference;
   const same = changed === 0 && dropped === 0;
   const words = same ? "The answers are the same, word for word."
@@ -267,9 +270,13 @@ function showInside(extension, baseExtension) {
   byId("heat-details").hidden = !trace;
   byId("heat-map").replaceChildren(drawable ? heatMap(trace) : "");
   byId("heat-table").replaceChildren(trace ? rateTable(trace) : "");
-  byId("heat-note").textContent = !trace ? "No steps were taken, so there are no rates."
-    : !drawable ? "No rate is above zero."
-      : `${rateText(Math.min(...trace.positive))} to ${rateText(Math.max(...trace.positive))}, on a logarithmic scale: ${count(trace.layers.length, "layer")}, ${count(trace.steps, "step")}.`;
+  byId("heat-note").textContent = !trace ? "No steps were taken, so there are no rates." : !drawable ? "No rate is above zero." : rangeText(trace);
+}
+
+function rangeText({ positive, layers, steps }) {
+  const [least, most] = [rateText(Math.min(...positive)), rateText(Math.max(...positive))];
+  const size = `${count(layers.length, "layer")}, ${count(steps, "step")}`;
+  return least === most ? `${most} everywhere: ${size}.` : `${least} to ${most}, on a logarithmic scale: ${size}.`;
 }
 
 function drawCurve() {

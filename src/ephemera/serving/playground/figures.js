@@ -17,6 +17,7 @@ export function nllCurve(nll, base, width) {
   const y = (value) => top + ((middle + half - value) / (2 * half)) * (height - top - bottom - inner);
   const points = nll.map((value, k) => ({ value, k })).filter(({ value }) => Number.isFinite(value));
   const gap = steps ? x(1) - x(0) : width;
+  const missing = nll.map((value, k) => ({ value, k })).filter(({ value }) => !Number.isFinite(value));
   const labelled = ({ k }) => gap >= 46 || k === 0 || k === steps;
 
   const ticks = axisTicks(middle - half, middle + half);
@@ -37,6 +38,7 @@ export function nllCurve(nll, base, width) {
     );
   }
   root.append(svg("polyline", { class: "line", points: points.map(({ value, k }) => `${x(k)},${y(value)}`).join(" ") }));
+  missing.forEach(({ k }) => root.append(svg("text", { class: "axis", x: x(k), y: height - bottom - 6, "text-anchor": k === steps ? "end" : "middle" }, "not finite")));
   points.forEach((point, i) => {
     const below = i > 0 && point.value <= points[i - 1].value; // the side that the line does not come from
     root.append(svg("circle", { class: "point", cx: x(point.k), cy: y(point.value), r: 4.5, "data-step": point.k, "data-nll": point.value }));
@@ -58,7 +60,7 @@ function axisTicks(low, high) {
 
 export function nllTable(nll) {
   const rows = nll.map((value, k) => el("tr", {}, el("th", { scope: "row" }, String(k)), el("td", {}, nllText(value)),
-    el("td", {}, k === 0 ? "" : Number.isFinite(value - nll[k - 1]) ? signed(value - nll[k - 1]) : "")));
+    el("td", {}, Number.isFinite(value) && Number.isFinite(nll[k - 1]) ? signed(value - nll[k - 1]) : "")));
   return el("table", { class: "numbers-table" },
     el("thead", {}, el("tr", {}, ...["Steps taken", "Nats per token", "Change"].map((text) => el("th", { scope: "col" }, text)))),
     el("tbody", {}, ...rows));
