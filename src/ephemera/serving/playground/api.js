@@ -61,7 +61,7 @@ export async function* serverSentEvents(body) {
     for (;;) {
       const { done, value } = await reader.read();
       rest += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      const lines = rest.split(/\r\n|\n|\r(?!$)/); // an \r at the end may be half of \r\n
+      const lines = rest.split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/); // an \r at a chunk's end may be half of \r\n
       rest = done ? "" : lines.pop();
       for (const line of lines) {
         if (line.startsWith(":")) yield { comment: line.slice(1).trim() };
