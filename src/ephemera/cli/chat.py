@@ -127,7 +127,9 @@ class _Talk:
                 known = [r for r in of_kind if r is not None]
                 means.append(f"{kind} {min(known):.3g} to {max(known):.3g}" if known else f"{kind} not finite")
             _say(f"step {k}: prompt NLL {shown}, rates {', '.join(means)}")
-        _say(f"adapted in {self.facts['adapt_seconds']:.2f} s, first token after {self.facts['first_token_seconds']:.2f} s")
+        _say(
+            f"adapted in {self.facts['adapt_seconds']:.2f} s, first token after {self.facts['first_token_seconds']:.2f} s"
+        )
 
     def answer(self, messages: list[dict[str, str]], method: Any, steps: int) -> tuple[str, dict[str, Any]]:
         """Stream an answer to stdout; its text, and how the adaptation went."""
@@ -141,7 +143,9 @@ class _Talk:
         ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
         room = backbone.max_length - len(ids)
         if room < 1:
-            raise ValueError(f"the conversation has {len(ids)} tokens, and {backbone.name} takes {backbone.max_length}.")
+            raise ValueError(
+                f"the conversation has {len(ids)} tokens, and {backbone.name} takes {backbone.max_length}."
+            )
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = Sampling(temperature=self.temperature, max_tokens=min(self.max_tokens, room), seed=self.seed)
         job = Job(ids, method, steps, events.put, sampling=sampling, seed=self.seed, trace=True)

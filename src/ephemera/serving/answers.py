@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,8 +81,13 @@ class Answering:
         head = self._head(kind)
         return {**head, "choices": choices, "usage": self.usage(), "ephemera": self.extension()}
 
-    async def stream(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[str]:
-        """Server-sent events."""
+    async def stream(self, events: AsyncGenerator[tuple[int, Event]]) -> AsyncGenerator[str]:
+        """Server-sent events. Whoever stops reading ends `events` too."""
+        async with aclosing(events):
+            async for line in self._lines(events):
+                yield line
+
+    async def _lines(self, events: AsyncGenerator[tuple[int, Event]]) -> AsyncGenerator[str]:
         async for prompt, event in events:
             if isinstance(event, Adapting):
                 yield f": adapting {event.step}/{event.steps}\n\n"

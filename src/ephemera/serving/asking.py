@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def submit(engine: Engine, jobs: list[Job]) -> Events:
 
 async def listen(
     request: Request, jobs: list[Job], events: Events, done: Callable[[], bool]
-) -> AsyncIterator[tuple[int, Event]]:
+) -> AsyncGenerator[tuple[int, Event]]:
     """Events until all is done; ends early, and cancels the jobs, when the client is gone or stops listening."""
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -88,7 +88,7 @@ def say_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+        return JSONResponse(error.body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:

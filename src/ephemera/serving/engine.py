@@ -68,6 +68,8 @@ class Engine:
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs, all or none; Busy where there is no room."""
+        if any(job.rows > self.max_rows for job in jobs):
+            raise ValueError(f"a job asks for more answers than are decoded together ({self.max_rows}).")
         with self._wake:
             if self._closed:
                 raise Busy("the server is shutting down.", 5, closed=True)
@@ -130,7 +132,9 @@ class Engine:
             for job in group:
                 self.observer.ended(job, "cancelled", 0)
         except Exception as error:
-            if out_of_memory(error):
+            begun = [a for a in self.batch.answers if a.job in group]
+            self.batch.leave(begun)
+            if out_of_memory(error) and not begun:  # answers that have begun cannot begin again
                 self.observer.out_of_memory()
                 self._release()
                 if len(group) > 1:
@@ -183,7 +187,7 @@ class Engine:
 
     def _report(self, group: list[Job], trace: Trace | None, read: Prefill, seconds: float, first: float) -> None:
         """The `ephemera` object of each response. The last loss is computed after the first tokens are out."""
-        last_B = read.prompt_nll().tolist()
+        last_B = self._last_nll(read)
         fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
         nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
         for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
@@ -202,10 +206,21 @@ class Engine:
                 packed = zipped(read.lora, row, base_model=self.backbone.name)
             job.tell(Report(facts, packed))
             self.observer.adapted(job, seconds if trace else 0.0, note)
-            if job.n:
+            if job.cancelled:
+                self.observer.ended(job, "cancelled", 0)
+            elif job.n:
                 self.observer.first_token(job, first - job.arrived)
             else:
                 self.observer.ended(job, "complete", 0)
+
+    def _last_nll(self, read: Prefill) -> list[float]:
+        """A figure for the report; no answer is lost where memory is too short for it."""
+        try:
+            return read.prompt_nll().tolist()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return [math.nan] * len(read.fallback_B)
 
     def _trace(self, trace: Trace | None, row: int) -> dict[str, Any]:
         projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in self.backbone.projections]

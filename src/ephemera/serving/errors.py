@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -15,7 +17,7 @@ TYPES = {
 }
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """A request that gets no answer: an HTTP status, words, the field at fault and a code for programs."""
 
     def __init__(
@@ -27,8 +29,7 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
+        super().__init__(status, detail=message, headers=headers)
         self.body = envelope(status, message, param=param, code=code)
 
 

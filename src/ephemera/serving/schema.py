@@ -14,6 +14,7 @@ def _no_bool(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Zero = Annotated[Number, Field(ge=0, le=0)]
 Integer = Annotated[int, Field(strict=True)]
 Seed = Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -65,8 +66,8 @@ class _Generation(Strict):
     stream_options: StreamOptions | None = None
     adapt: AdaptOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = Field(None, description="Has no effect.")
-    presence_penalty: Literal[0] | None = Field(None, description="Only 0, which is no penalty.")
-    frequency_penalty: Literal[0] | None = Field(None, description="Only 0, which is no penalty.")
+    presence_penalty: Zero | None = Field(None, description="Only 0, which is no penalty.")
+    frequency_penalty: Zero | None = Field(None, description="Only 0, which is no penalty.")
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Only empty.")
 
     @model_validator(mode="after")
@@ -177,4 +178,4 @@ def where(errors: list[dict[str, Any]]) -> tuple[str, str | None]:
 
 def _branch(part: Any) -> bool:
     """pydantic names a union's branches in the place of an error."""
-    return isinstance(part, str) and (part in ("str", "list[TextPart]") or "[" in part)
+    return isinstance(part, str) and (part in ("str", "constrained-str") or "[" in part)
