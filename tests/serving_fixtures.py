@@ -101,7 +101,7 @@ def live(backbone: Backbone, known: Sequence[Method], *, limits: Limits | None =
     metrics = Metrics()
     rows, waiting = options.pop("max_rows", 8), options.pop("max_queue", 64)
     engine = Engine(backbone, max_rows=rows, max_queue=waiting, observer=metrics).start()
-    limits = limits or Limits(prompt_tokens=64, answer_tokens=32, rows=8, seconds=60)
+    limits = limits or Limits(prompt_tokens=80, answer_tokens=32, rows=8, seconds=60)
     reader = Reader(backbone, known, steps=steps, limits=limits)
     app = create_app(engine, reader, metrics, Settings(**options))
     config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)

@@ -16,10 +16,11 @@ from ephemera.serving import batch as batch_module
 from ephemera.serving import methods
 from ephemera.serving.batch import DecodeBatch, folded, joined
 from ephemera.serving.engine import Engine
+from ephemera.serving.methods import Method
 from ephemera.serving.sampling import Sampling
 from ephemera.serving.work import Adapting, Busy, Failed, Finished, Report, Text
 from serving_fixtures import PROMPTS, collect, job_for, running, solo, text_of, tiny_generator, tiny_methods
-from tiny import ARCHITECTURES, close, random_lora, tiny_backbone
+from tiny import ARCHITECTURES, SomeRowsWild, close, random_lora, tiny_backbone
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -189,7 +190,7 @@ def test_closing_finishes_what_is_under_way(llama):
 
 
 def test_a_diverging_adaptation_is_answered_unadapted_and_says_so(llama):
-    wild = methods.build(llama, ZeroInit(), [FixedRate(1e300)])[1]
+    wild = Method("wild", "wild", ZeroInit(), SomeRowsWild({i: float("inf") for i in range(len(PROMPTS))}), 8)
     calm = methods.build(llama, ZeroInit(), [FixedRate(0.3)])[1]
     jobs = [job_for(llama, m, p, steps=2) for m in (wild, calm) for p in PROMPTS]
     with running(Engine(llama)) as engine:
@@ -200,6 +201,7 @@ def test_a_diverging_adaptation_is_answered_unadapted_and_says_so(llama):
         if job.method is wild:
             assert "non-finite" in report.facts["note"]
             assert None in report.facts["prompt_nll"]  # JSON has no NaN
+            assert text_of(events) == solo(llama, Method("none", "none", None, None, 0), prompt, steps=0)
 
 
 def test_out_of_memory_splits_groups_then_refuses(llama, monkeypatch):
@@ -250,10 +252,10 @@ def test_out_of_memory_while_decoding_halves_the_pass(llama, monkeypatch):
 
 def test_an_unforeseen_error_ends_those_requests_alone(llama, monkeypatch, caplog):
     method = tiny_methods(llama)[0]
-    real = DecodeBatch.logits
+    real, secret = DecodeBatch.logits, "a prompt's text"
 
     def broken(self):
-        raise RuntimeError("secret prompt text")
+        raise RuntimeError(secret)
 
     monkeypatch.setattr(DecodeBatch, "logits", broken)
     with running(Engine(llama)) as engine:
@@ -262,7 +264,7 @@ def test_an_unforeseen_error_ends_those_requests_alone(llama, monkeypatch, caplo
         monkeypatch.setattr(DecodeBatch, "logits", real)
         (events,) = collect([job_for(llama, method, PROMPTS[0])], engine)
         assert text_of(events) == solo(llama, method, PROMPTS[0], steps=0)
-    assert "secret" not in caplog.text
+    assert secret not in caplog.text
     assert "RuntimeError" in caplog.text
 
 
