@@ -356,7 +356,7 @@ def test_runs_by_keyboard_alone(visit: Visit):
 def test_stop_keeps_what_there_is(visit: Visit):
     page = visit.ready()
     held = []
-    page.route("**/v1/completions", held.append)  # never answered
+    page.route("**/v1/completions", lambda route: held.append(route) or None)  # never answered
     visit.ask()
     page.wait_for_selector("#adapted[data-state=waiting]")
     page.get_by_role("button", name="Stop").click()

@@ -319,6 +319,8 @@ def test_the_document_is_kept(served):
 
     headers = {"Authorization": f"Bearer {KEY}"}
     schema = schemathesis.openapi.from_url(f"{served[0]}/openapi.json", headers=headers)
+    # a request may keep the document and still be refused: an empty text, more tokens than fit, an unknown model
+    excluded = schemathesis.checks.CHECKS.get_by_names(["unsupported_method", "positive_data_acceptance"])
     seen: set[str] = set()
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -334,7 +336,7 @@ def test_the_document_is_kept(served):
         )
         def conforms(case):
             response = case.call(headers=headers)
-            case.validate_response(response, excluded_checks=[schemathesis.checks.CHECKS.get_one("unsupported_method")])
+            case.validate_response(response, excluded_checks=excluded)
             seen.add(case.operation.label)
 
         conforms()

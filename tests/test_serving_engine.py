@@ -189,8 +189,15 @@ def test_closing_finishes_what_is_under_way(llama):
     assert not engine.alive
 
 
+class Wild(SomeRowsWild):
+    """A rate that no adapter survives."""
+
+    def rates_BM(self, h_BH, k, K, *, like, projections):
+        return like.new_full((like.shape[0], projections), float("inf"))
+
+
 def test_a_diverging_adaptation_is_answered_unadapted_and_says_so(llama):
-    wild = Method("wild", "wild", ZeroInit(), SomeRowsWild({i: float("inf") for i in range(len(PROMPTS))}), 8)
+    wild = Method("wild", "wild", ZeroInit(), Wild({}), 8)
     calm = methods.build(llama, ZeroInit(), [FixedRate(0.3)])[1]
     jobs = [job_for(llama, m, p, steps=2) for m in (wild, calm) for p in PROMPTS]
     with running(Engine(llama)) as engine:
