@@ -68,8 +68,8 @@ def serve(folder: Path, *options: str) -> Iterator[str]:
             assert process.poll() is None, log.read_text()
             with (
                 suppress(OSError),
-                urllib.request.urlopen(f"{url}/ready"),
-            ):  # an answer other than 200 is an OSError too
+                urllib.request.urlopen(f"{url}/health", timeout=5),
+            ):
                 break
             time.sleep(0.1)
         else:

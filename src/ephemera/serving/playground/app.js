@@ -231,7 +231,7 @@ function showDifference(note) {
   difference = compare(base.text.trim(), adapted.text.trim());
   const { changed, dropped, total } = difference;
   const same = changed === 0 && dropped === 0;
-  const words = same ? "The answers are the same, word for word."
+  const words = same && total === 0 ? "Both answers are empty." : same ? "The answers are the same, word for word."
     : changed === 0 ? `The adapted answer leaves out ${count(dropped, "word")}.`
       : `${changed} of ${count(total, "word")} changed.`;
   byId("changed").textContent = words;

@@ -6,12 +6,6 @@ export const EXAMPLES = [
     prompt: "Give a short answer of the following question. Output only the answer.\n\nQuestion: who wrote the origin of species?\n\nAnswer:",
   },
   {
-    name: "Passage",
-    prompt: "You are given a passage and a question.\n\nAnswer with the exact text span from the passage. Output ONLY the answer span.\n\n"
-      + "Passage:\n\nThe village of Harrowmere lies at the mouth of the River Tarn, where a ferry has carried passengers across the estuary since 1742. "
-      + "The present boat, the Marigold, was built in 1988 and takes up to sixty people.\n\nQuestion:\n\nWhen was the Marigold built?\n\nAnswer:",
-  },
-  {
     name: "Summary",
     prompt: "Summarize the following news article in one concise sentence.\n\nArticle:\n\nVolunteers in the coastal town of Wrexby have finished "
       + "rebuilding the wooden pier that was destroyed by a storm two winters ago. More than three hundred people gave their time, and the timber "
