@@ -321,7 +321,6 @@ def test_runs_by_keyboard_alone(visit: Visit):
     want = [
         "prompt",
         "Question",
-        "Passage",
         "Summary",
         "Instruction",
         "format",
