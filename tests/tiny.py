@@ -17,6 +17,7 @@ from ephemera.backbone import Backbone
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
 from ephemera.rates import ScaleNet
+from ephemera.readout import PROMPT
 
 SENTENCES = (
     "The river runs past the old mill and down to the sea.",
@@ -184,6 +185,8 @@ class SomeRowsWild:
 
     max_steps = None
     uses_representation = "no"
+    objective = PROMPT
+    normalize = "none"
 
     def __init__(self, wild: dict[int, float]):
         self.wild = wild
