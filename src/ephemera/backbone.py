@@ -6,7 +6,7 @@ import copy
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,17 @@ class Backbone:
             return None
         cache = self.new_cache()
         return Lower(batch.ids_BT, layers, self.forward(batch, cache=cache, stop=layers).hidden_BTD, cache)
+
+    @torch.no_grad()
+    def states(self, batch: TokenBatch, exit_layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The last hidden state [B,T,D], after the final norm, and those after each of `exit_layers` layers."""
+        kept: list[list[Tensor]] = [[] for _ in exit_layers]
+        layers = self.decoder.get_submodule("layers")
+        with ExitStack() as hooks:
+            for layer, into in zip(exit_layers, kept, strict=True):
+                hooks.enter_context(_outputs_of(layers.get_submodule(str(layer - 1)), into))
+            hidden_BTD = self.forward(batch).hidden_BTD
+        return hidden_BTD, {layer: outputs[0] for layer, outputs in zip(exit_layers, kept, strict=True)}
 
     def fingerprint(self) -> str:
         """Tells backbones apart whatever they are called: shapes, and some weights as bfloat16."""

@@ -21,7 +21,10 @@ class LoraSettings(Settings):
     lora_alpha: float = Field(default=16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
     init_std: float = Field(default=1e-2, ge=0, description="deviation of A at the start; B starts at zero")
     target_modules: str | list[str] = Field(
-        default="qv", description='"qv", "attention", "all-linear", or module names'
+        default="qv", description='"qv", "attention", "all-linear", kinds ("q", [v], ...), or module names'
+    )
+    layers: str | list[int] = Field(
+        default="all", description='layers that are adapted: "all", "first-8", "last-8", "4-9", or numbers from 0'
     )
 
 
@@ -57,6 +60,21 @@ class DataSettings(Settings):
     )
 
 
+class ObjectiveSettings(Settings):
+    """What a step's gradient is of"""
+
+    exit_layer: int | None = Field(
+        default=None, ge=1, description="read the prompt's loss after so many layers; default: at the top"
+    )
+    lens: str | None = Field(
+        default=None, description="folder or shipped name of the lens to read it through; default: the untrained one"
+    )
+    tokens: str = Field(default="all", description='tokens that are scored: "all", "last-8", "every-2"')
+    vocabulary: int | None = Field(
+        default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"
+    )
+
+
 class ScaleNetSettings(Settings):
     granularity: Literal["layer", "step"] = Field(default="layer", description="a rate per projection, or one per step")
     base_rates: list[float] | None = Field(
@@ -69,6 +87,9 @@ class ScaleNetSettings(Settings):
     )
     normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
     representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
+    normalize: Literal["none", "prompt", "projection"] = Field(
+        default="none", description="gradients as they are, or scaled to length one, over a prompt or each projection"
+    )
 
 
 class OptimizerSettings(Settings):
@@ -94,11 +115,29 @@ class TrainScaleNet(Settings):
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
     train: DataSettings = DataSettings(split="train")
     validation: DataSettings = DataSettings(split="validation", limit=200)
+    objective: ObjectiveSettings = ObjectiveSettings()
     scalenet: ScaleNetSettings = ScaleNetSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
     validate_every: int = Field(default=250, ge=1, description="optimiser steps")
     validation_steps: list[int] = Field(default=[1, 3, 5], description="K at which validation NLL is taken")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainLens(Settings):
+    """`ephemera train lens`: what the last layer would say, read off earlier ones"""
+
+    output: str = Field(default="runs/lens", description="folder of checkpoints, metrics and the trained lens")
+    model: ModelSettings = ModelSettings()
+    exit_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[8], min_length=1, description="read after so many layers; several are trained from one pass"
+    )
+    train: DataSettings = DataSettings(split="train")
+    validation: DataSettings = DataSettings(split="validation", limit=100)
+    token_share: float = Field(default=0.5, gt=0, le=1, description="of a batch's tokens, drawn at random")
+    optimizer: OptimizerSettings = OptimizerSettings(samples=4000, batch_size=8, learning_rate=1e-3)
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=100, ge=1, description="optimiser steps")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 

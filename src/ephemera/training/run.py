@@ -10,14 +10,17 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from ephemera.backbone import Backbone, load_backbone
-from ephemera.config import TrainGenerator, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
+from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
 from ephemera.training.loop import clear
 
-Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora)
+Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora, TrainLens)
 
 
 def open_run(
-    config: TrainScaleNet | TrainGenerator | TrainTaskLora, folder: Path, targets: str | list[str]
+    config: TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens,
+    folder: Path,
+    targets: str | list[str],
+    layers: str | list[int] = "all",
 ) -> tuple[Accelerator, Backbone]:
     """The accelerator, with its trackers, and the frozen model on its device."""
     available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
@@ -34,6 +37,7 @@ def open_run(
         dtype=config.model.dtype,
         device=config.model.device or accelerator.device,
         target_modules=targets,
+        layers=layers,
         attn_implementation=config.model.attn_implementation,
     )
     return accelerator, backbone
@@ -70,7 +74,7 @@ def kept_settings(config: Settings, folder: Path) -> Settings | None:
 
 
 def begin(
-    config: TrainScaleNet | TrainGenerator | TrainTaskLora,
+    config: TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens,
     folder: Path,
     accelerator: Accelerator,
     *,
