@@ -28,7 +28,7 @@ LAYERS = (
         "prefill",
         "export",
     ),
-    *("tasks", "scoring", "config", "model"),
+    *("tasks", "scoring", "settings", "config", "model"),
     *("training", "evaluation", "serving"),
     *("doctor", "demo", "cli", "__main__"),
 )

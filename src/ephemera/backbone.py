@@ -68,6 +68,8 @@ class Backbone:
         self.name = name
         self.path = path
         self.lock = threading.RLock()  # adapters are attached to the one model: callers take turns
+        self.target_modules = target_modules
+        self.adapted_layers = layers
         self.projections = find_projections(model, target_modules, layers, only)
         self.layers = count_layers(model)
         self.decoder: nn.Module = model.get_submodule(model.base_model_prefix)
@@ -82,6 +84,23 @@ class Backbone:
         self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._check_head()
+
+    def with_adapters_on(
+        self,
+        target_modules: str | Sequence[str],
+        layers: str | Sequence[int] = "all",
+        only: Sequence[str] | None = None,
+    ) -> Backbone:
+        """The same model (not a copy of it) with adapters on other projections."""
+        return Backbone(
+            self.model,
+            self.tokenizer,
+            name=self.name,
+            path=self.path,
+            target_modules=target_modules,
+            layers=layers,
+            only=only,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -307,6 +326,8 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.name,
         "model_type": backbone.model.config.model_type,
         "hidden_size": backbone.hidden_size,
+        "target_modules": backbone.target_modules,
+        "layers": backbone.adapted_layers,
         "projections": [p.name for p in backbone.projections],
         "fingerprint": backbone.fingerprint(),
     }

@@ -34,7 +34,8 @@ def find_projections(
 
     `targets` is "qv" (the papers' default), "attention", "all-linear" (every linear module of a layer), kinds ("q",
     ["q", "v"], ...), or module names ("q_proj", "up_proj", "query_key_value", ...). A fused module is adapted whole by
-    "all-linear" and by its name. `layers`: see `chosen_layers`. `only` keeps those of these names. Shapes are read from the modules.
+    "all-linear" and by its name. `layers`: see `chosen_layers`. `only` keeps those of these names, if there
+    are any: a network that names none of them is another model's, and its own check says so. Shapes are read from the modules.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     kinds = TARGETS.get(targets) if isinstance(targets, str) else None
@@ -63,12 +64,8 @@ def find_projections(
             f"{', '.join(leaves) or '(none)'}; name those to adapt, e.g. target_modules={leaves[:2]!r}."
         )
     chosen = [p for layer in chosen_layers(layers, len(found)) for p in found[layer]]
-    kept = [p for p in chosen if only is None or p.name in set(only)]
-    if not kept:
-        raise ValueError(
-            f"{type(model).__name__} has none of the projections asked for ({only[0] if only else 'none'}, ...)."
-        )
-    return tuple(kept)
+    kept = [p for p in chosen if only is not None and p.name in set(only)]
+    return tuple(kept or chosen)
 
 
 def chosen_layers(layers: str | Sequence[int], count: int) -> list[int]:

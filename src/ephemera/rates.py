@@ -108,15 +108,17 @@ class AveragedRate:
         artifact.check_model(self.trained_for, backbone, "averaged rate")
         self.objective.check(backbone)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, lens: str = ".") -> None:
+        """`lens`: where its lens lies, from `folder`; only there (".") is it written too."""
         config = {
             "kind": "averaged",
             "trained_for": self.trained_for,
-            "objective": self.objective.describe(),
+            "objective": self.objective.describe(lens),
             "normalize": self.normalize,
         }
         artifact.save(Path(folder), NAME, config, {"table_KKM": self.table_KKM})
-        self.objective.save_lens(folder)
+        if lens == ".":
+            self.objective.save_lens(folder)
 
 
 class ScaleNet(nn.Module):
@@ -236,6 +238,16 @@ class ScaleNet(nn.Module):
         state = self.state_dict()
         network.load_state_dict({k: t[keep_M] if k.startswith("out.") else t for k, t in state.items()})
         return network.to(self.out.weight.device)
+
+
+def adapted_by(rate: Rate | None) -> dict[str, Any]:
+    """The projections that a trained rate was made for, as `load_backbone` takes them; none where it fits any."""
+    if not isinstance(rate, ScaleNet | AveragedRate) or rate.trained_for is None:
+        return {}
+    made = rate.trained_for
+    # Files from before there was a choice
+    settings = {"target_modules": made.get("target_modules", "qv"), "layers": made.get("layers", "all")}
+    return {**settings, "only": made["projections"]}
 
 
 def load_rate(spec: str | Path | float) -> Rate:

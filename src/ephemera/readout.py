@@ -85,11 +85,11 @@ class Objective:
         if self.lens is not None:
             self.lens.check(backbone)
 
-    def describe(self) -> dict[str, Any] | None:
-        """As it stands in a network's file; the lens itself lies beside it. None for the paper's own."""
+    def describe(self, lens: str = ".") -> dict[str, Any] | None:
+        """As it stands in a network's file; the lens itself lies at `lens` from there. None for the paper's own."""
         settings = {
             "exit_layer": self.exit_layer,
-            "lens": None if self.lens is None else ".",
+            "lens": None if self.lens is None else lens,
             "tokens": self.tokens,
             "vocabulary": self.vocabulary,
         }

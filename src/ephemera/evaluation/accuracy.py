@@ -67,6 +67,7 @@ def benchmark(config: Benchmark) -> Path:
                     dtype=settings.dtype,
                     device=settings.device,
                     target_modules=json.loads(targets),
+                    layers=settings.lora.layers,
                     attn_implementation=settings.attn_implementation,
                 )
                 run["models"][settings.name] = backbone.fingerprint()
@@ -164,7 +165,7 @@ def _fill(
     config: Benchmark,
     records: RecordFile[AnswerRecord],
 ) -> None:
-    zero = settings.lora.model_dump(exclude={"target_modules"})
+    zero = settings.lora.model_dump(exclude={"target_modules", "layers"})
     init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
     check_init(init, backbone)
     rule = load_rate(variant.rate) if variant.rate is not None and variant.steps else None

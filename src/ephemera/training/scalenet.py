@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
-from ephemera.config import DataSettings, TrainScaleNet, fill
+from ephemera.config import DataSettings, ObjectiveSettings, TrainScaleNet, fill
 from ephemera.generator import check_init, load_init, targets_of
 from ephemera.inits import Init
+from ephemera.lens import load_lens
 from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll, pad
 from ephemera.rates import AveragedRate, ScaleNet
+from ephemera.readout import Objective
 from ephemera.scoring import (
     Encoded,
     answer_nll,
@@ -35,6 +38,7 @@ from ephemera.training.run import begin, kept_settings, open_run
 
 NORMALIZATION_PROMPTS = 512
 AVERAGED_PROMPTS = 64
+VANISHED = 0.05  # of the base rate
 
 
 class ScaleNetTrainee:
@@ -51,6 +55,7 @@ class ScaleNetTrainee:
         batch_size: int,
         clip_prompt: float,
         seed: int,
+        sparsity: float = 0.0,
     ):
         self.backbone = backbone
         self.init = init
@@ -60,6 +65,7 @@ class ScaleNetTrainee:
         self.batch_size = batch_size
         self.clip_prompt = clip_prompt
         self.seed = seed
+        self.sparsity = sparsity
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -71,7 +77,14 @@ class ScaleNetTrainee:
             return None
         # A fresh A for each prompt and pass over the data (LDTTA 4.1)
         return scalenet_backward(
-            self.backbone, self.init, self.network, rows, K, seed=self.seed * 1_000_003 + step, clip=self.clip_prompt
+            self.backbone,
+            self.init,
+            self.network,
+            rows,
+            K,
+            seed=self.seed * 1_000_003 + step,
+            clip=self.clip_prompt,
+            sparsity=self.sparsity,
         )
 
     @torch.no_grad()
@@ -116,18 +129,24 @@ def scalenet_backward(
     *,
     seed: int,
     clip: float | None = None,
+    sparsity: float = 0.0,
 ) -> dict[str, float]:
     """Adapt K steps, score the answers, and leave the batch's mean meta-gradient in the network.
 
     K + 1 forward and backward passes; besides one pass's memory only the K prompt gradients are kept.
     `clip` bounds each prompt's own gradient (by log rates): a prompt that diverged should not
-    drown the others. Rows that are not finite give no gradient.
+    drown the others. Rows that are not finite give no gradient. `sparsity` presses on each log-rate, until the
+    rate has all but vanished: the penalty is `sparsity * log(1 + s / VANISHED)`, summed over steps and projections.
     """
     batch = prompt_batch(backbone, rows)
     lora = init(backbone, batch, [seed] * len(rows))
     trace = adapt(backbone, batch, lora, network, K, keep_grads=True)
     nll_B, answer_grads = answer_gradient(backbone, rows, trace.lora)
-    used = rates_backward(trace, nll_B, answer_grads, clip=clip)
+    penalty_BKM = None
+    if sparsity:
+        base_K1 = trace.rates_BKM.new_tensor(network.base_rates[:K])[:, None]
+        penalty_BKM = sparsity / (trace.rates_BKM.detach() + VANISHED * base_K1)
+    used = rates_backward(trace, nll_B, answer_grads, clip=clip, penalty_BKM=penalty_BKM)
     return {
         "K": K,
         "nll": nll_B[used].mean().item() if bool(used.any()) else float("nan"),
@@ -136,14 +155,26 @@ def scalenet_backward(
     }
 
 
-def rates_backward(trace: Trace, nll_B: Tensor, answer_grads: Sequence[Tensor], *, clip: float | None) -> Tensor:
-    """Leave the batch's mean meta-gradient in ScaleNet; which rows were usable: bool [B]."""
+def rates_backward(
+    trace: Trace,
+    nll_B: Tensor,
+    answer_grads: Sequence[Tensor],
+    *,
+    clip: float | None,
+    penalty_BKM: Tensor | None = None,
+) -> Tensor:
+    """Leave the batch's mean meta-gradient in ScaleNet; which rows were usable: bool [B].
+
+    `penalty_BKM`: a further gradient by the rates, which is not clipped.
+    """
     drates_BKM = meta_gradient(answer_grads, trace.grads)
     usable_B = ~trace.fallback_B & nll_B.isfinite() & drates_BKM.isfinite().flatten(1).all(1)
     drates_BKM = torch.where(usable_B[:, None, None], drates_BKM, 0.0)
     if clip is not None:
         norm_B = (drates_BKM * trace.rates_BKM.detach()).flatten(1).norm(dim=1)
         drates_BKM = drates_BKM * (clip / norm_B.clamp(min=clip))[:, None, None]
+    if penalty_BKM is not None:
+        drates_BKM = drates_BKM + torch.where(usable_B[:, None, None], penalty_BKM, 0.0)
     rates_BKM = torch.where(usable_B[:, None, None], trace.rates_BKM, 0.0)
     rates_BKM.backward(drates_BKM.to(rates_BKM.dtype) / len(nll_B))
     return usable_B
@@ -162,7 +193,13 @@ def averaged_rate(
             trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
             rates.append(trace.rates_BKM[~trace.fallback_B])
         table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
-    return AveragedRate(table_KKM, describe(backbone))
+    return AveragedRate(table_KKM, describe(backbone), network.objective, network.normalize)
+
+
+def lasting(average: AveragedRate, network: ScaleNet) -> Tensor:
+    """Which projections' mean rates reach VANISHED times the base rate in any step of any schedule: bool [M]."""
+    base_K1 = average.table_KKM.new_tensor(network.base_rates)[:, None]
+    return (average.table_KKM / base_K1 >= VANISHED).flatten(0, 1).any(0)
 
 
 def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
@@ -191,23 +228,31 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     """`ephemera train scalenet`: returns the folder of the trained network, `<output>/network`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules"}))
-    accelerator, backbone = open_run(config, folder, targets_of(init) or config.model.lora.target_modules)
+    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules", "layers"}))
+    lora = config.model.lora
+    accelerator, backbone = open_run(config, folder, targets_of(init) or lora.target_modules, lora.layers)
     check_init(init, backbone)
+    objective = settled_objective(config.objective)
+    objective.check(backbone)
+    if config.scalenet.sparsity and config.scalenet.granularity == "step":
+        raise ValueError(
+            "scalenet.sparsity drops projections one by one; a step-wise network has one rate for all of them."
+        )
     if isinstance(init, torch.nn.Module):
         init.to(backbone.device)
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
-    config = _settle(config, folder, backbone, init, validation, accelerator, resume=resume)
+    config = _settle(config, folder, backbone, init, validation, accelerator, objective, resume=resume)
     assert config.scalenet.base_rates is not None
     network = ScaleNet(
         hidden_size=backbone.hidden_size,
         projections=len(backbone.projections),
         trained_for=describe(backbone),
-        **config.scalenet.model_dump(exclude={"max_steps", "base_rates"}),
+        **config.scalenet.model_dump(exclude={"max_steps", "base_rates", "sparsity"}),
         base_rates=config.scalenet.base_rates,
+        objective=objective,
     )
     sample = random.Random(config.optimizer.seed).sample(list(rows), min(NORMALIZATION_PROMPTS, len(rows)))
-    network.fit_normalization(training_representations(backbone, sample).cpu())
+    network.fit_normalization(training_representations(backbone, sample, exit_layer=objective.exit_layer).cpu())
     network.to(backbone.device)
     trainee = ScaleNetTrainee(
         backbone,
@@ -218,20 +263,58 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         batch_size=config.optimizer.batch_size,
         clip_prompt=config.optimizer.clip_prompt,
         seed=config.optimizer.seed,
+        sparsity=config.scalenet.sparsity,
     )
     schedule = Schedule(config.checkpoint_every, config.validate_every)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
     if accelerator.is_main_process:
+        if config.scalenet.sparsity:
+            backbone, network = _dropped(backbone, trainee, sample[:AVERAGED_PROMPTS], folder)
         network.save_pretrained(folder / "network")
         write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
         if config.scalenet.granularity == "layer":
             average = averaged_rate(
                 backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
             )
-            average.save_pretrained(folder / "network" / "averaged")
+            average.save_pretrained(folder / "network" / "averaged", lens="..")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers, and ends the process group: nothing may wait after it
     return folder / "network"
+
+
+def settled_objective(settings: ObjectiveSettings) -> Objective:
+    """With the exit layer's own lens, where one is named."""
+    if settings.lens is not None and settings.exit_layer is None:
+        raise ValueError("objective.lens is for an early exit; give objective.exit_layer, or no lens.")
+    lens = None
+    if settings.lens is not None and settings.exit_layer is not None:
+        lens = load_lens(settings.lens).only(settings.exit_layer)
+    return Objective(settings.exit_layer, lens, settings.tokens, settings.vocabulary)
+
+
+def _dropped(
+    backbone: Backbone, trainee: ScaleNetTrainee, rows: Sequence[Encoded], folder: Path
+) -> tuple[Backbone, ScaleNet]:
+    """Model and network without the projections whose rates vanished; what that cost is kept in dropped.json."""
+    average = averaged_rate(backbone, trainee.init, trainee.network, rows, batch_size=trainee.batch_size)
+    keep_M = lasting(average, trainee.network)
+    if not bool(keep_M.any()):
+        raise ValueError("every rate vanished: lower scalenet.sparsity.")
+    network = trainee.network.pruned(keep_M)
+    assert network.trained_for is not None
+    names = network.trained_for["projections"]
+    before, names_before = trainee.validate(), [p.name for p in backbone.projections]
+    backbone = backbone.with_adapters_on(backbone.target_modules, backbone.adapted_layers, names)
+    trainee.backbone, trainee.network = backbone, network
+    report = {
+        "kept": names,
+        "dropped": [name for name in names_before if name not in names],
+        "validation_before": before,
+        "validation_after": trainee.validate(),
+    }
+    (folder / "dropped.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{len(report['dropped'])} of {len(names_before)} projections left the loop", file=sys.stderr)
+    return backbone, network
 
 
 def _settle(
@@ -241,6 +324,7 @@ def _settle(
     init: Init,
     validation: Sequence[Encoded],
     accelerator: Accelerator,
+    objective: Objective,
     *,
     resume: bool,
 ) -> TrainScaleNet:
@@ -256,6 +340,8 @@ def _settle(
             validation[:100],
             steps=config.scalenet.max_steps,
             batch_size=config.optimizer.batch_size,
+            objective=objective,
+            normalize=config.scalenet.normalize,
         )
         config = config.model_copy(update={"scalenet": config.scalenet.model_copy(update={"base_rates": rates})})
         print(f"base rates from {len(validation[:100])} validation rows: {rates}", file=sys.stderr)
