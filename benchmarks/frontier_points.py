@@ -39,26 +39,26 @@ COMMON = 4096  # ids in the small softmax
 
 def points() -> list[Point]:
     found = [
-        # The loss read off an earlier layer, untrained and trained lens
-        *(Point(f"first-{E}", E, vocabulary=COMMON) for E in (10, 15, 8, 12, 6, 4)),
         Point(),
         Point(network="scalenet-nq-open"),
-        *(Point("first-8", 8, vocabulary=words, lens=lens) for words, lens in ((None, True), (None, False))),
-        *(Point(f"first-{E}", E, vocabulary=COMMON, lens=False) for E in (8, 15)),
-        # Its layers and kinds
-        *(Point(layers, 15, vocabulary=COMMON) for layers in ("first-8", "4-14")),
-        *(Point("first-8", 8, kind, vocabulary=COMMON) for kind in ("v", "q")),
-        # The whole model's gradient, over some layers and kinds
-        *(Point(layers=layers) for layers in ("first-15", "first-8", "last-15")),
+        # The loss read off an earlier layer, through the tuned lens: over all words, over the common ones
+        *(Point(f"first-{E}", E, vocabulary=words) for E in (8, 10, 6, 4) for words in (None, COMMON)),
+        *(Point(f"first-{E}", E, vocabulary=COMMON) for E in (12, 15)),
+        *(Point("first-8", 8, vocabulary=words) for words in (16384, 512)),
+        *(Point("first-8", 8, tokens=tokens) for tokens in ("every-2", "last-16", "last-8")),
+        # Through the untrained one
+        Point("first-8", 8, lens=False),
+        # Its kinds and layers
+        *(Point("first-8", 8, kind) for kind in ("v", "q")),
+        *(Point(layers, 8) for layers in ("first-4", "2-7")),
+        # The loss at the top, over some layers, kinds, tokens and words
+        *(Point(layers=layers) for layers in ("first-8", "first-15", "last-15")),
         *(Point(targets=kind) for kind in ("v", "q")),
         Point(vocabulary=COMMON),
         Point(tokens="last-8"),
-        # Tokens and words of the early loss
-        *(Point("first-8", 8, tokens=tokens) for tokens in ("last-8", "last-16", "every-2")),
-        *(Point("first-8", 8, vocabulary=words) for words in (512, 16384)),
         # Steps of length one, and more of them
         *(Point(normalize=by) for by in ("prompt", "projection")),
-        *(Point("first-8", 8, K=2, vocabulary=COMMON),),
+        Point("first-8", 8, K=2),
         *(Point(K=2, normalize=by) for by in ("none", "prompt", "projection")),
     ]
     return list(dict.fromkeys(found))

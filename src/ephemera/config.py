@@ -63,6 +63,9 @@ class ObjectiveSettings(Settings):
     lens: str | None = Field(
         default=None, description="folder or shipped name of the lens to read it through; default: the untrained one"
     )
+    tune_lens: float = Field(
+        default=0.0, ge=0, description="train the lens too, at this share of the learning rate, exactly (second order)"
+    )
     tokens: str = Field(default="all", description='tokens that are scored: "all", "last-8", "every-2"')
     vocabulary: int | None = Field(
         default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"

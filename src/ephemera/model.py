@@ -235,7 +235,7 @@ class AdaptiveLM:
         max_new_tokens: int = 64,
         **kwargs: Any,
     ) -> list[str]:
-        """Adapt (`steps`, by default 3 where there is a rate), answer, forget: the new text of each prompt.
+        """Adapt (`steps`, by default 3, or Kmax where that is less, or none without a rate), answer, forget: the new text of each prompt.
 
         Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
         `adaptation`, its adapters are used and no step is taken.
@@ -246,7 +246,8 @@ class AdaptiveLM:
         lowers: dict[tuple[int, ...], Lower] = {}
         if adaptation is None:
             if steps is None:
-                steps = DEFAULT_STEPS if rate is not None or self.rate is not None else 0
+                rate = self._rate(rate) if rate is not None else self.rate
+                steps = 0 if rate is None else min(DEFAULT_STEPS, rate.max_steps or DEFAULT_STEPS)
             adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, init=None, seed=seed)
         elif steps is not None:
             raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")

@@ -19,6 +19,8 @@ MAX_STEPS = 5  # LDTTA 4.1
 # Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
 UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
 NAME = "rate"  # of its files
+# Short names: the paper's gradient, and the cheaper one (docs/performance.md)
+PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-nq-open-fast"}
 
 
 Normalize = Literal["none", "prompt", "projection"]
@@ -251,7 +253,8 @@ def adapted_by(rate: Rate | None) -> dict[str, Any]:
 
 
 def load_rate(spec: str | Path | float) -> Rate:
-    """A rate from a number, a folder or a shipped name."""
+    """A rate from a number, a folder, a shipped name or a preset's ("full", "fast")."""
+    spec = PRESETS.get(str(spec), spec)
     try:
         return FixedRate(float(spec))  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError) as error:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
 from ephemera.config import DataSettings, ObjectiveSettings, TrainScaleNet, fill
 from ephemera.generator import check_init, load_init, targets_of
 from ephemera.inits import Init
-from ephemera.lens import load_lens
+from ephemera.lens import Lens, load_lens
 from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll, pad
 from ephemera.rates import AveragedRate, ScaleNet
@@ -41,8 +41,20 @@ AVERAGED_PROMPTS = 64
 VANISHED = 0.05  # of the base rate
 
 
+class WithLens(nn.Module):
+    """What is trained where the lens is trained too."""
+
+    def __init__(self, rates: ScaleNet, lens: Lens):
+        super().__init__()
+        self.rates = rates
+        self.lens = lens.requires_grad_()
+
+
 class ScaleNetTrainee:
-    """ScaleNet under `loop.train`: K is drawn anew for each batch, K = 0 has no gradient and costs nothing."""
+    """ScaleNet under `loop.train`: K is drawn anew for each batch, K = 0 has no gradient and costs nothing.
+
+    With `tune_lens` the exit objective's lens learns with it, at that share of the learning rate.
+    """
 
     def __init__(
         self,
@@ -56,10 +68,14 @@ class ScaleNetTrainee:
         clip_prompt: float,
         seed: int,
         sparsity: float = 0.0,
+        tune_lens: float = 0.0,
     ):
         self.backbone = backbone
         self.init = init
-        self.network = network
+        self.rates = network
+        self.tune_lens = tune_lens
+        lens = network.objective.lens
+        self.network = WithLens(network, lens) if tune_lens and lens is not None else network
         self.validation = validation
         self.validation_steps = validation_steps
         self.batch_size = batch_size
@@ -69,22 +85,23 @@ class ScaleNetTrainee:
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        return {"": 1.0}
+        return {"rates.": 1.0, "lens.": self.tune_lens} if isinstance(self.network, WithLens) else {"": 1.0}
 
     def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
-        K = random.Random(f"{self.seed}:{step}").randint(0, self.network.max_steps)
+        K = random.Random(f"{self.seed}:{step}").randint(0, self.rates.max_steps)
         if K == 0:
             return None
         # A fresh A for each prompt and pass over the data (LDTTA 4.1)
         return scalenet_backward(
             self.backbone,
             self.init,
-            self.network,
+            self.rates,
             rows,
             K,
             seed=self.seed * 1_000_003 + step,
             clip=self.clip_prompt,
             sparsity=self.sparsity,
+            through_gradients=isinstance(self.network, WithLens),
         )
 
     @torch.no_grad()
@@ -96,7 +113,7 @@ class ScaleNetTrainee:
             for rows in batches_of(self.backbone, self.validation, self.batch_size):
                 batch = prompt_batch(self.backbone, rows)
                 lora = self.init(self.backbone, batch, [0] * len(rows))
-                trace = adapt(self.backbone, batch, lora, self.network, K)
+                trace = adapt(self.backbone, batch, lora, self.rates, K)
                 nlls.append(answer_nll(self.backbone, rows, trace.lora))
                 rates.append(trace.rates_BKM)
             log_rates_NKM = torch.cat(rates).clamp(min=1e-12).log()
@@ -130,6 +147,7 @@ def scalenet_backward(
     seed: int,
     clip: float | None = None,
     sparsity: float = 0.0,
+    through_gradients: bool = False,
 ) -> dict[str, float]:
     """Adapt K steps, score the answers, and leave the batch's mean meta-gradient in the network.
 
@@ -137,15 +155,18 @@ def scalenet_backward(
     `clip` bounds each prompt's own gradient (by log rates): a prompt that diverged should not
     drown the others. Rows that are not finite give no gradient. `sparsity` presses on each log-rate, until the
     rate has all but vanished: the penalty is `sparsity * log(1 + s / VANISHED)`, summed over steps and projections.
+    `through_gradients`: the prompt gradients are not constants but functions of the lens, which gets its share.
     """
     batch = prompt_batch(backbone, rows)
     lora = init(backbone, batch, [seed] * len(rows))
-    trace = adapt(backbone, batch, lora, network, K, keep_grads=True)
+    trace = adapt(backbone, batch, lora, network, K, keep_grads=True, second_order=through_gradients)
     nll_B, answer_grads = answer_gradient(backbone, rows, trace.lora)
     penalty_BKM = None
     if sparsity:
         base_K1 = trace.rates_BKM.new_tensor(network.base_rates[:K])[:, None]
         penalty_BKM = sparsity / (trace.rates_BKM.detach() + VANISHED * base_K1)
+    if through_gradients:
+        lens_backward(trace, nll_B, answer_grads, clip=clip, lens=network.objective.lens)
     used = rates_backward(trace, nll_B, answer_grads, clip=clip, penalty_BKM=penalty_BKM)
     return {
         "K": K,
@@ -178,6 +199,24 @@ def rates_backward(
     rates_BKM = torch.where(usable_B[:, None, None], trace.rates_BKM, 0.0)
     rates_BKM.backward(drates_BKM.to(rates_BKM.dtype) / len(nll_B))
     return usable_B
+
+
+def lens_backward(
+    trace: Trace, nll_B: Tensor, answer_grads: Sequence[Tensor], *, clip: float | None, lens: Lens | None
+) -> None:
+    """Leave dL_answer/dlens, through the steps' gradients, in the lens: each prompt clipped as its rates' gradient is."""
+    assert lens is not None
+    with torch.no_grad():
+        drates_BKM = meta_gradient(answer_grads, trace.grads)
+        norm_B = (drates_BKM * trace.rates_BKM).flatten(1).norm(dim=1)
+        usable_B = ~trace.fallback_B & nll_B.isfinite() & norm_B.isfinite()
+        factor_B = torch.ones_like(norm_B) if clip is None else clip / norm_B.clamp(min=clip)
+        factor_B11 = (factor_B / len(nll_B))[:, None, None]
+        by_lora = [torch.where(usable_B[:, None, None], g * factor_B11, 0.0) for g in answer_grads]
+    leaves = list(lens.parameters())
+    grads = torch.autograd.grad(trace.lora.tensors, leaves, by_lora, retain_graph=True)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
 def averaged_rate(
@@ -264,9 +303,12 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         clip_prompt=config.optimizer.clip_prompt,
         seed=config.optimizer.seed,
         sparsity=config.scalenet.sparsity,
+        tune_lens=config.objective.tune_lens,
     )
     schedule = Schedule(config.checkpoint_every, config.validate_every)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
+    if objective.lens is not None:
+        objective.lens.requires_grad_(False)
     if accelerator.is_main_process:
         if config.scalenet.sparsity:
             backbone, network = _dropped(backbone, trainee, sample[:AVERAGED_PROMPTS], folder)
@@ -286,6 +328,8 @@ def settled_objective(settings: ObjectiveSettings) -> Objective:
     """With the exit layer's own lens, where one is named."""
     if settings.lens is not None and settings.exit_layer is None:
         raise ValueError("objective.lens is for an early exit; give objective.exit_layer, or no lens.")
+    if settings.tune_lens and settings.lens is None:
+        raise ValueError("objective.tune_lens trains a lens: give objective.lens, where it starts.")
     lens = None
     if settings.lens is not None and settings.exit_layer is not None:
         lens = load_lens(settings.lens).only(settings.exit_layer)
@@ -296,16 +340,16 @@ def _dropped(
     backbone: Backbone, trainee: ScaleNetTrainee, rows: Sequence[Encoded], folder: Path
 ) -> tuple[Backbone, ScaleNet]:
     """Model and network without the projections whose rates vanished; what that cost is kept in dropped.json."""
-    average = averaged_rate(backbone, trainee.init, trainee.network, rows, batch_size=trainee.batch_size)
-    keep_M = lasting(average, trainee.network)
+    average = averaged_rate(backbone, trainee.init, trainee.rates, rows, batch_size=trainee.batch_size)
+    keep_M = lasting(average, trainee.rates)
     if not bool(keep_M.any()):
         raise ValueError("every rate vanished: lower scalenet.sparsity.")
-    network = trainee.network.pruned(keep_M)
+    network = trainee.rates.pruned(keep_M)
     assert network.trained_for is not None
     names = network.trained_for["projections"]
     before, names_before = trainee.validate(), [p.name for p in backbone.projections]
     backbone = backbone.with_adapters_on(backbone.target_modules, backbone.adapted_layers, names)
-    trainee.backbone, trainee.network = backbone, network
+    trainee.backbone, trainee.rates = backbone, network
     report = {
         "kept": names,
         "dropped": [name for name in names_before if name not in names],
