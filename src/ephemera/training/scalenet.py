@@ -119,7 +119,7 @@ class ScaleNetTrainee:
             log_rates_NKM = torch.cat(rates).clamp(min=1e-12).log()
             report[f"validation_nll_{K}"] = torch.cat(nlls).mean().item()
             report[f"validation_spread_prompts_{K}"] = log_rates_NKM.std(0).mean().item()
-            report[f"validation_spread_projections_{K}"] = log_rates_NKM.mean(0).std(-1).mean().item()
+            report[f"validation_spread_projections_{K}"] = log_rates_NKM.mean(0).std(-1, correction=0).mean().item()
         return report
 
 
