@@ -6,8 +6,9 @@ import torch
 from tokenizers import processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from ephemera.backbone import describe, encode_answer, encode_prompt, find_projections, load_backbone
+from ephemera.backbone import describe, encode_answer, encode_prompt, load_backbone
 from ephemera.objective import TokenBatch, mean_nll, pad
+from ephemera.projections import find_projections
 from tiny import (
     ARCHITECTURES,
     VOCABULARY,

@@ -23,6 +23,7 @@ from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import mean_nll
 from ephemera.rates import load_rate
+from ephemera.readout import PROMPT
 from ephemera.scoring import Encoded
 from ephemera.training import loop, run
 from ephemera.training.loop import batches, learning_rate
@@ -56,6 +57,8 @@ class TableRate:
 
     max_steps = None
     uses_representation = "no"
+    objective = PROMPT
+    normalize = "none"
 
     def __init__(self, table_BKM: Tensor):
         self.table_BKM = table_BKM

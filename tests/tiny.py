@@ -17,6 +17,7 @@ from ephemera.backbone import Backbone
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
 from ephemera.rates import ScaleNet
+from ephemera.readout import PROMPT
 
 SENTENCES = (
     "The river runs past the old mill and down to the sea.",
@@ -107,14 +108,23 @@ def make_exact(model: nn.Module) -> None:
 
 
 def tiny_model(
-    architecture: str, *, dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0
+    architecture: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+    seed: int = 0,
+    depth: int = 2,
 ) -> hf.PreTrainedModel:
     """Random weights large enough to matter; no bias is zero and no norm is one, as that would hide bugs.
 
     Exact in float64 with "sdpa" alone: transformers' eager attention takes its softmax in float32.
     """
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[architecture](), attn_implementation=attention)
+    config = CONFIGS[architecture]()
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i % 2] for i in range(depth)]
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -134,10 +144,12 @@ def tiny_backbone(
     dtype: torch.dtype = torch.float64,
     attention: str = "sdpa",
     seed: int = 0,
+    depth: int = 2,
+    layers: str | Sequence[int] = "all",
 ) -> Backbone:
-    model = tiny_model(architecture, dtype=dtype, attention=attention, seed=seed)
+    model = tiny_model(architecture, dtype=dtype, attention=attention, seed=seed, depth=depth)
     path = Path(f"tiny-{architecture}")
-    return Backbone(model, tiny_tokenizer(), name=path.name, path=path, target_modules=target_modules)
+    return Backbone(model, tiny_tokenizer(), name=path.name, path=path, target_modules=target_modules, layers=layers)
 
 
 def save_tiny(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
@@ -184,6 +196,8 @@ class SomeRowsWild:
 
     max_steps = None
     uses_representation = "no"
+    objective = PROMPT
+    normalize = "none"
 
     def __init__(self, wild: dict[int, float]):
         self.wild = wild

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ephemera.backbone import Backbone
+from ephemera.depth import Lower
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch, mean_nll
-from ephemera.rates import Rate
+from ephemera.objective import TokenBatch
+from ephemera.rates import Normalize, Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,8 @@ class Trace:
 
     `prompt_nll_BK[:, k-1]` is the prompt NLL (nats per token) seen by step k, before its update.
     `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
-    `grads` holds each step's gradients in the order of `LoraBatch.tensors`, where they were kept.
+    `grads` holds each step's gradients in the order of `LoraBatch.tensors`, where they were kept. `lower`: the layers
+    below the lowest adapted one, run once for all steps; `prefill` takes them too.
     """
 
     lora: LoraBatch
@@ -29,6 +31,7 @@ class Trace:
     rates_BKM: Tensor
     fallback_B: Tensor
     grads: list[tuple[Tensor, ...]] = field(default_factory=list)
+    lower: Lower | None = None
 
 
 def adapt(
@@ -44,7 +47,7 @@ def adapt(
 ) -> Trace:
     """K times: forward, prompt NLL, rates from h(x), backward, update (LDTTA Fig. 1, Eq. 13-15).
 
-    The cost is K forward and backward passes. `keep_grads` stores what first-order training needs
+    The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the loss. `keep_grads` stores what first-order training needs
     and lets `rates_BKM` carry ScaleNet's graph; `second_order` builds the graph through every step
     instead (Eq. 18; tiny models, and attention without a fused kernel). `after_step` is called with k
     when step k is done; no adapter is attached then, so it may run the model, and what it raises ends the loop.
@@ -54,13 +57,15 @@ def adapt(
     nlls, rates, grads_of_steps = [], [], []
     first_h_BH: Tensor | None = None
     wants_h = rate is not None and rate.uses_representation != "no"
+    lower = backbone.lower(batch) if steps else None
     for k in range(1, steps + 1):
         assert rate is not None
         current = lora if second_order and k > 1 else lora.leaves()
         with torch.enable_grad():
-            out = backbone.forward(batch, current, embedded=wants_h)
-            nll_B = mean_nll(out.hidden_BTD, batch, backbone.logits, twice_differentiable=second_order)
+            out = backbone.forward(batch, current, embedded=wants_h, lower=lower, stop=rate.objective.exit_layer)
+            nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
             grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
+            grads = normalized(grads, rate.normalize)
         h_BH = out.representation_BH(batch) if wants_h else None
         if rate.uses_representation == "first":
             first_h_BH = h_BH if first_h_BH is None else first_h_BH
@@ -87,7 +92,18 @@ def adapt(
         rates_BKM=torch.stack(rates, 1) if rates else like.new_zeros(B, 0, M),
         fallback_B=~finite_B,
         grads=grads_of_steps,
+        lower=lower,
     )
+
+
+def normalized(grads: Sequence[Tensor], by: Normalize) -> tuple[Tensor, ...]:
+    """Each prompt's gradient scaled to length one: over all its projections, or each projection (A and B together)."""
+    if by == "none":
+        return tuple(grads)
+    M = len(grads) // 2
+    squares_MB = torch.stack([g.square().flatten(1).sum(1) for g in grads]).unflatten(0, (2, M)).sum(0)
+    norms_MB = (squares_MB if by == "projection" else squares_MB.sum(0).expand(M, -1)).sqrt().clamp(min=1e-12)
+    return tuple(g / norms_MB[i % M][:, None, None] for i, g in enumerate(grads))
 
 
 def meta_gradient(answer_grads: Sequence[Tensor], step_grads: Sequence[Sequence[Tensor]]) -> Tensor:

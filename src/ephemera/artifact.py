@@ -63,13 +63,18 @@ def check_model(trained_for: dict[str, Any], backbone: Backbone, what: str) -> N
         raise ValueError(
             f"this {what} was trained for {trained_for['name']} ({len(trained_for['projections'])} projections, first "
             f"{trained_for['projections'][0]}); the model at hand is {backbone.name} ({len(backbone.projections)} "
-            f"projections, first {backbone.projections[0].name}). Use that model, or train one for this."
+            f"projections, first {backbone.projections[0].name}). Use that model, loaded with its own adapted layers and modules "
+            f"({adapted_layers(trained_for)}; from_pretrained(..., rate=...) does so), or train one for this."
         )
     if trained_for["fingerprint"] != backbone.fingerprint():
         raise ValueError(
             f"this {what} was trained for {trained_for['name']} ({_short(trained_for)}); the model at hand is "
             f"{backbone.name} ({_short(describe(backbone))}). Use that model, or train one for this."
         )
+
+
+def adapted_layers(trained_for: dict[str, Any]) -> str:
+    return f"target_modules={trained_for.get('target_modules', 'qv')!r}, layers={trained_for.get('layers', 'all')!r}"
 
 
 def _short(description: dict[str, Any]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,36 +15,31 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
+from ephemera.depth import FINAL_NORMS, Lower, some_layers
 from ephemera.errors import nearest, unknown
-from ephemera.lora import LoraBatch, Projection, attach
+from ephemera.lora import LoraBatch, attach
 from ephemera.objective import TokenBatch
+from ephemera.projections import count_layers, find_projections
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
-# The names that a projection's module goes by, by kind. GPT-NeoX and Phi-3 fuse query, key and value.
-MODULE_NAMES = {
-    "q": ("q_proj",),
-    "k": ("k_proj",),
-    "v": ("v_proj",),
-    "o": ("o_proj", "dense"),
-}
-FUSED_NAMES = ("query_key_value", "qkv_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-ALL_LINEAR = "all-linear"  # as PEFT calls it
-TARGETS = {"qv": ("q", "v"), "attention": ("q", "k", "v", "o")}
 
 
 @dataclass(frozen=True, eq=False)
 class Forward:
     """What one forward pass over a batch leaves behind."""
 
-    hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm
+    hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm; or H(E), without it, where it stopped
     embedded_BTD: Tensor | None  # H(0): the embedding's output, where it was asked for
     cache: Cache | None
 
     def representation_BH(self, batch: TokenBatch) -> Tensor:
-        """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached."""
+        """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached.
+
+        Of a pass that stopped at layer E: of H(0) and H(E), which is there anyway.
+        """
         assert self.embedded_BTD is not None
         weights_B1T = (batch.mask_BT / batch.lengths_B[:, None])[:, None, :]
         halves = [h.detach().float() for h in (self.embedded_BTD, self.hidden_BTD)]
@@ -65,14 +60,20 @@ class Backbone:
         name: str,
         path: Path,
         target_modules: str | Sequence[str] = "qv",
+        layers: str | Sequence[int] = "all",
+        only: Sequence[str] | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
         self.lock = threading.RLock()  # adapters are attached to the one model: callers take turns
-        self.projections = find_projections(model, target_modules)
+        self.target_modules = target_modules
+        self.adapted_layers = layers
+        self.projections = find_projections(model, target_modules, layers, only)
+        self.layers = count_layers(model)
         self.decoder: nn.Module = model.get_submodule(model.base_model_prefix)
+        self.final_norm: str | None = FINAL_NORMS.get(model.config.model_type)
         head = model.get_output_embeddings()
         embedding = model.get_input_embeddings()
         if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
@@ -84,6 +85,23 @@ class Backbone:
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._check_head()
 
+    def with_adapters_on(
+        self,
+        target_modules: str | Sequence[str],
+        layers: str | Sequence[int] = "all",
+        only: Sequence[str] | None = None,
+    ) -> Backbone:
+        """The same model (not a copy of it) with adapters on other projections."""
+        return Backbone(
+            self.model,
+            self.tokenizer,
+            name=self.name,
+            path=self.path,
+            target_modules=target_modules,
+            layers=layers,
+            only=only,
+        )
+
     @property
     def device(self) -> torch.device:
         return self.vocabulary_VD.device
@@ -91,10 +109,6 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         return self.vocabulary_VD.dtype
-
-    @property
-    def layers(self) -> int:
-        return 1 + max(p.layer for p in self.projections)
 
     @property
     def pad_id(self) -> int:
@@ -116,11 +130,15 @@ class Backbone:
         cache: Cache | None = None,
         past_mask_BT: Tensor | None = None,
         embedded: bool = False,
+        lower: Lower | None = None,
+        stop: int | None = None,
     ) -> Forward:
         """One pass through the decoder, without the vocabulary head.
 
-        With a `cache` of earlier tokens, `past_mask_BT` says which of those are real.
+        With a `cache` of earlier tokens, `past_mask_BT` says which of those are real. With `lower` the layers that it
+        holds are not run again, and an empty `cache` gets its keys and values. The pass ends after `stop` layers.
         """
+        assert lower is None or lower.ids_BT.shape == batch.ids_BT.shape, "kept from other prompts"
         kept: list[Tensor] = []
         inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": cache is not None}
         if past_mask_BT is not None:
@@ -133,9 +151,40 @@ class Backbone:
             inputs["position_ids"] = batch.position_ids_BT
         if cache is not None:
             inputs["past_key_values"] = cache
-        with attach(self.model, lora), _outputs_of(self.embedding, kept if embedded else None):
+        with (
+            attach(self.model, lora),  # before layers are left out: it finds modules by their paths
+            _outputs_of(self.embedding, kept if embedded else None),
+            some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
+        ):
             output = self.decoder(**inputs)
+        if lower is not None and isinstance(cache, DynamicCache):
+            cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
         return Forward(output.last_hidden_state, kept[0] if embedded else None, output.past_key_values)
+
+    def new_cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        cache.activate_past_recording()  # so that sliding-window layers can give back the last token
+        return cache
+
+    @torch.no_grad()
+    def lower(self, batch: TokenBatch) -> Lower | None:
+        """The layers below the lowest adapted one, run once; None where there are none, or the model cannot be cut."""
+        layers = min(p.layer for p in self.projections)
+        if layers == 0 or self.final_norm is None:
+            return None
+        cache = self.new_cache()
+        return Lower(batch.ids_BT, layers, self.forward(batch, cache=cache, stop=layers).hidden_BTD, cache)
+
+    @torch.no_grad()
+    def states(self, batch: TokenBatch, exit_layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The last hidden state [B,T,D], after the final norm, and those after each of `exit_layers` layers."""
+        kept: list[list[Tensor]] = [[] for _ in exit_layers]
+        layers = self.decoder.get_submodule("layers")
+        with ExitStack() as hooks:
+            for layer, into in zip(exit_layers, kept, strict=True):
+                hooks.enter_context(_outputs_of(layers.get_submodule(str(layer - 1)), into))
+            hidden_BTD = self.forward(batch).hidden_BTD
+        return hidden_BTD, {layer: outputs[0] for layer, outputs in zip(exit_layers, kept, strict=True)}
 
     def fingerprint(self) -> str:
         """Tells backbones apart whatever they are called: shapes, and some weights as bfloat16."""
@@ -182,12 +231,14 @@ def load_backbone(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     target_modules: str | Sequence[str] = "qv",
+    layers: str | Sequence[int] = "all",
+    only: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Backbone:
     """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
 
     `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
-    is one. Further arguments go to transformers (`quantization_config`, `attn_implementation`, ...).
+    is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to transformers (`quantization_config`, `attn_implementation`, ...).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str) and dtype not in DTYPES:
@@ -214,7 +265,7 @@ def load_backbone(
         ) from error
     if "quantization_config" not in kwargs or "gguf_file" in kwargs:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
-    return Backbone(model, tokenizer, name=name, path=path, target_modules=target_modules)
+    return Backbone(model, tokenizer, name=name, path=path, target_modules=target_modules, layers=layers, only=only)
 
 
 def _resolve(name: str) -> Path:
@@ -225,92 +276,6 @@ def _resolve(name: str) -> Path:
     if looks_local and not path.exists():
         raise ValueError(f"cannot load model {name!r}: there is no such file or folder.")
     return path
-
-
-def find_projections(model: nn.Module, targets: str | Sequence[str] = "qv") -> tuple[Projection, ...]:
-    """The projections that adapters sit on, top layer last, in the order of `targets` within a layer.
-
-    `targets` is "qv" (the papers' default), "attention", "all-linear" (every linear module of a layer), or module
-    names ("q_proj", "up_proj", "query_key_value", ...). A fused module is adapted whole by the latter two. Shapes
-    are read from the modules.
-    """
-    kinds = TARGETS.get(targets) if isinstance(targets, str) else None
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    layers: dict[str, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        match = re.search(r"(.*?\.\d+)\.", path + ".")
-        if match and _features(module) is not None:
-            layers.setdefault(match.group(1), []).append((path, module))
-    if targets == ALL_LINEAR:
-        wanted = list(dict.fromkeys(path.rpartition(".")[2] for modules in layers.values() for path, _ in modules))
-    found: list[Projection] = []
-    layer = 0
-    for modules in layers.values():
-        here: list[Projection] = []
-        if kinds is None:
-            for target in wanted:
-                here += [_whole(path, m, target, layer) for path, m in modules if f".{path}".endswith(f".{target}")]
-        else:
-            for kind in kinds:
-                here += _of_kind(model, modules, kind, layer)
-        found += here
-        layer += bool(here)
-    if not found:
-        leaves = sorted({path.rpartition(".")[2] for modules in layers.values() for path, _ in modules})
-        raise ValueError(
-            f"found no modules for target_modules={targets!r} in {type(model).__name__}. Its layers have the linear modules "
-            f"{', '.join(leaves) or '(none)'}; name those to adapt, e.g. target_modules={leaves[:2]!r}."
-        )
-    return tuple(found)
-
-
-def _features(module: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear module, quantised ones included."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return None
-
-
-def _whole(path: str, module: nn.Module, kind: str, layer: int) -> Projection:
-    features = _features(module)
-    assert features is not None
-    return Projection(path, kind, layer, *features)
-
-
-def _of_kind(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], kind: str, layer: int) -> list[Projection]:
-    for path, module in modules:
-        leaf = path.rpartition(".")[2]
-        in_attention = "attn" in path or "attention" in path
-        if leaf in MODULE_NAMES[kind] and in_attention:
-            return [_whole(path, module, kind, layer)]
-        if leaf in FUSED_NAMES and kind in "qkv":
-            in_features, out_features = _features(module) or (0, 0)
-            rows = _fused_rows(model, leaf, kind, out_features)
-            return [Projection(path, kind, layer, in_features, out_features, rows)]
-    return []
-
-
-def _fused_rows(model: nn.Module, leaf: str, kind: str, out_features: int) -> Tensor:
-    """Which output rows of a fused projection are the queries, keys or values.
-
-    GPT-NeoX interleaves them per head ([q, k, v] of head 0, then of head 1, ...); Phi-3 puts all
-    queries first, then all keys, then all values.
-    """
-    assert isinstance(model, PreTrainedModel)
-    config = model.config.get_text_config()
-    heads: int = config.num_attention_heads
-    place = "qkv".index(kind)
-    if leaf == "query_key_value" and config.model_type == "gpt_neox":
-        return torch.arange(out_features).view(heads, 3, -1)[:, place].flatten()
-    if leaf == "qkv_proj":
-        kv_heads: int = config.num_key_value_heads
-        head_dim = out_features // (heads + 2 * kv_heads)
-        sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-        return torch.arange(out_features).split(sizes)[place]
-    raise ValueError(
-        f"{config.model_type} fuses query, key and value in {leaf} in an order ephemera does not know; "
-        f"adapt it whole with target_modules=[{leaf!r}]."
-    )
 
 
 def encode_prompt(
@@ -361,6 +326,8 @@ def describe(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.name,
         "model_type": backbone.model.config.model_type,
         "hidden_size": backbone.hidden_size,
+        "target_modules": backbone.target_modules,
+        "layers": backbone.adapted_layers,
         "projections": [p.name for p in backbone.projections],
         "fingerprint": backbone.fingerprint(),
     }

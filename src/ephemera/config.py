@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from ephemera.errors import nearest
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
-
-
-class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+from ephemera.settings import Settings, check_config, dump_yaml, load_config  # noqa: F401
 
 
 class LoraSettings(Settings):
@@ -21,7 +15,10 @@ class LoraSettings(Settings):
     lora_alpha: float = Field(default=16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
     init_std: float = Field(default=1e-2, ge=0, description="deviation of A at the start; B starts at zero")
     target_modules: str | list[str] = Field(
-        default="qv", description='"qv", "attention", "all-linear", or module names'
+        default="qv", description='"qv", "attention", "all-linear", kinds ("q", [v], ...), or module names'
+    )
+    layers: str | list[int] = Field(
+        default="all", description='layers that are adapted: "all", "first-8", "last-8", "4-9", or numbers from 0'
     )
 
 
@@ -57,6 +54,24 @@ class DataSettings(Settings):
     )
 
 
+class ObjectiveSettings(Settings):
+    """What a step's gradient is of"""
+
+    exit_layer: int | None = Field(
+        default=None, ge=1, description="read the prompt's loss after so many layers; default: at the top"
+    )
+    lens: str | None = Field(
+        default=None, description="folder or shipped name of the lens to read it through; default: the untrained one"
+    )
+    tune_lens: float = Field(
+        default=0.0, ge=0, description="train the lens too, at this share of the learning rate, exactly (second order)"
+    )
+    tokens: str = Field(default="all", description='tokens that are scored: "all", "last-8", "every-2"')
+    vocabulary: int | None = Field(
+        default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"
+    )
+
+
 class ScaleNetSettings(Settings):
     granularity: Literal["layer", "step"] = Field(default="layer", description="a rate per projection, or one per step")
     base_rates: list[float] | None = Field(
@@ -69,6 +84,15 @@ class ScaleNetSettings(Settings):
     )
     normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
     representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
+    normalize: Literal["none", "prompt", "projection"] = Field(
+        default="none", description="gradients as they are, or scaled to length one, over a prompt or each projection"
+    )
+
+
+class AloneSettings(ScaleNetSettings):
+    sparsity: float = Field(
+        default=0.0, ge=0, description="pressure on each log-rate; projections whose rates vanish leave the loop"
+    )
 
 
 class OptimizerSettings(Settings):
@@ -94,11 +118,29 @@ class TrainScaleNet(Settings):
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
     train: DataSettings = DataSettings(split="train")
     validation: DataSettings = DataSettings(split="validation", limit=200)
-    scalenet: ScaleNetSettings = ScaleNetSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    scalenet: AloneSettings = AloneSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
     validate_every: int = Field(default=250, ge=1, description="optimiser steps")
     validation_steps: list[int] = Field(default=[1, 3, 5], description="K at which validation NLL is taken")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainLens(Settings):
+    """`ephemera train lens`: what the last layer would say, read off earlier ones"""
+
+    output: str = Field(default="runs/lens", description="folder of checkpoints, metrics and the trained lens")
+    model: ModelSettings = ModelSettings()
+    exit_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[8], min_length=1, description="read after so many layers; several are trained from one pass"
+    )
+    train: DataSettings = DataSettings(split="train")
+    validation: DataSettings = DataSettings(split="validation", limit=100)
+    token_share: float = Field(default=0.5, gt=0, le=1, description="of a batch's tokens, drawn at random")
+    optimizer: OptimizerSettings = OptimizerSettings(samples=4000, batch_size=8, learning_rate=1e-3)
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=100, ge=1, description="optimiser steps")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
@@ -309,87 +351,3 @@ class Analyse(Settings):
     )
     batch_size: int = Field(default=8, ge=1, description="prompts at once")
     seed: int = Field(default=0, description="of controls, shuffled labels and embeddings")
-
-
-Config = TypeVar("Config", bound=Settings)
-
-
-def load_config(kind: type[Config], path: str | None = None, overrides: list[str] | None = None) -> Config:
-    """Defaults, then a YAML file, then `a.b=c` overrides (values are YAML). ValueError names any mistake."""
-    # Given values are laid over the defaults key by key: setting train.source must not reset train.split.
-    values = kind().model_dump(mode="json")
-    if path is not None:
-        _lay_over(values, _read_yaml(Path(path)))
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ValueError(f"--set takes key=value, e.g. optimizer.samples=100; got {override!r}.")
-        try:
-            _put(values, key.split("."), yaml.safe_load(text), override)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--set {override!r}: the value is not valid YAML.") from error
-    return check_config(kind, values)
-
-
-def _lay_over(values: dict[str, Any], given: dict[str, Any]) -> None:
-    for key, value in given.items():
-        inner = values.get(key)
-        if isinstance(inner, dict) and isinstance(value, dict):
-            _lay_over(inner, value)
-        else:
-            values[key] = value
-
-
-def check_config(kind: type[Config], values: dict[str, Any]) -> Config:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(kind, item) for item in error.errors())) from None
-
-
-def dump_yaml(config: Settings) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"cannot read config {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if values is not None and not isinstance(values, dict):
-        raise ValueError(f"{path} should hold settings (key: value); it holds a {type(values).__name__}.")
-    return values or {}
-
-
-def _put(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        if inner is None:  # a part that is left out by default
-            inner = values[key] = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"--set {override!r}: {key} is a single value, it has no parts.")
-        values = inner
-    values[keys[-1]] = value
-
-
-def _explain(kind: type[BaseModel], item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        known = _fields_at(kind, item["loc"][:-1])
-        hint = nearest(str(item["loc"][-1]), known)
-        return f"unknown setting {where!r}. {hint + ' ' if hint else ''}Known here: {', '.join(known)}."
-    if item["type"] == "value_error":
-        return f"{where + ': ' if where else ''}{item['msg'].removeprefix('Value error, ')}."
-    return f"setting {where!r}: {item['msg'][0].lower()}{item['msg'][1:]}; got {item['input']!r}."
-
-
-def _fields_at(kind: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    for part in path:
-        if isinstance(part, int):  # a place in a list: its kind is already found
-            continue
-        annotation = kind.model_fields[str(part)].annotation
-        # X, X | None, or list[X]
-        (kind,) = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return list(kind.model_fields)

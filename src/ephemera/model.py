@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone, encode_answer, encode_prompt, load_backbone
+from ephemera.depth import Lower
 from ephemera.errors import unknown
 from ephemera.export import export_peft
 from ephemera.generator import load_init, lora_of, place_init, targets_of
@@ -20,7 +21,7 @@ from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
-from ephemera.rates import Rate, load_rate
+from ephemera.rates import Rate, adapted_by, load_rate
 
 DEFAULT_STEPS = 3
 BATCH_SIZE = 16  # rows that adapt together
@@ -101,22 +102,26 @@ class AdaptiveLM:
         index). `init`: where adapters start: an init object, "zero" (the default), a generator's folder or
         shipped name, or the folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`) or a number.
         `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`,
-        `lora_alpha`, `init_std`, `target_modules`. `chat`: put prompts in the model's chat template.
+        `lora_alpha`, `init_std`, `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put prompts in the model's chat template.
         `truncate="left"`: cut prompts longer than the model's window instead of refusing them.
         Further keywords go to transformers. ValueError names what is wrong and what is allowed.
         """
         settings = dict(lora or {})
-        allowed = ["r", "lora_alpha", "init_std", "target_modules"]
+        allowed = ["r", "lora_alpha", "init_std", "target_modules", "layers"]
         for key in settings:
             if key not in allowed:
                 raise unknown("lora setting", key, allowed)
-        target_modules = settings.pop("target_modules", None)
+        adapted = {key: settings.pop(key) for key in ("target_modules", "layers") if key in settings}
         if init is not None and init != "zero" and settings:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
         if init is None or isinstance(init, str | Path):
             init = load_init(init or "zero", **settings)
-        target_modules = targets_of(init) or target_modules or "qv"
-        backbone = load_backbone(name, dtype=dtype, device=device, target_modules=target_modules, **kwargs)
+        if isinstance(rate, str | Path | float | int):
+            rate = load_rate(rate)
+        brought = targets_of(init)
+        if brought is not None:
+            adapted["target_modules"] = brought
+        backbone = load_backbone(name, dtype=dtype, device=device, **(adapted or adapted_by(rate)), **kwargs)
         return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate)
 
     @property
@@ -155,7 +160,12 @@ class AdaptiveLM:
         seed: int = 0,
     ) -> Adaptation:
         """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other."""
-        prompts = _texts(prompts)
+        return self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed)[0]
+
+    def _adapt(
+        self, prompts: tuple[str, ...], *, steps: int, rate: RateLike, init: InitLike, seed: int
+    ) -> tuple[Adaptation, dict[tuple[int, ...], Lower]]:
+        """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
         start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
         if steps < 0:
@@ -169,12 +179,15 @@ class AdaptiveLM:
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
         traces: list[Trace] = []
+        lowers: dict[tuple[int, ...], Lower] = {}
         batches = self._batches(ids)
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
                 lora = start_from(self.backbone, batch, [seed] * len(rows))
                 traces.append(adapt(self.backbone, batch, lora, rule, steps))
+                if (lower := traces[-1].lower) is not None:
+                    lowers[tuple(rows)] = lower
         order = torch.tensor([i for rows in batches for i in rows])
         back = order.argsort()
         fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
@@ -182,7 +195,7 @@ class AdaptiveLM:
         def said(note: str) -> str:
             return note.replace("unadapted", "from its start") if lora_of(start_from) else note
 
-        return Adaptation(
+        adaptation = Adaptation(
             prompts=prompts,
             lora=LoraBatch.cat([t.lora for t in traces]).rows(back),
             initial_lora=LoraBatch.cat([t.initial_lora for t in traces]).rows(back),
@@ -195,6 +208,7 @@ class AdaptiveLM:
             seconds=time.perf_counter() - start,
             base_model=str(self.backbone.path),
         )
+        return adaptation, lowers
 
     def answer_nll(
         self, prompts: Sequence[str] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
@@ -221,7 +235,7 @@ class AdaptiveLM:
         max_new_tokens: int = 64,
         **kwargs: Any,
     ) -> list[str]:
-        """Adapt (`steps`, by default 3 where there is a rate), answer, forget: the new text of each prompt.
+        """Adapt (`steps`, by default 3, or Kmax where that is less, or none without a rate), answer, forget: the new text of each prompt.
 
         Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
         `adaptation`, its adapters are used and no step is taken.
@@ -229,16 +243,18 @@ class AdaptiveLM:
         prompts = _texts(prompts)
         for prompt in prompts:  # before any step is taken: is there room for an answer?
             self.encode(prompt, reserve=max_new_tokens)
+        lowers: dict[tuple[int, ...], Lower] = {}
         if adaptation is None:
             if steps is None:
-                steps = DEFAULT_STEPS if rate is not None or self.rate is not None else 0
-            adaptation = self.adapt(prompts, steps=steps, rate=rate, seed=seed)
+                rate = self._rate(rate) if rate is not None else self.rate
+                steps = 0 if rate is None else min(DEFAULT_STEPS, rate.max_steps or DEFAULT_STEPS)
+            adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, init=None, seed=seed)
         elif steps is not None:
             raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")
         repeats = kwargs.get("num_return_sequences") or 1
         texts = [""] * (len(prompts) * repeats)
         with self.backbone.lock:
-            for rows, read in self._prefills(prompts, adaptation, reserve=[max_new_tokens] * len(prompts)):
+            for rows, read in self._prefills(prompts, adaptation, [max_new_tokens] * len(prompts), lowers):
                 ids = read.generate(max_new_tokens=max_new_tokens, **kwargs)
                 new = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 for place, i in enumerate(rows):
@@ -251,7 +267,13 @@ class AdaptiveLM:
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
         return encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat)
 
-    def _prefills(self, prompts: Sequence[str], adaptation: Adaptation | None, reserve: Sequence[int]):
+    def _prefills(
+        self,
+        prompts: Sequence[str],
+        adaptation: Adaptation | None,
+        reserve: Sequence[int],
+        lowers: Mapping[tuple[int, ...], Lower] | None = None,
+    ):
         """(row indices, Prefill) of all prompts, in batches of similar length."""
         if adaptation is not None and adaptation.prompts != tuple(prompts):
             raise ValueError(
@@ -263,7 +285,10 @@ class AdaptiveLM:
             batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
             lora = adaptation.lora.rows(rows) if adaptation is not None else None
             initial = adaptation.initial_lora.rows(rows) if adaptation is not None else None
-            yield rows, prefill(self.backbone, batch, lora, initial)
+            lower = (lowers or {}).get(tuple(rows))
+            if lower is not None and not torch.equal(lower.ids_BT, batch.ids_BT):
+                lower = None  # an answer's room has cut a prompt since
+            yield rows, prefill(self.backbone, batch, lora, initial, lower=lower)
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""

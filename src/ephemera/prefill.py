@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ephemera.backbone import Backbone
 from ephemera.decode import decoding, make_room
+from ephemera.depth import Lower
 from ephemera.lora import LoraBatch
 from ephemera.objective import CHUNK_TOKENS, TokenBatch, mean_nll, pad, token_nll
 
@@ -115,22 +116,31 @@ class Prefill:
 
 @torch.no_grad()
 def prefill(
-    backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None, initial_lora: LoraBatch | None = None
+    backbone: Backbone,
+    batch: TokenBatch,
+    lora: LoraBatch | None,
+    initial_lora: LoraBatch | None = None,
+    *,
+    lower: Lower | None = None,
 ) -> Prefill:
-    """Read a left-padded batch of prompts with its adapters; rows that come out non-finite start over."""
+    """Read a left-padded batch of prompts with its adapters; rows that come out non-finite start over.
+
+    `lower`: the layers below the lowest adapted one, kept from the steps; only the others are run.
+    """
     assert bool(batch.mask_BT[:, -1].all()), "decoding needs left padding"
-    hidden_BTD, cache = _read(backbone, batch, lora)
+    hidden_BTD, cache = _read(backbone, batch, lora, lower)
     fallback_B = ~hidden_BTD[:, -1].isfinite().all(1)
     if initial_lora is not None and lora is not None and bool(fallback_B.any()):
         lora = lora.where(~fallback_B, initial_lora)
-        hidden_BTD, cache = _read(backbone, batch, lora)
+        hidden_BTD, cache = _read(backbone, batch, lora, lower)
     return Prefill(backbone, batch, lora, hidden_BTD, cache, fallback_B)
 
 
-def _read(backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None) -> tuple[Tensor, DynamicCache]:
-    cache = DynamicCache(config=backbone.model.config)
-    cache.activate_past_recording()  # so that sliding-window layers can give back the last token
-    return backbone.forward(batch, lora, cache=cache).hidden_BTD, cache
+def _read(
+    backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None, lower: Lower | None
+) -> tuple[Tensor, DynamicCache]:
+    cache = backbone.new_cache()
+    return backbone.forward(batch, lora, cache=cache, lower=lower).hidden_BTD, cache
 
 
 def _fork(cache: DynamicCache, rows: Sequence[int] | None) -> DynamicCache:

@@ -13,21 +13,38 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.backbone import Backbone
+from ephemera.readout import PROMPT, Objective, load_objective
 
 MAX_STEPS = 5  # LDTTA 4.1
 # Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
 UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
 NAME = "rate"  # of its files
+# Short names: the paper's gradient, and the cheaper one (docs/performance.md)
+PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-nq-open-fast"}
+
+
+Normalize = Literal["none", "prompt", "projection"]
 
 
 class Rate(Protocol):
-    """A rule for step sizes. `uses_representation` says whether it wants h(x), and from which step."""
+    """A rule for steps: how far, along which gradient.
+
+    `uses_representation` says whether it wants h(x), and from which step. `objective` is what the gradient is of.
+    `normalize`: the gradient as it is (the paper's), or scaled to length one, over a prompt's projections together or
+    each projection by itself; rates are then lengths.
+    """
 
     @property
     def max_steps(self) -> int | None: ...
 
     @property
     def uses_representation(self) -> Literal["no", "step", "first"]: ...
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def normalize(self) -> Normalize: ...
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         """Learning rates [B,M] of step k of K (from 1); `like` is any tensor [B,...] on the right device."""
@@ -43,6 +60,8 @@ class FixedRate:
     """One rate for every prompt, step and projection (naive TTA; the paper's baseline is 5e-2)."""
 
     rate: float
+    objective: Objective = PROMPT
+    normalize: Normalize = "none"
 
     def __post_init__(self):
         if not 0 <= self.rate < float("inf"):
@@ -60,7 +79,8 @@ class FixedRate:
         return like.new_full((like.shape[0], projections), self.rate)
 
     def check(self, backbone: Backbone) -> None:
-        """Fits every model."""
+        """Fits every model; its objective may not."""
+        self.objective.check(backbone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +92,8 @@ class AveragedRate:
 
     table_KKM: Tensor
     trained_for: dict[str, Any]
+    objective: Objective = PROMPT
+    normalize: Normalize = "none"
 
     @property
     def max_steps(self) -> int:
@@ -86,10 +108,19 @@ class AveragedRate:
 
     def check(self, backbone: Backbone) -> None:
         artifact.check_model(self.trained_for, backbone, "averaged rate")
+        self.objective.check(backbone)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        config = {"kind": "averaged", "trained_for": self.trained_for}
+    def save_pretrained(self, folder: str | Path, *, lens: str = ".") -> None:
+        """`lens`: where its lens lies, from `folder`; only there (".") is it written too."""
+        config = {
+            "kind": "averaged",
+            "trained_for": self.trained_for,
+            "objective": self.objective.describe(lens),
+            "normalize": self.normalize,
+        }
         artifact.save(Path(folder), NAME, config, {"table_KKM": self.table_KKM})
+        if lens == ".":
+            self.objective.save_lens(folder)
 
 
 class ScaleNet(nn.Module):
@@ -115,6 +146,8 @@ class ScaleNet(nn.Module):
         normalization: Literal["standardize", "layernorm", "none"] = "standardize",
         representation: Literal["step", "first"] = "step",
         trained_for: dict[str, Any] | None = None,
+        objective: Objective = PROMPT,
+        normalize: Normalize = "none",
     ):
         super().__init__()
         self.config = {
@@ -127,7 +160,10 @@ class ScaleNet(nn.Module):
             "normalization": normalization,
             "representation": representation,
             "trained_for": trained_for,
+            "normalize": normalize,
         }
+        self.objective = objective
+        self.normalize: Normalize = normalize
         self.base_rates = tuple(base_rates)
         self.max_log_scale = max_log_scale
         self.normalization = normalization
@@ -182,6 +218,7 @@ class ScaleNet(nn.Module):
     def check(self, backbone: Backbone) -> None:
         if self.trained_for is not None:
             artifact.check_model(self.trained_for, backbone, "ScaleNet")
+        self.objective.check(backbone)
         if (self.config["hidden_size"], self.projections) != (backbone.hidden_size, len(backbone.projections)):
             raise ValueError(
                 f"this ScaleNet is for hidden size {self.config['hidden_size']} and {self.projections} projections; "
@@ -189,23 +226,51 @@ class ScaleNet(nn.Module):
             )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        artifact.save(Path(folder), NAME, {"kind": "scalenet", **self.config}, self.state_dict())
+        config = {"kind": "scalenet", **self.config, "objective": self.objective.describe()}
+        artifact.save(Path(folder), NAME, config, self.state_dict())
+        self.objective.save_lens(folder)
+
+    def pruned(self, keep_M: Tensor) -> ScaleNet:
+        """The network of some projections alone: the others have left the loop."""
+        assert self.config["granularity"] == "layer"
+        assert self.trained_for is not None
+        names = [name for name, keep in zip(self.trained_for["projections"], keep_M.tolist(), strict=True) if keep]
+        config = {**self.config, "projections": len(names), "trained_for": {**self.trained_for, "projections": names}}
+        network = ScaleNet(**config, objective=self.objective)
+        state = self.state_dict()
+        network.load_state_dict({k: t[keep_M] if k.startswith("out.") else t for k, t in state.items()})
+        return network.to(self.out.weight.device)
+
+
+def adapted_by(rate: Rate | None) -> dict[str, Any]:
+    """The projections that a trained rate was made for, as `load_backbone` takes them; none where it fits any."""
+    if not isinstance(rate, ScaleNet | AveragedRate) or rate.trained_for is None:
+        return {}
+    made = rate.trained_for
+    # Files from before there was a choice
+    settings = {"target_modules": made.get("target_modules", "qv"), "layers": made.get("layers", "all")}
+    return {**settings, "only": made["projections"]}
 
 
 def load_rate(spec: str | Path | float) -> Rate:
-    """A rate from a number, a folder or a shipped name."""
+    """A rate from a number, a folder, a shipped name or a preset's ("full", "fast")."""
+    spec = PRESETS.get(str(spec), spec)
     try:
         return FixedRate(float(spec))  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError) as error:
         if isinstance(spec, float | int):
             raise error
-    return artifact.load(artifact.find(spec, NAME, also=["a number", "a folder"]), NAME, _make)
+    folder = artifact.find(spec, NAME, also=["a number", "a folder"])
+    return artifact.load(folder, NAME, lambda config, state: _make(config, state, folder))
 
 
-def _make(config: dict[str, Any], state: dict[str, Tensor]) -> Rate:
+def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rate:
     kind = config.pop("kind")
+    config["objective"] = load_objective(
+        config.get("objective"), folder
+    )  # files from before there was a choice lack it
     if kind == "averaged":
-        return AveragedRate(state["table_KKM"], config["trained_for"])
+        return AveragedRate(state["table_KKM"], **config)
     network = ScaleNet(**config)
     network.load_state_dict(state)
     return network.eval().requires_grad_(False)

@@ -15,7 +15,8 @@ from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
-from ephemera.rates import UNIFORM_GRID, FixedRate
+from ephemera.rates import UNIFORM_GRID, FixedRate, Normalize
+from ephemera.readout import PROMPT, Objective
 from ephemera.tasks import Example
 
 LATER_GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
@@ -87,6 +88,8 @@ def search_uniform(
     batch_size: int = 16,
     grid: Sequence[float] = UNIFORM_GRID,
     seed: int = 0,
+    objective: Objective = PROMPT,
+    normalize: Normalize = "none",
 ) -> dict[int, dict[float, float]]:
     """Mean answer NLL of every rate in `grid` after K = 1..steps uniform steps: {K: {rate: NLL}}."""
     table: dict[int, dict[float, float]] = {K: {} for K in range(1, steps + 1)}
@@ -96,7 +99,7 @@ def search_uniform(
             batch = prompt_batch(backbone, batch_rows)
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for K in table:
-                lora = adapt(backbone, batch, lora, FixedRate(rate), 1).lora
+                lora = adapt(backbone, batch, lora, FixedRate(rate, objective, normalize), 1).lora
                 sums[K] += answer_nll(backbone, batch_rows, lora).double().sum().item()
         for K, by_rate in table.items():
             by_rate[rate] = sums[K] / len(rows)
@@ -116,13 +119,17 @@ def search_base_rates(
     steps: int,
     batch_size: int = 16,
     seed: int = 0,
+    objective: Objective = PROMPT,
+    normalize: Normalize = "none",
 ) -> tuple[list[float], dict[str, dict[float, float]]]:
     """A schedule to start ScaleNet from: the best first step, then one rate for all later ones.
 
     Found greedily: the best uniform rate for K = 1; after it, the share of it that does best for K = 2.
     The share is kept above zero, so that training can enlarge it.
     """
-    first_table = search_uniform(backbone, init, rows, steps=1, batch_size=batch_size, seed=seed)[1]
+    first_table = search_uniform(
+        backbone, init, rows, steps=1, batch_size=batch_size, seed=seed, objective=objective, normalize=normalize
+    )[1]
     first = _refined(first_table)
     later_table = {}
     for share in LATER_GRID:
@@ -131,7 +138,7 @@ def search_base_rates(
             batch = prompt_batch(backbone, batch_rows)
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for rate in (first, first * share):
-                lora = adapt(backbone, batch, lora, FixedRate(rate), 1).lora
+                lora = adapt(backbone, batch, lora, FixedRate(rate, objective, normalize), 1).lora
             total += answer_nll(backbone, batch_rows, lora).double().sum().item()
         later_table[share] = total / len(rows)
     share = max(best(later_table), min(s for s in LATER_GRID if s > 0))
@@ -154,7 +161,9 @@ def _refined(table: dict[float, float]) -> float:
 
 
 @torch.no_grad()
-def training_representations(backbone: Backbone, rows: Sequence[Encoded], *, batch_size: int = 16) -> Tensor:
+def training_representations(
+    backbone: Backbone, rows: Sequence[Encoded], *, batch_size: int = 16, exit_layer: int | None = None
+) -> Tensor:
     """h(x) [N,2D] of unadapted prompts, for ScaleNet's normalisation."""
     batches = (prompt_batch(backbone, b) for b in batches_of(backbone, rows, batch_size))
-    return torch.cat([backbone.forward(b, embedded=True).representation_BH(b) for b in batches])
+    return torch.cat([backbone.forward(b, embedded=True, stop=exit_layer).representation_BH(b) for b in batches])

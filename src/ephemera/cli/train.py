@@ -1,4 +1,4 @@
-"""Commands that train: ScaleNet, the generator, the task-LoRA baseline."""
+"""Commands that train: ScaleNet, its lens, the generator, the task-LoRA baseline."""
 
 from __future__ import annotations
 
@@ -37,6 +37,35 @@ def train_scalenet_command(
     quiet()
     folder = train_scalenet(settings, resume=resume)
     print(folder)
+
+
+@train_app.command(
+    "lens",
+    epilog="""Examples:
+
+    ephemera train lens --config configs/lens.yaml
+
+    ephemera train lens --set "exit_layers=[6, 8, 10]" --set train.source=data/nq_open --set optimizer.samples=1000
+
+    ephemera train lens --config configs/lens.yaml --resume""",
+)
+def train_lens_command(
+    config: ConfigFile = None,
+    set_: SetOption = None,
+    print_config: PrintConfig = False,
+    resume: Resume = False,
+) -> None:
+    """Train a tuned lens: from earlier layers to the last one's next-token distribution, on unlabelled prompts."""
+    from ephemera.config import TrainLens, dump_yaml, load_config
+
+    settings = load_config(TrainLens, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.training.lens import train_lens
+
+    quiet()
+    print(train_lens(settings, resume=resume))
 
 
 @train_app.command(

@@ -86,6 +86,7 @@ def benchmark(config: Benchmark) -> Path:
                     dtype=settings.dtype,
                     device=settings.device,
                     target_modules=json.loads(targets),
+                    layers=settings.lora.layers,
                     attn_implementation=settings.attn_implementation,
                 )
                 run["models"][settings.name] = backbone.fingerprint()
@@ -192,7 +193,7 @@ def _fill(
     config: Benchmark,
     records: RecordFile[AnswerRecord],
 ) -> None:
-    zero = settings.lora.model_dump(exclude={"target_modules"})
+    zero = settings.lora.model_dump(exclude={"target_modules", "layers"})
     init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
     init = place_init(init, backbone)
     rule = load_rate(variant.rate) if variant.rate is not None and variant.steps else None

@@ -185,6 +185,7 @@ def analyse(config: Analyse) -> Analysis:
         dtype=model.dtype,
         device=model.device,
         target_modules=model.lora.target_modules,
+        layers=model.lora.layers,
         attn_implementation=model.attn_implementation,
     )
     print_of_it = _fingerprint(generator)

@@ -166,7 +166,7 @@ def evaluate(config: Evaluate) -> Path:
     """Fill the grid, resuming what the folder already holds. Ctrl-C keeps all finished records."""
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules"}))
+    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules", "layers"}))
     brought = config.model.lora.model_copy(update=lora_of(init))  # what is adapted is the init's to say
     config = config.model_copy(update={"model": config.model.model_copy(update={"lora": brought})})
     backbone = load_backbone(
@@ -174,6 +174,7 @@ def evaluate(config: Evaluate) -> Path:
         dtype=config.model.dtype,
         device=config.model.device,
         target_modules=config.model.lora.target_modules,
+        layers=config.model.lora.layers,
         attn_implementation=config.model.attn_implementation,
     )
     init = place_init(init, backbone)

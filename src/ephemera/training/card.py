@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from ephemera.config import TrainGenerator, TrainScaleNet, dump_yaml
+from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, dump_yaml
 
 
 def write_card(
@@ -44,6 +44,37 @@ def write_card(
         f"```yaml\n{dump_yaml(portable)}```\n\n"
         "Intended for prompts in the form it was trained on (docs/method.md); on others it may do harm, which\n"
         "`ephemera evaluate` shows. Test results with intervals: docs/results.\n"
+    )
+
+
+def write_lens_card(
+    folder: Path, run: Path, config: TrainLens, trained_for: dict[str, Any], *, rows: int, validated: int
+) -> None:
+    """README.md beside a trained lens, from the run's configuration and its metrics.jsonl."""
+    validations = [m for m in _metrics(run) if any(key.startswith("validation_kl") for key in m)]
+    layers = sorted(set(config.exit_layers))
+    lines = ["| optimiser step | " + " | ".join(f"KL after layer {E}" for E in layers) + " |"]
+    lines.append("|" + "---|" * (len(layers) + 1))
+    lines.append(
+        "| untrained | " + " | ".join(f"{validations[0][f'validation_kl_untrained_{E}']:.3f}" for E in layers) + " |"
+    )
+    for m in validations:
+        lines.append(f"| {m['step']} | " + " | ".join(f"{m[f'validation_kl_{E}']:.3f}" for E in layers) + " |")
+    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
+    for data in (portable.train, portable.validation):
+        data.source = None if data.source is None else f"<folder of {data.task}>"
+    if Path(portable.model.name).exists():
+        portable.model.name = trained_for["name"]
+    (folder / "README.md").write_text(
+        f"# {folder.name}: tuned lens for {trained_for['name']}\n\n"
+        "One affine map per exit layer; after it the model's own final norm and head (Belrose et al., 2023). It fits that\n"
+        f"model alone (weights {trained_for['fingerprint']}).\n\n"
+        f"Trained on {config.optimizer.samples} prompts (with repeats, {config.token_share:g} of their tokens) from {rows} rows of "
+        f"{config.train.task},\nwithout their answers, to match the last layer's next-token distribution.\n\n"
+        f"Validation KL(final || lens), nats per token, over {validated} prompts:\n\n"
+        + "\n".join(lines)
+        + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
+        f"```yaml\n{dump_yaml(portable)}```\n"
     )
 
 

@@ -14,6 +14,7 @@ from ephemera.config import (
     LoraSettings,
     OptimizerSettings,
     TrainGenerator,
+    TrainLens,
     TrainScaleNet,
     TrainTaskLora,
     check_config,
@@ -21,11 +22,14 @@ from ephemera.config import (
 )
 from ephemera.training.loop import clear
 
-Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora)
+Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora, TrainLens)
 
 
 def open_run(
-    config: TrainScaleNet | TrainGenerator | TrainTaskLora, folder: Path, targets: str | list[str]
+    config: TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens,
+    folder: Path,
+    targets: str | list[str],
+    layers: str | list[int] = "all",
 ) -> tuple[Accelerator, Backbone]:
     """The accelerator, with its trackers, and the frozen model on its device."""
     if not isinstance(config, TrainScaleNet):  # no setting is silently ignored
@@ -49,6 +53,7 @@ def open_run(
         dtype=config.model.dtype,
         device=config.model.device or accelerator.device,
         target_modules=targets,
+        layers=layers,
         attn_implementation=config.model.attn_implementation,
     )
     return accelerator, backbone
@@ -85,7 +90,7 @@ def kept_settings(config: Settings, folder: Path) -> Settings | None:
 
 
 def begin(
-    config: TrainScaleNet | TrainGenerator | TrainTaskLora,
+    config: TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens,
     folder: Path,
     accelerator: Accelerator,
     *,

@@ -1,0 +1,277 @@
+"""A cheaper gradient: share of the full NLL gain kept, against time to first token in plain prefills.
+
+    python -m benchmarks.frontier quality --source data/nq_open --lens runs/lens/network --output docs/results/frontier
+    python -m benchmarks.frontier time --output docs/results/frontier
+    python -m benchmarks.frontier report --output docs/results/frontier
+
+`quality` fills in what results.json lacks (validation rows of NQ-Open: the best uniform rate of each point on `--search`
+rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, beside plain
+prefills. `report` writes table.md and frontier.png. On the CPU, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.frontier_points import Point, points
+from benchmarks.frontier_report import write_report
+from benchmarks.prompts import examples
+from benchmarks.report import machine, spread
+from ephemera.adapt import adapt
+from ephemera.backbone import Backbone, load_backbone
+from ephemera.inits import ZeroInit
+from ephemera.lens import Lens, load_lens
+from ephemera.objective import TokenBatch
+from ephemera.prefill import prefill
+from ephemera.rates import FixedRate, Normalize, Rate, load_rate
+from ephemera.readout import PROMPT, Objective
+from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
+from ephemera.store import DEFAULT_MODEL
+from ephemera.tasks import load_dataset
+
+INIT = ZeroInit()
+BATCH = 16
+STEP = 2.0  # between neighbouring rates of a search
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A uniform rate for each step."""
+
+    rates: tuple[float, ...]
+    objective: Objective = PROMPT
+    normalize: Normalize = "none"
+
+    @property
+    def max_steps(self) -> int:
+        return len(self.rates)
+
+    @property
+    def uses_representation(self):
+        return FixedRate(0).uses_representation
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        return like.new_full((like.shape[0], projections), self.rates[k - 1])
+
+    def check(self, backbone: Backbone) -> None:
+        self.objective.check(backbone)
+
+
+def cut(whole: Backbone, layers: str, targets: str, only: Sequence[str] | None = None) -> Backbone:
+    """The same model with adapters on some layers and kinds alone."""
+    return Backbone(
+        whole.model,
+        whole.tokenizer,
+        name=whole.name,
+        path=whole.path,
+        target_modules=targets,
+        layers=layers,
+        only=only,
+    )
+
+
+def objective_of(point: Point, lens: Lens | None) -> Objective:
+    if point.exit_layer is None:
+        return Objective(tokens=point.tokens, vocabulary=point.vocabulary)
+    through = None if lens is None or not point.lens else lens.only(point.exit_layer)
+    return Objective(point.exit_layer, through, point.tokens, point.vocabulary)
+
+
+def answer_nlls(backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, K: int) -> list[float]:
+    """Each row's answer NLL after K steps, in the order of the rows."""
+    found: dict[str, float] = {}
+    for batch_rows in batches_of(backbone, rows, BATCH):
+        batch = prompt_batch(backbone, batch_rows)
+        lora = INIT(backbone, batch, [0] * len(batch_rows))
+        trace = adapt(backbone, batch, lora, rule, K)
+        read = prefill(backbone, batch, trace.lora, lora, lower=trace.lower)
+        nll_B = read.answer_nll([row.answer for row in batch_rows])
+        found |= {row.id: nll for row, nll in zip(batch_rows, nll_B.tolist(), strict=True)}
+    return [found[row.id] for row in rows]
+
+
+def mean(values: Sequence[float]) -> float:
+    total = sum(values) / len(values)
+    return total if math.isfinite(total) else math.inf
+
+
+def climb(loss: Callable[[float], float], start: float) -> dict[float, float]:
+    """{rate: loss} around the lowest: from `start`, by factors of STEP, until both neighbours are higher."""
+    seen = {start: loss(start)}
+    while True:
+        best = min(seen, key=lambda rate: seen[rate])
+        missing = [rate for rate in (best / STEP, best * STEP) if rate not in seen]
+        if not missing:
+            return seen
+        seen |= {rate: loss(rate) for rate in missing}
+
+
+def vertex(seen: dict[float, float]) -> float:
+    """The lowest point of the parabola through the best rate and its neighbours, in log rate."""
+    best = min(seen, key=lambda rate: seen[rate])
+    low, mid, high = seen[best / STEP], seen[best], seen[best * STEP]
+    bend = low - 2 * mid + high
+    if not math.isfinite(bend) or bend <= 0:
+        return best
+    return best * STEP ** (0.5 * (low - high) / bend)
+
+
+def quality(
+    point: Point, whole: Backbone, lens: Lens | None, search: Sequence[Encoded], rows: Sequence[Encoded]
+) -> dict:
+    """Rates found on the search rows, and the NLL of each of the other rows under them."""
+    if point.network is not None:
+        rule = load_rate(point.network)
+        only = rule.trained_for["projections"] if getattr(rule, "trained_for", None) else None  # pyright: ignore[reportAttributeAccessIssue]
+        backbone = cut(whole, "all", point.targets, only)
+        rule.check(backbone)
+        return {"nlls": [round(x, 4) for x in answer_nlls(backbone, rows, rule, point.K)]}
+    backbone, objective = cut(whole, point.layers, point.targets), objective_of(point, lens)
+
+    def loss(rates: tuple[float, ...]) -> float:
+        return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.normalize), len(rates)))
+
+    start = 4.0 if point.normalize == "prompt" else 1.0 if point.normalize == "projection" else 8.0
+    seen = climb(lambda rate: loss((rate,)), start)
+    rates, table = (vertex(seen),), {"first": {f"{r:g}": v for r, v in sorted(seen.items())}}
+    for k in range(2, point.K + 1):  # greedily: each later step's share of the first
+        shares = {share: loss((*rates, rates[0] * share)) for share in LATER_GRID if share > 0}
+        rates = (*rates, rates[0] * min(shares, key=lambda share: shares[share]))
+        table[f"share_{k}"] = {f"{s:g}": v for s, v in shares.items()}
+    nlls = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize), point.K)
+    return {"rates": rates, "search": table, "nlls": [round(x, 4) for x in nlls]}
+
+
+def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    whole = load_backbone(DEFAULT_MODEL, dtype="bfloat16", device="cpu")
+    lens = load_lens(args.lens) if args.lens else None
+    data = load_dataset("nq-open", split="validation", source=args.source, limit=args.search + args.rows, seed=1)
+    rows, _ = encode_examples(whole, data.examples, chat=False, max_tokens=1024)
+    search, rows = rows[: args.search], rows[args.search :]
+    settings = {"search": len(search), "rows": len(rows), "model": whole.name, "dtype": "bfloat16"}
+    if results.setdefault("settings", settings) != settings:
+        raise ValueError(
+            f"{args.output} holds points of other settings ({results['settings']}); give another --output."
+        )
+    results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)]})
+    for point in points():
+        if point.key in results["points"] and "nlls" in results["points"][point.key]:
+            continue
+        if point.exit_layer is not None and point.lens and (lens is None or point.exit_layer not in lens.exit_layers):
+            print(f"{point.key}: no lens for that layer, left out", file=sys.stderr)
+            continue
+        start = time.perf_counter()
+        entry = results["points"].setdefault(point.key, {})
+        entry.update(quality(point, whole, lens, search, rows))
+        took = time.perf_counter() - start
+        print(f"{point.key}: NLL {mean(entry['nlls']):.3f}, rates {entry.get('rates')}, {took:.0f} s", file=sys.stderr)
+        save(args.output, results)
+    save(args.output, results)
+
+
+@torch.no_grad()
+def first_token(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int) -> Tensor:
+    """What a user waits for: K steps, the prefill, the first token."""
+    if K == 0:
+        read = prefill(backbone, batch, None)
+    else:
+        lora = INIT(backbone, batch, [0] * batch.ids_BT.shape[0])
+        trace = adapt(backbone, batch, lora, rule, K)
+        read = prefill(backbone, batch, trace.lora, lora, lower=trace.lower)
+    return backbone.logits(read.hidden_BTD[:, -1]).argmax(-1)
+
+
+def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Rounds in which every point and two plain prefills take turns; a point's price is its median over theirs."""
+    torch.set_num_threads(args.threads)
+    whole = load_backbone(DEFAULT_MODEL, dtype="bfloat16", device="cpu")
+    made = examples("short", args.batch)
+    rows, _ = encode_examples(whole, made, chat=False, max_tokens=1024)
+    batch = prompt_batch(whole, rows)
+    runs: dict[str, Callable[[], Tensor]] = {"plain": lambda: first_token(whole, batch, None, 0)}
+    for point in points():
+        if args.only and not any(text in point.key for text in args.only.split(",")):
+            continue
+        runs[point.key] = _timed(point, whole, batch)
+    seconds: dict[str, list[float]] = {key: [] for key in runs}
+    for run in runs.values():
+        run()  # warm
+    for _ in range(args.rounds):
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[key].append(time.perf_counter() - start)
+            if len(seconds["plain"]) < 4 * args.rounds and key != "plain":
+                start = time.perf_counter()
+                runs["plain"]()
+                seconds["plain"].append(time.perf_counter() - start)
+    plain = spread(seconds.pop("plain"))
+    for key, taken in seconds.items():
+        entry = results["points"].setdefault(key, {})
+        times = spread(taken)
+        entry["time"] = {"prefills": times["median"] / plain["median"], "seconds": times, "plain": plain["median"]}
+    results["machine"] = machine()
+    results["timing"] = {"batch": args.batch, "rounds": args.rounds, "threads": args.threads, "plain": plain}
+    save(args.output, results)
+
+
+def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Tensor]:
+    if point.network is not None:
+        rule = load_rate(point.network)
+        only = rule.trained_for["projections"] if getattr(rule, "trained_for", None) else None  # pyright: ignore[reportAttributeAccessIssue]
+        backbone = cut(whole, "all", point.targets, only)
+    else:
+        backbone = cut(whole, point.layers, point.targets)
+        objective = objective_of(replace(point, lens=False), None)
+        if point.lens and point.exit_layer is not None:  # what it holds does not change what it costs
+            lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)
+            objective = replace(objective, lens=lens)
+        rule = Schedule((1e-3,) * point.K, objective, point.normalize)
+    return lambda: first_token(backbone, batch, rule, point.K)
+
+
+def save(folder: Path, results: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / "results.partial"
+    scratch.write_text(json.dumps(results, indent=1) + "\n")
+    scratch.replace(folder / RESULTS)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("quality", "time", "report"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results/frontier"), help="(default: %(default)s)")
+    parser.add_argument("--source", help="folder of NQ-Open's rows (default: the hub)")
+    parser.add_argument("--lens", help="folder of a lens for the exit layers")
+    parser.add_argument("--search", type=int, default=40, help="rows that rates are chosen on (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=100, help="rows that are reported (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="prompts of a timing (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of a timing (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of a timing (default: %(default)s)"
+    )
+    parser.add_argument("--only", help="time points whose names hold one of these texts, joined by commas")
+    args = parser.parse_args(argv)
+    path = args.output / RESULTS
+    results = json.loads(path.read_text()) if path.exists() else {"points": {}}
+    if args.what == "quality":
+        fill_quality(args, results)
+    elif args.what == "time":
+        fill_times(args, results)
+    write_report(args.output, results)
+
+
+if __name__ == "__main__":
+    main()
