@@ -145,7 +145,9 @@ def train(
 
 def _lost(report: dict[str, float] | None, accelerator: Accelerator) -> bool:
     """Did every row of the batch, of all processes, come out non-finite? Then there is nothing to learn from it."""
-    lost = torch.tensor([float(report is not None and not math.isfinite(report.get("nll", 0.0)))], device=accelerator.device)
+    lost = torch.tensor(
+        [float(report is not None and not math.isfinite(report.get("nll", 0.0)))], device=accelerator.device
+    )
     if accelerator.num_processes > 1:
         lost = accelerator.reduce(lost, reduction="mean")
     return lost.item() == 1.0  # pyright: ignore[reportAttributeAccessIssue]
