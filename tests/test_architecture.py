@@ -13,6 +13,8 @@ LAYERS = (
     *(
         "errors",
         "store",
+        "packed",
+        "norms",
         "lora",
         "objective",
         "depth",

@@ -62,7 +62,14 @@ def adapt(
         assert rate is not None
         current = lora if second_order and k > 1 else lora.leaves()
         with torch.enable_grad():
-            out = backbone.forward(batch, current, embedded=wants_h, lower=lower, stop=rate.objective.exit_layer)
+            out = backbone.forward(
+                batch,
+                current,
+                embedded=wants_h,
+                lower=lower,
+                stop=rate.objective.exit_layer,
+                twice_differentiable=second_order,
+            )
             nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
             grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
             grads = normalized(grads, rate.normalize)
