@@ -34,7 +34,7 @@ from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.objective import TokenBatch
 from ephemera.prefill import prefill
-from ephemera.rates import FixedRate, Normalize, Rate, load_rate
+from ephemera.rates import FixedRate, Normalize, Rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.store import DEFAULT_MODEL
@@ -67,19 +67,6 @@ class Schedule:
 
     def check(self, backbone: Backbone) -> None:
         self.objective.check(backbone)
-
-
-def cut(whole: Backbone, layers: str, targets: str, only: Sequence[str] | None = None) -> Backbone:
-    """The same model with adapters on some layers and kinds alone."""
-    return Backbone(
-        whole.model,
-        whole.tokenizer,
-        name=whole.name,
-        path=whole.path,
-        target_modules=targets,
-        layers=layers,
-        only=only,
-    )
 
 
 def objective_of(point: Point, lens: Lens | None) -> Objective:
@@ -133,12 +120,9 @@ def quality(
 ) -> dict:
     """Rates found on the search rows, and the NLL of each of the other rows under them."""
     if point.network is not None:
-        rule = load_rate(point.network)
-        only = rule.trained_for["projections"] if getattr(rule, "trained_for", None) else None  # pyright: ignore[reportAttributeAccessIssue]
-        backbone = cut(whole, "all", point.targets, only)
-        rule.check(backbone)
+        backbone, rule = network_of(point, whole)
         return {"nlls": [round(x, 4) for x in answer_nlls(backbone, rows, rule, point.K)]}
-    backbone, objective = cut(whole, point.layers, point.targets), objective_of(point, lens)
+    backbone, objective = whole.with_adapters_on(point.targets, point.layers), objective_of(point, lens)
 
     def loss(rates: tuple[float, ...]) -> float:
         return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.normalize), len(rates)))
@@ -168,6 +152,9 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
     results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)]})
     for point in points():
         if point.key in results["points"] and "nlls" in results["points"][point.key]:
+            continue
+        if point.network is not None and not known(point.network):
+            print(f"{point.key}: no such network here, left out", file=sys.stderr)
             continue
         if point.exit_layer is not None and point.lens and (lens is None or point.exit_layer not in lens.exit_layers):
             print(f"{point.key}: no lens for that layer, left out", file=sys.stderr)
@@ -204,6 +191,8 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
     for point in points():
         if args.only and not any(text in point.key for text in args.only.split(",")):
             continue
+        if point.network is not None and not known(point.network):
+            continue
         runs[point.key] = _timed(point, whole, batch)
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     for run in runs.values():
@@ -229,11 +218,9 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Tensor]:
     if point.network is not None:
-        rule = load_rate(point.network)
-        only = rule.trained_for["projections"] if getattr(rule, "trained_for", None) else None  # pyright: ignore[reportAttributeAccessIssue]
-        backbone = cut(whole, "all", point.targets, only)
+        backbone, rule = network_of(point, whole)
     else:
-        backbone = cut(whole, point.layers, point.targets)
+        backbone = whole.with_adapters_on(point.targets, point.layers)
         objective = objective_of(replace(point, lens=False), None)
         if point.lens and point.exit_layer is not None:  # what it holds does not change what it costs
             lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)
