@@ -29,12 +29,13 @@ from benchmarks.frontier_report import write_report
 from benchmarks.prompts import examples
 from benchmarks.report import machine, spread
 from ephemera.adapt import adapt
+from ephemera.artifact import shipped
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.objective import TokenBatch
 from ephemera.prefill import prefill
-from ephemera.rates import FixedRate, Normalize, Rate
+from ephemera.rates import FixedRate, Normalize, Rate, adapted_by, load_rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.store import DEFAULT_MODEL
@@ -113,6 +114,19 @@ def vertex(seen: dict[float, float]) -> float:
     if not math.isfinite(bend) or bend <= 0:
         return best
     return best * STEP ** (0.5 * (low - high) / bend)
+
+
+def known(network: str) -> bool:
+    return network in shipped("rate") or Path(network).exists()
+
+
+def network_of(point: Point, whole: Backbone) -> tuple[Backbone, Rate]:
+    """A trained network, and the model with what it adapts."""
+    assert point.network is not None
+    rule = load_rate(point.network)
+    backbone = whole.with_adapters_on(**(adapted_by(rule) or {"target_modules": point.targets}))
+    rule.check(backbone)
+    return backbone, rule
 
 
 def quality(
