@@ -1,11 +1,11 @@
-"""Adaptation's speed and memory: ephemera, a PEFT + SGD loop, and the floor that the arithmetic sets.
+"""Adaptation's speed: ephemera, a PEFT + SGD loop, other peers, and the floor that the arithmetic sets.
 
-    python -m benchmarks.adapt [--json] [--lengths short,long] [--dtypes float32,bfloat16]
+    python -m benchmarks.adapt [--json] [--peers peft,vmap,einsum] [--lengths short,long] [--dtypes float32,bfloat16]
 
-All three take turns on the same prompts in one run, so that a machine that slows down slows them alike.
+All take turns on the same prompts in one run, so that a machine that slows down slows them alike.
 `vs_peft` is ephemera's prompts/s over PEFT's (higher is better), `vs_floor` ephemera's seconds over the
-floor's (lower is better, 1 is the best there can be). Exits with 1 if in float32 the two end in
-different adapters. On the CPU.
+floor's (lower is better, 1 is the best there can be). Exits with 1 if in float32 any two end in
+different adapters. On the CPU. `--memory` measures peak memory too, in fresh processes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,22 @@ from typing import Any, NoReturn
 import torch
 import transformers
 
-from benchmarks.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
-from benchmarks.floor import Floor, count
 from benchmarks.memory import measure
-from benchmarks.prompts import LENGTHS
-from benchmarks.report import machine, spread, table
+from benchmarks.peers import PEERS, EinsumLoop, VmapLoop
+from benchmarks.report import table
 from ephemera.backbone import Backbone, load_backbone
+from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
+from ephemera.bench.floor import Floor, count
+from ephemera.bench.prompts import LENGTHS
+from ephemera.bench.timing import machine, spread, timed, turns
 from ephemera.errors import unknown
+from ephemera.lora import LoraBatch
 from ephemera.store import DEFAULT_MODEL
 
 DTYPES = ("float32", "bfloat16")
 TOLERANCE = 1e-4  # of float32 adapters; bfloat16's differ by rounding
+BATCH = {"short": 8, "long": 4}  # long prompts adapt two at a time on a CPU: four show what eight would
+MINUTES = 5.0  # of timed rounds in all, unless two rounds of each comparison take longer
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,20 +49,27 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m benchmarks.adapt", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="the last line on stdout is one JSON object")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="prompts (default: %(default)s)")
+    parser.add_argument("--batch", type=int, help="prompts (default: 8 short ones, 4 long ones)")
     parser.add_argument("--steps", type=int, default=3, help="gradient steps K (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds at most (default: %(default)s)")
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help="of rounds in all; two are always made (default: %(default)s)"
+    )
+    parser.add_argument("--peers", default="peft", help=f"of {','.join(PEERS)}; PEFT always (default: %(default)s)")
     parser.add_argument("--lengths", default=",".join(LENGTHS), help="of %(default)s")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument(
+        "--memory", action=argparse.BooleanOptionalAction, default=False, help="peak memory too (default: no)"
+    )
     parser.add_argument("--output", type=Path, help="a folder for results.json and results.md")
     args = parser.parse_args(argv)
     for name in ("batch", "steps", "repeats", "threads"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
     args.lengths = _among("length", args.lengths, LENGTHS)
     args.dtypes = _among("dtype", args.dtypes, DTYPES)
+    args.peers = _among("peer", f"peft,{args.peers}", PEERS)
     return args
 
 
@@ -69,41 +81,70 @@ def _among(what: str, given: str, allowed: Sequence[str]) -> list[str]:
     return [name for name in allowed if name in names]
 
 
-def compare(backbone: Backbone, loop: PeftLoop, length: str, batch: int, steps: int, repeats: int) -> dict[str, Any]:
-    """One length and dtype: a round to warm up and compare results, then `repeats` timed ones, taking turns."""
-    prompts = [row.prompt for row in encoded(backbone, length, batch)]
-    initial = initial_lora(backbone, prompts)
-    work = count(backbone, prompts)
-    floor = Floor(work, steps, backbone.dtype)
-    lora, rows = adapt_batched(backbone, prompts, steps), loop.adapt_all(prompts, initial, steps)
-    seconds: dict[str, list[float]] = {"ephemera": [], "peft": [], "floor": []}
-    for _ in range(repeats):
-        seconds["ephemera"].append(_timed(lambda: adapt_batched(backbone, prompts, steps)))
-        seconds["peft"].append(_timed(lambda: loop.adapt_all(prompts, initial, steps)))
-        seconds["floor"].append(floor.seconds())
-    spreads = {who: spread(values) for who, values in seconds.items()}
-    cell: dict[str, Any] = {
-        who: {"seconds": values, "prompts_per_second": batch / values["median"]} for who, values in spreads.items()
-    }
-    gflop = steps * work.flops / 1e9
-    cell["floor"] |= {"gflop": gflop, "gflop_per_second": gflop / spreads["floor"]["median"]}
-    return {
-        "length": length,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "tokens": [len(ids) for ids in prompts],
-        **cell,
-        "vs_peft": spreads["peft"]["median"] / spreads["ephemera"]["median"],
-        "vs_floor": spreads["ephemera"]["median"] / spreads["floor"]["median"],
-        "vs_peft_rounds": [p / e for e, p in zip(seconds["ephemera"], seconds["peft"], strict=True)],
-        "vs_floor_rounds": [e / f for e, f in zip(seconds["ephemera"], seconds["floor"], strict=True)],
-        "max_relative_difference": max_relative_difference(lora, rows),
-    }
+class Comparison:
+    """One length and dtype: everyone adapts to the same prompts, in turns."""
+
+    def __init__(self, backbone: Backbone, peers: dict[str, Any], length: str, batch: int, steps: int):
+        self.backbone, self.length, self.batch, self.steps = backbone, length, batch, steps
+        self.prompts = [row.prompt for row in encoded(backbone, length, batch)]
+        self.initial = initial_lora(backbone, self.prompts)
+        self.floor = Floor(count(backbone, self.prompts), steps, backbone.dtype)
+        self.peers = peers
+        self.results: dict[str, Any] = {}
+
+    def run(self, rounds: int, budget_s: float) -> dict[str, Any]:
+        """A step on one prompt to warm up, then up to `rounds` timed rounds; the first one's results are compared."""
+        some, first = self.prompts[:1], self.initial.rows([0])
+        adapt_batched(self.backbone, some, 1)
+        for peer in self.peers.values():
+            peer.adapt_all(some, first, 1)
+        contenders: dict[str, Callable[[], float]] = {
+            "ephemera": self._timed("ephemera", lambda: adapt_batched(self.backbone, self.prompts, self.steps))
+        }
+        for name, peer in self.peers.items():
+            contenders[name] = self._timed(
+                name, lambda peer=peer: peer.adapt_all(self.prompts, self.initial, self.steps)
+            )
+        contenders["floor"] = self.floor.seconds
+        return self._cell(turns(contenders, rounds, budget_s=budget_s))
+
+    def _timed(self, name: str, call: Callable[[], Any]) -> Callable[[], float]:
+        def turn() -> float:
+            return timed(lambda: self.results.__setitem__(name, call()))
+
+        return turn
+
+    def _cell(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
+        spreads = {who: spread(values) for who, values in seconds.items()}
+        cell: dict[str, Any] = {
+            who: {"seconds": values, "prompts_per_second": self.batch / values["median"]}
+            for who, values in spreads.items()
+        }
+        mine = self.results["ephemera"]
+        for name in self.peers:
+            cell[name]["max_relative_difference"] = max_relative_difference(mine, rows_of(self.results[name]))
+            cell[f"vs_{name}"] = spreads[name]["median"] / spreads["ephemera"]["median"]
+            cell[f"vs_{name}_rounds"] = [p / e for e, p in zip(seconds["ephemera"], seconds[name], strict=True)]
+        gflop = self.steps * self.floor.work.flops / 1e9
+        cell["floor"] |= {"gflop": gflop, "gflop_per_second": gflop / spreads["floor"]["median"]}
+        return {
+            "length": self.length,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "batch": self.batch,
+            "rounds": len(seconds["ephemera"]),
+            "tokens": [len(ids) for ids in self.prompts],
+            **cell,
+            "vs_floor": spreads["ephemera"]["median"] / spreads["floor"]["median"],
+            "vs_floor_rounds": [e / f for e, f in zip(seconds["ephemera"], seconds["floor"], strict=True)],
+            "max_relative_difference": cell["peft"]["max_relative_difference"],
+        }
 
 
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def rows_of(result: LoraBatch | list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    """Every prompt's tensors, of a peer that adapts one prompt after the other or all together."""
+    if isinstance(result, LoraBatch):
+        return [[t[row] for t in result.tensors] for row in range(result.batch_size)]
+    return result
 
 
 def peak_memory(settings: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +163,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         _say(f"warning: other programs are running (load average {facts['load_average']:.1f}); times will be noise.")
     results: dict[str, Any] = {length: {} for length in args.lengths}
     cells = []
+    todo = len(args.dtypes) * len(args.lengths)
+    left_s = 60 * args.minutes
     for dtype in args.dtypes:
         _say(f"loading {args.model} in {dtype}, twice ...")
         backbone = load_backbone(args.model, dtype=dtype, device="cpu")
@@ -131,18 +174,25 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
                 "with separate projections."
             )
         loop = PeftLoop(backbone)
+        every = {"peft": loop, "vmap": VmapLoop(backbone, loop), "einsum": EinsumLoop(backbone)}
+        peers = {name: every[name] for name in args.peers}
         for length in args.lengths:
-            _say(f"{length} {dtype}: {args.repeats} rounds of ephemera, PEFT and the floor ...")
-            cell = compare(backbone, loop, length, args.batch, args.steps, args.repeats)
+            _say(f"{length} {dtype}: up to {args.repeats} rounds of ephemera, {', '.join(peers)} and the floor ...")
+            start = time.perf_counter()
+            comparison = Comparison(backbone, peers, length, args.batch or BATCH[length], args.steps)
+            cell = comparison.run(args.repeats, left_s / todo)
+            todo, left_s = todo - 1, left_s - (time.perf_counter() - start)
             cells.append(cell)
             results[length] |= {f"{key}_{dtype}": cell[key] for key in ("vs_peft", "vs_floor")}
-        del backbone, loop
-    for cell in cells if not args.no_memory else []:
+            results[length] |= {f"vs_{name}_{dtype}": cell[f"vs_{name}"] for name in peers if name != "peft"}
+            del comparison
+        del backbone, loop, every, peers
+    for cell in cells if args.memory else []:
         _say(f"{cell['length']} {cell['dtype']}: peak memory in fresh processes ...")
-        where = {key: cell[key] for key in ("length", "dtype")}
-        sizes = {key: getattr(args, key) for key in ("model", "batch", "steps", "threads")}
+        where = {key: cell[key] for key in ("length", "dtype", "batch")}
+        sizes = {key: getattr(args, key) for key in ("model", "steps", "threads")}
         cell["memory"] = peak_memory(where | sizes)
-    settings = {key: getattr(args, key) for key in ("model", "batch", "steps", "repeats", "threads")}
+    settings = {key: getattr(args, key) for key in ("model", "steps", "repeats", "threads")}
     return {**results, "details": {"machine": facts, "settings": settings, "cells": cells}}
 
 
@@ -164,12 +214,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(results))
     differing = [
-        f"{c['length']} ({c['max_relative_difference']:.1e})"
+        f"{peer} on {c['length']} prompts ({c[peer]['max_relative_difference']:.1e})"
         for c in results["details"]["cells"]
-        if c["dtype"] == "float32" and c["max_relative_difference"] >= TOLERANCE
+        for peer in args.peers
+        if c["dtype"] == "float32" and c[peer]["max_relative_difference"] >= TOLERANCE
     ]
     if differing:
-        _say(f"error: float32 adapters of ephemera and PEFT differ by more than {TOLERANCE}: {', '.join(differing)}.")
+        _say(
+            f"error: float32 adapters of ephemera differ by more than {TOLERANCE} from those of {', '.join(differing)}."
+        )
     return 1 if differing else 0
 
 

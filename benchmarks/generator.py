@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.prompts import examples
-from benchmarks.report import machine, spread
 from ephemera.backbone import encode_prompt, load_backbone
+from ephemera.bench.prompts import examples
+from ephemera.bench.timing import machine, spread
 from ephemera.generator import LoraGenerator
 from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad
@@ -102,6 +102,7 @@ def overhead(model: str, batch: int, repeats: int, dtype: str) -> dict[str, Any]
     ids = [encode_prompt(backbone.tokenizer, e.prompt) for e in examples("short", batch)]
     tokens = pad(ids, pad_id=backbone.pad_id)
     generator = _moved(LoraGenerator(projections=backbone.projections, state_size=backbone.hidden_size))
+    generator = generator.in_dtype(backbone.dtype)  # as `place_init` has it
 
     def plain() -> None:
         backbone.forward(tokens)
@@ -129,6 +130,7 @@ def call(shape: Shape, batch: int, repeats: int, dtype: str) -> dict[str, Any]:
     ids_BT = torch.randint(1, 1000, (batch, 32), generator=torch.Generator().manual_seed(0))
     tokens = TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())
     generator = _moved(LoraGenerator(projections=shape.projections(["q", "v"]), state_size=shape.hidden_size))
+    generator = generator.in_dtype(getattr(torch, dtype))
     h_BH = torch.randn(batch, shape.hidden_size)
     decoder = model.get_submodule(model.base_model_prefix)
     return {

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import INIT, RATE, PeftLoop, adapt_batched, encoded, initial_lora
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, load_backbone
+from ephemera.bench.contenders import INIT, RATE, PeftLoop, adapt_batched, encoded, initial_lora
 from ephemera.rates import FixedRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.training.scalenet import scalenet_backward

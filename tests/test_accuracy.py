@@ -13,7 +13,17 @@ from transformers import AutoModelForCausalLM
 from ephemera.backbone import load_backbone
 from ephemera.config import Benchmark, TrainTaskLora, check_config, load_config
 from ephemera.evaluation.accuracy import benchmark
-from ephemera.evaluation.accuracy_tables import METRICS, by_bytes, by_sum, by_text, summarize, vote, write_tables
+from ephemera.evaluation.accuracy_tables import (
+    METRICS,
+    by_bytes,
+    by_repeat,
+    by_sum,
+    by_text,
+    commonest_place,
+    summarize,
+    vote,
+    write_tables,
+)
 from ephemera.evaluation.records import RECORDS, AnswerRecord, RecordFile, read_records
 from ephemera.inits import PeftInit
 from ephemera.model import AdaptiveLM
@@ -91,12 +101,20 @@ def test_tables_and_a_second_run_adds_only_what_is_new(material, finished, tmp_p
     assert "difference to Base" in table
     results = json.loads((finished / "results.json").read_text())
     assert {c["n"] for c in results["choices"]} == {7}
-    more = settings(material, finished).model_copy(deep=True)
+    more = settings(material, finished, against=["TTA", "Base"]).model_copy(deep=True)
     more.repeats = 2
     benchmark(more)
     after = (finished / RECORDS).read_text()
     assert after.startswith(before)
     assert len(after.splitlines()) == 2 * len(before.splitlines())
+    table = write_tables(finished).read_text()
+    assert table.index("generated answers, %: difference to TTA") < table.index(
+        "generated answers, %: difference to Base"
+    )
+    results = json.loads((finished / "results.json").read_text())
+    forth, back = (results[f"nll_against_{base}"][0] for base in ("Base", "TTA"))
+    assert (forth["variant"], back["variant"]) == ("TTA", "Base")
+    assert forth["mean"] == pytest.approx(-back["mean"])
 
 
 def test_other_settings_in_the_same_folder_are_refused(material, finished):
@@ -119,6 +137,15 @@ def test_a_variant_can_be_for_some_tasks(material, tmp_path):
 def test_mistakes_are_named(material, tmp_path):
     with pytest.raises(ValueError, match="has steps but no rate"):
         benchmark(settings(material, tmp_path / "a", variants=[{"name": "x", "steps": 1}]))
+    weighted = {"tasks": [{"task": "snli", "weight": 2}], "source": str(material / "{task}")}
+    with pytest.raises(ValueError, match="weight are for training mixtures"):
+        benchmark(settings(material, tmp_path / "w", data=weighted))
+    for setting in ("optimizer.clip_prompt=2", "model.lora.init_std=0.5"):
+        overrides = [f"output={tmp_path / 'l'}", f"model.name={material / 'model'}", "model.device=cpu", setting]
+        with pytest.raises(ValueError, match=rf"{setting}.* has no effect on this training"):
+            train_task_lora(load_config(TrainTaskLora, None, overrides))
+    with pytest.raises(ValueError, match="against names 'Bass', which is no variant's name"):
+        benchmark(settings(material, tmp_path / "a", against=["Bass"]))
     with pytest.raises(ValueError, match="same name"):
         benchmark(settings(material, tmp_path / "b", variants=[{"name": "x"}, {"name": "x"}]))
     rows = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": " return 1\n"}]
@@ -127,6 +154,28 @@ def test_mistakes_are_named(material, tmp_path):
     data = {"tasks": [{"task": "humaneval"}], "source": str(tmp_path)}
     with pytest.raises(ValueError, match="--allow-code-execution"):
         benchmark(settings(material, tmp_path / "c", data=data))
+
+
+def test_a_choice_longer_than_the_window_is_named(material, tmp_path):
+    """At once, by file, row and field: alone, or after a prompt whose gold answer fits."""
+    narrow = save_tiny(tmp_path / "narrow")
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 160}))
+    short = {"question": "why?", "choices": {"text": ["the mill", "a river"], "label": ["A", "B"]}, "answerKey": "A"}
+    lm = AdaptiveLM.from_pretrained(str(narrow), device="cpu")
+    for count, words in ((80, "after a prompt of"), (170, r"has a choice of \d+ tokens \(")):
+        long = {**short, "choices": {"text": ["the mill", " ".join(["mill"] * count)], "label": ["A", "B"]}}
+        (tmp_path / "test.jsonl").write_text(json.dumps(short) + "\n" + json.dumps(long) + "\n")
+        example = load_dataset("arc-easy", source=str(tmp_path)).examples[1]
+        room = 160 - len(lm.encode_answer(example.prompt, "the mill"))
+        assert (len(lm.backbone.tokenizer(example.prompt)["input_ids"]) <= room) is (count == 80)
+        data = {"tasks": [{"task": "arc-easy"}], "source": str(tmp_path)}
+        models = [{"name": str(narrow), "device": "cpu", "lora": {"r": 2}}]
+        said = rf"test\.jsonl:2: field 'choices\.text' .*{words}.*the window of .*narrow holds \(160\)"
+        with pytest.raises(ValueError, match=said) as error:
+            benchmark(settings(material, tmp_path / f"run{count}", data=data, models=models))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / f"run{count}" / RECORDS).exists()
 
 
 def record(variant: str, i: int, **more) -> AnswerRecord:
@@ -148,10 +197,45 @@ def test_metrics_by_hand():
     assert set(METRICS) == {"generated", "any", "choices", "choices_per_byte", "vote", "nll"}
 
 
+def test_a_variant_that_always_chooses_one_place_shows():
+    same = [record("a", i, choice_logprobs=[-3.0, -1.0], choice_bytes=[1, 1], gold=i % 2) for i in range(4)]
+    mixed = [record("b", i, choice_logprobs=[-float(i), -1.5], choice_bytes=[1, 1], gold=i % 2) for i in range(4)]
+    lost = record("b", 5, choice_logprobs=[float("nan"), -1.5], choice_bytes=[1, 1], gold=0)
+    shares = commonest_place([*same, *mixed, lost, record("b", 6)])
+    assert shares == {("m", "a"): {"snli": 1.0}, ("m", "(right answers)"): {"snli": 0.5}, ("m", "b"): {"snli": 0.5}}
+
+
 def test_repeats_of_a_row_count_once():
     rows = [record("a", 0, texts=["x"], correct=[True]) for _ in range(3)]
     rows = [r.model_copy(update={"repeat": i}) for i, r in enumerate(rows)]
     assert summarize(rows, by_text)[("m", "a")]["snli"].n == 1
+
+
+def test_repeats_draw_anew_and_their_spread_is_shown(material, tmp_path):
+    more = {"repeats": 3, "temperature": 1.0, "samples": 2, "scoring": ["generate"]}
+    data = {"tasks": [{"task": "gsm8k"}], "source": str(material / "{task}")}
+    config = settings(material, tmp_path / "run", data=data, variants=[{"name": "Base"}], **more)
+    folder = benchmark(config)
+    records = read_records(folder / RECORDS, AnswerRecord)
+    texts = [[r.texts for r in records if r.repeat == repeat] for repeat in range(3)]
+    assert len(texts[0]) == 5
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    ids = [r.id for r in records if r.repeat == 0]
+    assert len({str(t) for t in texts[0]}) == len(ids)  # rows of one batch, and batches, draw on their own
+    # A run that was stopped in its second repeat draws the same again
+    (folder / RECORDS).write_text("".join(r.model_dump_json(exclude_none=True) + "\n" for r in records[:5]))
+    benchmark(config)
+    assert [r.texts for r in read_records(folder / RECORDS, AnswerRecord)] == [r.texts for r in records]
+    # What was right is the judge's; here the spread is what counts
+    for record in records:
+        record.correct = [record.repeat > 0, record.repeat > 1]
+    assert by_repeat(records, by_text) == {(records[0].model, "Base"): {"gsm8k": [0.0, 0.5, 1.0]}}
+    assert by_repeat(records[:-1], by_text)[(records[0].model, "Base")]["gsm8k"] == [0.0, 0.5]
+    (folder / RECORDS).write_text("".join(r.model_dump_json(exclude_none=True) + "\n" for r in records))
+    page = write_tables(folder).read_text()
+    assert "from repeat to repeat" in page
+    assert "50.0 [0.0, 100.0]" in page.split("from repeat to repeat")[1]
+    assert json.loads((folder / "results.json").read_text())["generated_by_repeat"][0]["means"] == [0.0, 0.5, 1.0]
 
 
 def test_records_are_kept_by_key(tmp_path):

@@ -1,9 +1,8 @@
-"""What adapters depend on: inner products against built matrices, scores on known data, controls, the command."""
+"""What adapters depend on: controls, the command, and how it resumes."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 
 import pytest
@@ -12,26 +11,12 @@ import torch
 from ephemera import cli
 from ephemera.backbone import Backbone, describe, load_backbone
 from ephemera.config import Analyse, load_config
-from ephemera.evaluation.analysis import (
-    CONTROLS,
-    analyse,
-    centred,
-    compare,
-    control_nll,
-    control_states,
-    distances,
-    embed,
-    grouping,
-    neighbour_accuracy,
-    silhouette,
-    task_cosines,
-    update_products,
-    variance_by_task,
-)
+from ephemera.evaluation import analysis
+from ephemera.evaluation.analysis import CONTROLS, analyse, compare, control_nll, control_states
+from ephemera.evaluation.records import ControlRecord, RecordFile
 from ephemera.generator import LoraGenerator
-from ephemera.lora import LoraBatch
 from ephemera.scoring import Encoded
-from tiny import close, random_ids, random_lora, save_tiny, tiny_backbone
+from tiny import random_ids, save_tiny
 
 SNLI = [
     {"premise": f"A man {verb} by the river.", "hypothesis": f"He {other}.", "label": n % 3}
@@ -43,14 +28,6 @@ BOOLQ = [
     {"passage": f"The {thing} is old.", "question": f"is the {thing} new", "answer": n % 2 == 0}
     for n, thing in enumerate(["mill", "river", "book", "sea", "winter"])
 ]
-
-
-def updates(lora: LoraBatch) -> list[list[torch.Tensor]]:
-    """scaling * B A of each prompt and projection, as whole matrices."""
-    return [
-        [lora.lora_alpha / lora.r * B[n] @ A[n] for A, B in zip(lora.A, lora.B, strict=True)]
-        for n in range(lora.batch_size)
-    ]
 
 
 def make_generator(backbone: Backbone, *, reads_h: bool) -> LoraGenerator:
@@ -68,10 +45,6 @@ def make_generator(backbone: Backbone, *, reads_h: bool) -> LoraGenerator:
             if reads_h:
                 head[-1].weight.normal_(0, 0.1)
     return generator.to(backbone.dtype).eval().requires_grad_(False)
-
-
-def matrix_of(points_NC: torch.Tensor) -> torch.Tensor:
-    return points_NC @ points_NC.T
 
 
 @pytest.fixture(scope="module")
@@ -92,114 +65,6 @@ def two_tasks(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_norms_and_inner_products_are_those_of_the_built_updates(architecture):
-    lora = random_lora(tiny_backbone(architecture), 4)
-    norms_NM, gram_NN = update_products(lora)
-    built = updates(lora)
-    for n, mine in enumerate(built):
-        close(norms_NM[n], torch.stack([delta_OI.square().sum().sqrt() for delta_OI in mine]))
-        for m, other in enumerate(built):
-            close(gram_NN[n, m], torch.stack([(a * b).sum() for a, b in zip(mine, other, strict=True)]).sum())
-
-
-def test_updates_do_not_depend_on_their_factoring(llama):
-    lora = random_lora(llama, 3)
-    mixed_BRR = torch.randn(3, 3, 3, dtype=torch.float64)
-    other = lora.with_tensors([*(mixed_BRR @ A for A in lora.A), *(B @ torch.linalg.inv(mixed_BRR) for B in lora.B)])
-    close(update_products(lora), update_products(other), 1e-7)
-
-
-def test_cosines_are_means_over_pairs_in_a_loop(llama):
-    lora = random_lora(llama, 5)
-    task_N = torch.tensor([0, 1, 0, 1, 1])
-    flat_NP = torch.stack([torch.cat([delta.flatten() for delta in mine]) for mine in updates(lora)])
-    gram_NN = update_products(lora)[1]
-    for vectors_NP, given_NN in ((flat_NP, gram_NN), (flat_NP - flat_NP.mean(0), centred(gram_NN))):
-        have_SS = task_cosines(given_NN, task_N)
-        for s in (0, 1):
-            for u in (0, 1):
-                pairs = [
-                    torch.cosine_similarity(vectors_NP[i], vectors_NP[j], dim=0)
-                    for i in range(5)
-                    for j in range(5)
-                    if i != j and task_N[i] == s and task_N[j] == u
-                ]
-                close(have_SS[s, u], torch.stack(pairs).mean())
-        close(distances(given_NN), torch.cdist(vectors_NP, vectors_NP), 1e-6)
-
-
-def test_variance_by_task_is_that_of_a_loop():
-    points_NC, task_N = torch.randn(7, 3).double(), torch.tensor([0, 0, 1, 2, 2, 2, 1])
-    within = sum((points_NC[task_N == s] - points_NC[task_N == s].mean(0)).square().sum() for s in range(3))
-    total = (points_NC - points_NC.mean(0)).square().sum()
-    assert variance_by_task(matrix_of(points_NC), task_N) == pytest.approx(float(1 - within / total))
-    assert variance_by_task(centred(matrix_of(points_NC)), task_N) == pytest.approx(float(1 - within / total))
-
-
-def test_silhouette_is_scikit_learns():
-    metrics = pytest.importorskip("sklearn.metrics")
-    task_N = torch.tensor([0, 0, 1, 2, 2, 2, 1, 3])  # one task of a single prompt
-    distance_NN = distances(matrix_of(torch.randn(8, 3).double()))
-    want = metrics.silhouette_score(distance_NN.numpy(), task_N.numpy(), metric="precomputed")
-    assert silhouette(distance_NN, task_N) == pytest.approx(want)
-
-
-def test_neighbours_by_hand():
-    places_N = torch.tensor([0.0, 1.0, 2.2, 10.0, 11.0, 3.3]).double()
-    distance_NN, task_N = (places_N[:, None] - places_N).abs(), torch.tensor([0, 0, 0, 1, 1, 1])
-    assert neighbour_accuracy(distance_NN, task_N, k=3) == pytest.approx(5 / 6)  # all but the last
-    # k=2 at 10: nearest 11 (task 1), then 3.3 (1); at 3.3: 2.2 and 1.0 (0); at 2.2: 3.3 (1) before 1.0 (0) breaks the tie
-    assert neighbour_accuracy(distance_NN, task_N, k=2) == pytest.approx(4 / 6)
-
-
-def test_scores_tell_separable_from_inseparable():
-    task_N = torch.arange(4).repeat_interleave(15)
-    noise_NC = torch.randn(60, 6, generator=torch.Generator().manual_seed(1)).double()
-    apart_NC = noise_NC + 50 * torch.eye(4, 6).double()[task_N]
-    apart, alike = (grouping(matrix_of(points), task_N, seed=0) for points in (apart_NC, noise_NC))
-    assert apart.neighbour_accuracy.value == 1
-    assert apart.silhouette.value > 0.9
-    assert apart.variance_by_task.value > 0.98
-    assert apart.neighbour_accuracy.chance == pytest.approx(14 / 59, abs=0.05)
-    assert min(apart.cosines[s][s] for s in range(4)) > 0.99
-    assert max(apart.cosines_centred[s][u] for s in range(4) for u in range(4) if s != u) < 0
-    assert alike.neighbour_accuracy.value < alike.neighbour_accuracy.chance_high + 0.05
-    assert abs(alike.silhouette.value) < 0.1
-    assert alike.variance_by_task.value == pytest.approx(3 / 59, abs=0.06)
-    assert alike.variance_by_task.chance == pytest.approx(3 / 59, abs=0.02)
-
-
-def test_vectors_that_are_all_the_same_have_no_groups():
-    task_N = torch.tensor([0, 0, 1, 1])
-    gram_NN = matrix_of(torch.randn(1, 5).double().expand(4, 5))
-    found = grouping(gram_NN, task_N, seed=0)
-    assert found.shared == pytest.approx(1)
-    assert found.cosines == [[pytest.approx(1)] * 2] * 2
-    scores = (found.variance_by_task, found.silhouette, found.neighbour_accuracy)
-    assert all(math.isnan(s.value) for s in scores)
-    assert all(math.isnan(c) for line in found.cosines_centred for c in line)
-    assert embed(gram_NN, seed=0) == ({}, [], {})
-
-
-def test_pca_is_that_of_the_flattened_updates(llama):
-    lora = random_lora(llama, 6)
-    flat_NP = torch.stack([torch.cat([delta.flatten() for delta in mine]) for mine in updates(lora)])
-    places, shares, _ = embed(update_products(lora)[1], seed=0)
-    _, s_C, Vh_CP = torch.linalg.svd(flat_NP - flat_NP.mean(0), full_matrices=False)
-    close(places["PCA"].abs(), ((flat_NP - flat_NP.mean(0)) @ Vh_CP[:2].T).abs(), 1e-6)
-    close(torch.tensor(shares), (s_C**2 / (s_C**2).sum()), 1e-6)
-
-
-def test_without_scikit_learn_there_is_pca_and_a_word(llama, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "umap", None)
-    places, _, used = embed(update_products(random_lora(llama, 6))[1], seed=0)
-    assert list(places) == ["PCA"]
-    assert used == {}
-    assert "scikit-learn is not installed" in capsys.readouterr().err
 
 
 def test_shuffled_states_are_never_a_prompts_own():
@@ -224,12 +89,13 @@ def test_random_states_have_the_prompts_mean_and_deviation_by_feature():
 
 
 @pytest.mark.parametrize("reads_h", [False, True])
-def test_controls_tell_whether_a_generator_reads_its_input(reads_h, llama):
+def test_controls_tell_whether_a_generator_reads_its_input(reads_h, llama, tmp_path):
     generator = make_generator(llama, reads_h=reads_h)
     rows = [Encoded(str(n), ids[:-3], ids[-3:]) for n, ids in enumerate(random_ids([9, 7, 12, 8, 10, 7]))]
     h_NH, task_N = torch.randn(6, llama.hidden_size), torch.tensor([0, 0, 0, 1, 1, 1])
     states = control_states(h_NH, task_N, seed=0)
-    nll = control_nll(llama, generator, rows, states, batch_size=4)
+    names = ["a"] * 3 + ["b"] * 3
+    nll = control_nll(llama, generator, rows, states, names, RecordFile(tmp_path, ControlRecord), batch_size=4)
     assert nll["base"] != nll["own"]
     for name in ("same_task", "other_task", "mean", "random"):
         assert (nll[name] == nll["own"]) is not reads_h
@@ -276,7 +142,43 @@ def test_the_command_from_a_folder_to_figures(long_folder, two_tasks, monkeypatc
     own = [r["nll"]["own"] for r in records]
     assert results["controls"]["all"][1]["nll"]["mean"] == pytest.approx(sum(own) / 8)
     again = analyse(load_config(Analyse, None, settings))
-    assert [r["nll"] for r in again.records] == [r["nll"] for r in records]
+    assert [r.nll for r in again.records] == [r["nll"] for r in records]
+
+
+def test_a_stopped_analysis_goes_on_where_it_was(long_folder, two_tasks, monkeypatch, capsys):
+    make_generator(load_backbone(str(long_folder), device="cpu"), reads_h=True).save_pretrained(two_tasks / "network")
+    whole = analyse(config_for(long_folder, two_tasks, "batch_size=3", f"output={two_tasks / 'whole'}"))
+    scored: list[str] = []
+    score = analysis.answer_nll
+
+    def counted(backbone, rows, lora):
+        if len(scored) == 2 * len(CONTROLS):
+            raise KeyboardInterrupt
+        scored.append(rows[0].id)
+        return score(backbone, rows, lora)
+
+    monkeypatch.setattr(analysis, "answer_nll", counted)
+    config = config_for(long_folder, two_tasks, "batch_size=3")
+    with pytest.raises(SystemExit) as stop:
+        analyse(config)
+    assert stop.value.code == 130
+    folder = two_tasks / "run"
+    assert f"stopped: 6 records are kept in {folder}; the same command goes on" in capsys.readouterr().err
+    first = (folder / "records.jsonl").read_text()
+    assert len(first.splitlines()) == 6
+    scored.clear()
+    monkeypatch.setattr(analysis, "answer_nll", lambda *given: scored.append(given[1][0].id) or score(*given))
+    with pytest.raises(ValueError, match=r"holds an analysis with other settings \(seed differ\)"):
+        analyse(config_for(long_folder, two_tasks, "batch_size=3", "seed=1"))
+    assert scored == []
+    resumed = analyse(config)
+    assert len(scored) == 2 * len(CONTROLS)  # four batches, two of them done before
+    assert [r.nll for r in resumed.records] == [r.nll for r in whole.records]
+    assert resumed.controls == whole.controls
+    scored.clear()
+    assert analyse(config).controls == whole.controls
+    assert scored == []
+    assert (two_tasks / "whole" / "records.jsonl").read_text() == (folder / "records.jsonl").read_text()
 
 
 def test_adapters_that_are_all_the_same_leave_no_embedding(long_folder, two_tasks):
@@ -285,9 +187,9 @@ def test_adapters_that_are_all_the_same_leave_no_embedding(long_folder, two_task
 
     generator = make_generator(load_backbone(str(long_folder), device="cpu"), reads_h=False)
     generator.save_pretrained(two_tasks / "network")
-    analysis = analyse(config_for(long_folder, two_tasks))
-    assert len(write_figures(analysis)) == 3
-    assert "–" in write_tables(analysis).read_text()
+    found = analyse(config_for(long_folder, two_tasks))
+    assert len(write_figures(found)) == 3
+    assert "–" in write_tables(found).read_text()
     assert json.loads((two_tasks / "run" / "results.json").read_text())["updates"]["silhouette"]["value"] is None
 
 
@@ -328,6 +230,6 @@ def test_mistakes_are_one_clear_error(long_folder, two_tasks):
 
 def test_the_generators_own_lora_is_used_and_said(long_folder, two_tasks, capsys):
     make_generator(load_backbone(str(long_folder), device="cpu"), reads_h=True).save_pretrained(two_tasks / "network")
-    analysis = analyse(config_for(long_folder, two_tasks, "model.lora.r=7"))
-    assert analysis.config.model.lora.r == 2
+    found = analyse(config_for(long_folder, two_tasks, "model.lora.r=7"))
+    assert found.config.model.lora.r == 2
     assert "model.lora.r: the generator's own 2 is used" in capsys.readouterr().err

@@ -13,6 +13,8 @@ LAYERS = (
     *(
         "errors",
         "store",
+        "packed",
+        "norms",
         "lora",
         "objective",
         "depth",
@@ -25,12 +27,13 @@ LAYERS = (
         "generator",
         "rates",
         "adapt",
+        "decode",
         "prefill",
         "export",
     ),
     *("tasks", "scoring", "settings", "config", "model"),
     *("training", "evaluation", "serving"),
-    *("doctor", "demo", "cli", "__main__"),
+    *("bench", "doctor", "demo", "cli", "__main__"),
 )
 SIBLINGS = {"training", "evaluation", "serving"}
 FILES = sorted(SRC.rglob("*.py"))

@@ -6,21 +6,22 @@ import json
 from pathlib import Path
 
 import benchmarks.adapt
+import benchmarks.peers
 import pytest
 import torch
-from benchmarks.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
-from benchmarks.floor import Floor, count
 from benchmarks.memory import run
-from benchmarks.prompts import examples
 
 from ephemera.backbone import load_backbone
+from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
+from ephemera.bench.floor import Floor, count
+from ephemera.bench.prompts import examples
 from tiny import tiny_backbone
 
 KEYS = {"vs_peft_float32", "vs_peft_bfloat16", "vs_floor_float32", "vs_floor_bfloat16"}
 
 
 def bench(folder: Path, *more: str) -> int:
-    settings = ["--model", str(folder), "--lengths", "short", "--repeats", "1", "--threads", "1", "--no-memory"]
+    settings = ["--model", str(folder), "--lengths", "short", "--repeats", "1", "--threads", "1", "--minutes", "1"]
     return benchmarks.adapt.main([*settings, *more])
 
 
@@ -43,8 +44,26 @@ def test_the_last_line_is_one_json_object(llama_folder: Path, tmp_path: Path, ca
     assert (float32["dtype"], len(float32["tokens"])) == ("float32", 3)
     assert float32["max_relative_difference"] < 1e-4
     assert json.loads((tmp_path / "results.json").read_text()) == results
-    assert "vs PEFT" in err  # the table stays out of the way of the JSON
+    assert "ephemera against it" in err  # the table stays out of the way of the JSON
     assert (tmp_path / "results.md").read_text().strip() in err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_all_peers_end_in_the_same_adapters(llama_folder: Path, capsys: pytest.CaptureFixture[str]):
+    assert bench(llama_folder, "--json", "--batch", "3", "--dtypes", "float32", "--peers", "vmap,einsum") == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(results["short"]) == {"vs_peft_float32", "vs_floor_float32", "vs_vmap_float32", "vs_einsum_float32"}
+    (cell,) = results["details"]["cells"]
+    assert all(0 < cell[peer]["max_relative_difference"] < 1e-4 for peer in ("peft", "vmap", "einsum"))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_another_peer_that_moves_otherwise_is_an_error(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(benchmarks.peers, "RATE", 0.04)
+    assert bench(llama_folder, "--batch", "2", "--dtypes", "float32", "--peers", "einsum") == 1
+    assert "from those of einsum on short prompts (" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -57,7 +76,9 @@ def test_other_adapters_than_pefts_are_an_error(
     monkeypatch.setattr(benchmarks.adapt, "adapt_batched", one_step_short)
     assert bench(llama_folder, "--batch", "2", "--dtypes", "float32") == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: float32 adapters of ephemera and PEFT differ by more than 0.0001: short (")
+    assert last.startswith(
+        "error: float32 adapters of ephemera differ by more than 0.0001 from those of peft on short prompts ("
+    )
 
 
 def test_rows_keep_their_order_and_move_as_in_peft(llama_folder: Path):
@@ -112,6 +133,7 @@ def test_peak_memory_is_found(who: str, llama_folder: Path):
         (["--lengths", "shrot"], "unknown length 'shrot'. Did you mean 'short'?"),
         (["--batch", "0"], "--batch is 0; it must be 1 or more."),
         (["--steps", "x"], "invalid int value: 'x'"),
+        (["--peers", "vmpa"], "unknown peer 'vmpa'. Did you mean 'vmap'?"),
         (["--bogus"], "unrecognized arguments: --bogus"),
         (["--model", "/no/such/folder"], "cannot load model '/no/such/folder'"),
     ],

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import typer
 
 from ephemera import cli
+from ephemera.backbone import load_backbone
 from ephemera.config import (
     Analyse,
     Benchmark,
@@ -22,6 +24,7 @@ from ephemera.config import (
     TrainTaskLora,
     load_config,
 )
+from ephemera.generator import LoraGenerator
 
 ROOT = Path(__file__).parent.parent
 OURS = re.compile(r"(?:^|\| |-m )ephemera ")  # not another program's argument
@@ -141,6 +144,28 @@ def test_answer_writes_answers_to_stdout_alone(llama_folder, monkeypatch, capsys
     code, out, err = run(monkeypatch, capsys, *words, "the cat sat on the mat")
     assert out.strip() == record["answer"].strip()
     assert "prompt NLL by step" in err
+
+
+def test_compare_shows_the_base_model_whatever_the_start(llama_folder, tmp_path, monkeypatch, capsys):
+    backbone = load_backbone(str(llama_folder), device="cpu")
+    generator = LoraGenerator(projections=backbone.projections, state_size=backbone.hidden_size, hidden_size=8)
+    with torch.no_grad():
+        for head in generator.B_heads:
+            head[-1].bias.normal_(0, 5)
+    generator.save_pretrained(tmp_path / "generator")
+    words = ["answer", "--model", str(llama_folder), "--max-new-tokens", "8", "--json", "--compare"]
+    _, out, _ = run(monkeypatch, capsys, *words, "--steps", "0", "the cat sat on the mat")
+    base = json.loads(out)["base_answer"]
+    words += ["--init", str(tmp_path / "generator")]
+    _, out, _ = run(monkeypatch, capsys, *words, "the cat sat on the mat")
+    record = json.loads(out)
+    assert record["base_answer"] == base
+    assert record["answer"] != base
+    # The default rate is the zero start's
+    code, out, err = run(monkeypatch, capsys, *words, "--steps", "1", "the cat sat on the mat")
+    assert (code, out) == (2, "")
+    assert "--steps 1 from --init" in err
+    assert "needs a --rate" in err
 
 
 def test_answer_reads_a_jsonl_file_and_names_a_bad_line(llama_folder, tmp_path, monkeypatch, capsys):

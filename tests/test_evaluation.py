@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ephemera.backbone import load_backbone
+from ephemera import scoring
+from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Evaluate
 from ephemera.evaluation import grid
 from ephemera.evaluation.grid import Adapted, evaluate, score
@@ -228,6 +229,35 @@ def test_a_report_of_a_real_run(setting, tmp_path):
 def test_no_batch_is_of_one():
     a, b, c, d, e = (Encoded(name, [1], [1]) for name in "abcde")
     assert grid._at_least_two([[a], [b, c]]) == [[a, b, c]]
-    assert grid._at_least_two([[a, b], [c], [d]]) == [[a, b, c, d]]
+    assert grid._at_least_two([[a, b], [c], [d]]) == [[a, b], [c, d]]
     assert grid._at_least_two([[a, b], [c, d], [e]]) == [[a, b], [c, d, e]]
+    assert grid._at_least_two([[a], [b], [c], [d], [e]]) == [[a, b], [c, d, e]]  # long prompts, not all of them at once
     assert grid._at_least_two([[a]]) == [[a]]
+
+
+def test_joined_neighbours_pass_through_the_model_apart(setting, tmp_path, monkeypatch):
+    """However long a batch has become, no pass is longer than the device likes, and the records are the same."""
+    torch.manual_seed(3)
+    network = ScaleNet(hidden_size=16, projections=4, base_rates=(3.0, 1.0), normalization="layernorm")
+    torch.nn.init.normal_(network.out.weight, std=0.5)
+    network.save_pretrained(tmp_path / "network")
+    methods = {"methods": ["none", "layerwise", "swapped"], "layerwise": str(tmp_path / "network"), "steps": [0, 1]}
+    together = run(setting, tmp_path / "together", **methods, batch_size=8)
+    passes = []
+    original = Backbone.forward
+
+    def forward(self, batch, *args, **kwargs):
+        passes.append(batch.ids_BT.numel())
+        return original(self, batch, *args, **kwargs)
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    monkeypatch.setattr(scoring, "batch_tokens", lambda _device: 1)
+    apart = run(setting, tmp_path / "apart", **methods, batch_size=8)
+    data = load_dataset("own", source=setting["data"]["source"])
+    tokenizer = load_backbone(setting["model"]["name"], dtype="float32", device="cpu").tokenizer
+    assert max(passes) <= max(len(tokenizer(e.prompt)["input_ids"]) for e in data.examples)
+    # Which row is the neighbour depends on the batches, all else does not
+    for key, record in together.items():
+        if key[0] != "swapped":
+            assert apart[key]["nll"] == pytest.approx(record["nll"], abs=1e-4)
+            assert apart[key]["text"] == record["text"]

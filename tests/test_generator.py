@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ephemera import artifact
 from ephemera.backbone import Backbone, describe
-from ephemera.generator import LoraGenerator, load_generator, load_init, select_state
+from ephemera.generator import LoraGenerator, load_generator, load_init, place_init, select_state
 from ephemera.inits import PeftInit, ZeroInit
 from ephemera.lora import LoraBatch, Projection
 from ephemera.model import AdaptiveLM
@@ -278,6 +278,50 @@ def test_gradient_is_autograd_through_merged_weights(architecture, targets, head
     assert (report["K"], report["non_finite"]) == (0, 0)
     close(have, torch.autograd.grad(loss, list(generator.parameters())), 1e-9)
     assert all(p.grad is None for p in backbone.model.parameters())
+
+
+# --- beside a bfloat16 model ---
+
+
+@pytest.mark.parametrize("head_rank", [None, 3])
+@pytest.mark.parametrize("source", ["last", "ends"])
+def test_in_bfloat16_the_adapters_are_the_same_up_to_its_rounding(llama, source, head_rank):
+    generator = random_generator(llama, hidden_size=64, source=source, head_rank=head_rank).float()
+    generator.mean_H.mul_(1000)  # a mean that bfloat16 would round by more than the deviation
+    h_BH = generator.mean_H + generator.std_H * torch.randn(6, len(generator.mean_H))
+    with torch.no_grad():
+        want = generator.lora(llama.projections, h_BH).tensors
+        have = generator.in_dtype(torch.bfloat16).lora(llama.projections, h_BH).tensors
+    for a, b in zip(have, want, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.02 * b.norm()
+        assert (a - a.mean(0)).norm() > 0.2 * a.norm()  # prompts still differ
+    assert not all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+    again = generator.in_dtype(torch.float32).lora(llama.projections, h_BH).tensors
+    assert all(torch.equal(a, b) for a, b in zip(again, want, strict=True))
+    assert all(p.dtype == torch.float32 for p in generator.parameters())  # the one it was made from is as it was
+
+
+def test_only_inference_beside_a_bfloat16_model_is_in_bfloat16(tmp_path):
+    def dtypes(init):
+        assert isinstance(init, LoraGenerator)
+        return {p.dtype for p in init.parameters()}
+
+    single, half = (tiny_backbone(dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    stored(tmp_path / "single", single)
+    stored(tmp_path / "half", half)
+    loaded = load_init(tmp_path / "single")
+    assert place_init(loaded, single) is loaded
+    assert dtypes(loaded) == {torch.float32}
+    assert dtypes(place_init(load_init(tmp_path / "half"), half)) == {torch.bfloat16}
+    assert dtypes(AdaptiveLM(half, init=tmp_path / "half").init) == {torch.bfloat16}
+    learning = random_generator(half).float()
+    assert place_init(learning, half) is learning
+    assert dtypes(learning) == {torch.float32}
+    with pytest.raises(ValueError, match="this generator was trained for tiny-llama"):
+        place_init(load_init(tmp_path / "single"), tiny_backbone(dtype=torch.float32, seed=1))
+    # A start that computes nothing stays what it is
+    assert place_init(ZeroInit(), half) == ZeroInit()
 
 
 # --- on disk ---

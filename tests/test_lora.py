@@ -45,6 +45,21 @@ def test_lora_linear_gradients(bias):
     assert torch.autograd.gradgradcheck(through, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_gradients_the_numbers_are_the_same(bias, dtype):
+    linear = torch.nn.Linear(6, 5, bias=bias, dtype=dtype).requires_grad_(False)
+    x, A, B_ = torch.randn(3, 4, 6, dtype=dtype), torch.randn(3, 2, 6), torch.randn(3, 5, 2)
+    if dtype == torch.float64:
+        A, B_ = A.double(), B_.double()
+    want = lora_linear(linear(x), x, A, B_.clone().requires_grad_(), SCALING)
+    with torch.no_grad():
+        have = lora_linear(linear(x), x, A, B_, SCALING)
+    assert want.requires_grad
+    assert torch.equal(have, want)
+    assert (have - linear(x)).abs().max() > 0.1
+
+
 def test_lora_linear_gradient_by_the_base_output():
     y = draw(2, 3, OUT).requires_grad_()
     x, A, B_ = draw(2, 3, IN), draw(2, R, IN), draw(2, OUT, R)

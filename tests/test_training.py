@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +25,7 @@ from ephemera.objective import mean_nll
 from ephemera.rates import load_rate
 from ephemera.readout import PROMPT
 from ephemera.scoring import Encoded
-from ephemera.training import run
+from ephemera.training import loop, run
 from ephemera.training.loop import batches, learning_rate
 from ephemera.training.scalenet import (
     ScaleNetTrainee,
@@ -555,3 +557,57 @@ def test_mean_nll_of_the_slow_loop_agrees(llama):
     ids = random_ids([8])
     batch = left(ids)
     close(mean_nll(llama.forward(batch).hidden_BTD, batch, llama.logits), slow_nll(llama.model, ids[0])[None])
+
+
+class CountedTrainee(ScaleNetTrainee):
+    """Keeps the number of rows of each call."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.calls: list[int] = []
+
+    def backward(self, rows, step):
+        self.calls.append(len(rows))
+        return super().backward(rows, step)
+
+
+@pytest.mark.parametrize("which", ["scalenet", "nothing to learn"])
+def test_long_batches_are_learned_from_in_parts(llama: Backbone, monkeypatch: pytest.MonkeyPatch, which: str):
+    """The gradient and the report of a batch are the same whether it passes through the model whole or in parts."""
+    rows = encoded([9, 4, 6, 12, 5], [3, 1, 2, 4, 2])
+    steps = {loop.random.Random(f"7:{s}").randint(0, 5): s for s in range(40)}
+    found = []
+    for tokens in (10_000, 16):  # whole; then at most one or two rows at once
+        network = random_scalenet(llama)
+        trainee = CountedTrainee(
+            llama,
+            ZeroInit(r=2),
+            network,
+            validation=[],
+            validation_steps=[],
+            batch_size=5,
+            clip_prompt=1.0,
+            seed=7,
+        )
+        monkeypatch.setattr(loop, "batch_tokens", lambda _device, most=tokens: most)
+        K = 2 if which == "scalenet" else 0
+        report = loop._backward(trainee, rows, steps[K], Accelerator(cpu=True))
+        found.append((report, [p.grad for p in network.parameters()], trainee.calls))
+    (whole, whole_grads, whole_calls), (parts, part_grads, part_calls) = found
+    assert (whole_calls, sum(part_calls), len(part_calls)) == ([5], 5, 4)
+    if which == "nothing to learn":
+        assert whole is parts is None
+        return
+    assert parts == pytest.approx(whole)
+    for have, want in zip(part_grads, whole_grads, strict=True):
+        assert want.abs().max() > 0
+        close(have, want)
+
+
+def test_parts_pool_their_reports():
+    nan = float("nan")
+    reports = [(3, {"K": 2, "nll": 1.0, "non_finite": 1}), (1, {"K": 2, "nll": 4.0, "non_finite": 0})]
+    assert loop._pooled(reports) == {"K": 2, "nll": 2.0, "non_finite": 1}
+    lost = [(2, {"K": 1, "nll": nan, "non_finite": 2}), (1, {"K": 1, "nll": 3.0, "non_finite": 0})]
+    assert loop._pooled(lost) == {"K": 1, "nll": 3.0, "non_finite": 2}
+    assert math.isnan(loop._pooled(lost[:1])["nll"])

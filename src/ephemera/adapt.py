@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,12 +43,14 @@ def adapt(
     *,
     keep_grads: bool = False,
     second_order: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> Trace:
     """K times: forward, prompt NLL, rates from h(x), backward, update (LDTTA Fig. 1, Eq. 13-15).
 
     The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the loss. `keep_grads` stores what first-order training needs
     and lets `rates_BKM` carry ScaleNet's graph; `second_order` builds the graph through every step
-    instead (Eq. 18; tiny models, and attention without a fused kernel).
+    instead (Eq. 18; tiny models, and attention without a fused kernel). `after_step` is called with k
+    when step k is done; no adapter is attached then, so it may run the model, and what it raises ends the loop.
     """
     lora = initial_lora
     B, M = batch.ids_BT.shape[0], len(lora.projections)
@@ -60,7 +62,14 @@ def adapt(
         assert rate is not None
         current = lora if second_order and k > 1 else lora.leaves()
         with torch.enable_grad():
-            out = backbone.forward(batch, current, embedded=wants_h, lower=lower, stop=rate.objective.exit_layer)
+            out = backbone.forward(
+                batch,
+                current,
+                embedded=wants_h,
+                lower=lower,
+                stop=rate.objective.exit_layer,
+                twice_differentiable=second_order,
+            )
             nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
             grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
             grads = normalized(grads, rate.normalize)
@@ -76,6 +85,8 @@ def adapt(
         rates.append(rates_BM)
         if keep_grads:
             grads_of_steps.append(grads)
+        if after_step is not None:
+            after_step(k)
     if not second_order:
         lora = lora.with_tensors([t.detach() for t in lora.tensors])
     like = lora.A[0]

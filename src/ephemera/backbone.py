@@ -7,7 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
 from ephemera.errors import nearest, unknown
 from ephemera.lora import LoraBatch, attach
+from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
+from ephemera.packed import can_pack, packed
 from ephemera.projections import count_layers, find_projections
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
@@ -64,6 +66,7 @@ class Backbone:
         only: Sequence[str] | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
+        write_out_norms(self.model)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
@@ -132,8 +135,11 @@ class Backbone:
         embedded: bool = False,
         lower: Lower | None = None,
         stop: int | None = None,
+        twice_differentiable: bool = False,
     ) -> Forward:
         """One pass through the decoder, without the vocabulary head.
+
+        Without a cache padded places are not computed, where the architecture is one that can be packed (packed.py).
 
         With a `cache` of earlier tokens, `past_mask_BT` says which of those are real. With `lower` the layers that it
         holds are not run again, and an empty `cache` gets its keys and values. The pass ends after `stop` layers.
@@ -151,6 +157,8 @@ class Backbone:
             inputs["position_ids"] = batch.position_ids_BT
         if cache is not None:
             inputs["past_key_values"] = cache
+        elif not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
+            return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop)
         with (
             attach(self.model, lora),  # before layers are left out: it finds modules by their paths
             _outputs_of(self.embedding, kept if embedded else None),
@@ -160,6 +168,28 @@ class Backbone:
         if lower is not None and isinstance(cache, DynamicCache):
             cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
         return Forward(output.last_hidden_state, kept[0] if embedded else None, output.past_key_values)
+
+    def _forward_packed(
+        self, batch: TokenBatch, lora: LoraBatch | None, *, embedded: bool, lower: Lower | None, stop: int | None
+    ) -> Forward:
+        packing = batch.packing
+        kept: list[Tensor] = []
+        if lower is not None:
+            lower = replace(lower, hidden_BTD=batch.real(lower.hidden_BTD)[None])
+        with (
+            attach(self.model, lora, packing),
+            _outputs_of(self.embedding, kept if embedded else None),
+            some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
+            packed(self.decoder),
+        ):
+            output = self.decoder(
+                input_ids=batch.real(batch.ids_BT)[None],
+                position_ids=packing.positions_1N,
+                use_cache=False,
+                packing=packing,
+            )
+        embedded_BTD = batch.back(kept[0][0]) if embedded else None
+        return Forward(batch.back(output.last_hidden_state[0]), embedded_BTD, None)
 
     def new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -200,7 +230,9 @@ class Backbone:
         ids_BT = torch.arange(1, 4, device=self.device)[None] % self.vocabulary_VD.shape[0]
         with torch.no_grad():
             want = self.model(input_ids=ids_BT).logits
-            have = self.logits(self.forward(TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())).hidden_BTD)
+            batch = TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())
+            # The plain pass: a packed one rounds differently in bfloat16
+            have = self.logits(self.forward(batch, twice_differentiable=True).hidden_BTD)
         if not torch.allclose(want.float(), have.float(), atol=1e-2, rtol=1e-2):
             raise ValueError(
                 f"{self.name} ({self.model.config.model_type}) makes its logits in a way ephemera does not know: "

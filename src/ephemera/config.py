@@ -304,6 +304,7 @@ class Benchmark(Settings):
     output: str = Field(default="runs/benchmark", description="folder of records and tables")
     models: list[ModelSettings] = Field(default=[ModelSettings()], min_length=1, description="rows of the table")
     variants: list[Variant] = Field(default=[Variant(name="Base")], min_length=1, description="of each model")
+    against: list[str] = Field(default=[], description="variants to compare the others with; default: the first")
     data: BenchmarkData = BenchmarkData()
     scoring: list[Literal["choices", "generate"]] = Field(
         default=["choices", "generate"],
@@ -325,6 +326,9 @@ class Benchmark(Settings):
                 raise ValueError(f"two {what} have the same name; a table could not tell them apart")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples > 1 needs temperature > 0: greedy answers would all be the same")
+        for name in self.against:
+            if name not in [v.name for v in self.variants]:
+                raise ValueError(f"against names {name!r}, which is no variant's name")
         known = [entry.task for entry in self.data.tasks]
         for variant in self.variants:
             for task in variant.tasks or []:

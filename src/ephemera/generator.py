@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,11 +138,12 @@ class LoraGenerator(nn.Module):
         e_layer_LH, e_module_MH, e_matrix_2H = (e.weight @ W1.T for e in (self.layer, self.module, self.matrix))
         c_BLMKH = prompt_BH[:, None, None, None] + e_layer_LH[:, None, None] + e_module_MH[:, None] + e_matrix_2H
         z_BLMKH = self.norm(self.second(F.gelu(c_BLMKH)))
+        wide = torch.promote_types(z_BLMKH.dtype, torch.float32)  # adapters are never bfloat16
         made = []
         for m, module in enumerate(self.modules_of_heads):
             z_BLKH = z_BLMKH[:, :, m] if len(module.layers) == z_BLMKH.shape[1] else z_BLMKH[:, module.layers, m]
-            A = self.A_heads[m](z_BLKH[:, :, 0]).unflatten(-1, (self.r, module.in_features))
-            B = self.B_heads[m](z_BLKH[:, :, 1]).unflatten(-1, (module.out_features, self.r))
+            A = self.A_heads[m](z_BLKH[:, :, 0]).to(wide).unflatten(-1, (self.r, module.in_features))
+            B = self.B_heads[m](z_BLKH[:, :, 1]).to(wide).unflatten(-1, (module.out_features, self.r))
             made.append((A, B))
         return made
 
@@ -162,6 +164,15 @@ class LoraGenerator(nn.Module):
 
     def _init(self, backbone: Backbone, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
         return self.lora(backbone.projections, self.state_BH(backbone, batch))
+
+    def in_dtype(self, dtype: torch.dtype) -> LoraGenerator:
+        """One that computes in `dtype`, for inference beside a model in it; adapters are float32 all the same.
+
+        h is standardised in float32 first: a feature's mean can be large beside its deviation.
+        """
+        made = copy.deepcopy(self).to(dtype)
+        made.mean_H, made.std_H = self.mean_H, self.std_H
+        return made
 
     def check(self, backbone: Backbone) -> None:
         """ValueError if it was made for another model, or for other modules of it."""
@@ -234,6 +245,17 @@ def check_init(init: Init, backbone: Backbone) -> None:
     """ValueError where an init was made for another model; others' own inits are taken as they are."""
     if isinstance(init, LoraGenerator | PeftInit):
         init.check(backbone)
+
+
+def place_init(init: Init, backbone: Backbone) -> Init:
+    """The init, checked, on the model's device; beside a bfloat16 model, a generator not in training computes in that."""
+    check_init(init, backbone)
+    if isinstance(init, nn.Module):
+        init.to(backbone.device)
+    trained = isinstance(init, LoraGenerator) and any(p.requires_grad for p in init.parameters())
+    if isinstance(init, LoraGenerator) and backbone.dtype == torch.bfloat16 and not trained:
+        return init.in_dtype(backbone.dtype)
+    return init
 
 
 def lora_of(init: Init) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ephemera.backbone import Backbone, encode_answer, encode_prompt, load_backb
 from ephemera.depth import Lower
 from ephemera.errors import unknown
 from ephemera.export import export_peft
-from ephemera.generator import check_init, load_init, lora_of, targets_of
+from ephemera.generator import load_init, lora_of, place_init, targets_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import batch_tokens, length_batches, pad
@@ -297,10 +297,7 @@ class AdaptiveLM:
 
     def _init(self, init: InitLike) -> Init:
         made = load_init(init) if isinstance(init, str | Path) else init or ZeroInit()
-        check_init(made, self.backbone)
-        if isinstance(made, torch.nn.Module):
-            made.to(self.backbone.device)
-        return made
+        return place_init(made, self.backbone)
 
     def _rate(self, rate: RateLike) -> Rate | None:
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate

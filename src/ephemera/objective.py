@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ephemera.packed import Packing
+
 CHUNK_TOKENS = 512  # logits held at once: 512 x 49,152 float32 are 100 MB
 CPU_SOFTMAX_TOKENS = 16  # rows turned into probabilities at once on a CPU: few enough to stay in its cache
 
@@ -34,6 +36,26 @@ class TokenBatch:
     def position_ids_BT(self) -> Tensor:
         """Counted from each prompt's first real token, on either padding side."""
         return (self.mask_BT.long().cumsum(1) - 1).clamp(min=0)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """The real tokens alone, in the order of `ids_BT[mask_BT]`."""
+        return Packing(tuple(self.lengths_B.tolist()), self.ids_BT.device)
+
+    @cached_property
+    def _places_N(self) -> Tensor:
+        return self.mask_BT.flatten().nonzero()[:, 0]
+
+    def real(self, x_BTD: Tensor) -> Tensor:
+        """[B,T,...] -> [N,...]: what stands at real tokens."""
+        x_PD = x_BTD.flatten(0, 1)
+        return x_PD.index_select(0, self._places_N) if self.padded else x_PD
+
+    def back(self, x_ND: Tensor) -> Tensor:
+        """[N,...] -> [B,T,...], zero at padding."""
+        if self.padded:
+            x_ND = x_ND.new_zeros(self.mask_BT.numel(), *x_ND.shape[1:]).index_copy(0, self._places_N, x_ND)
+        return x_ND.unflatten(0, self.mask_BT.shape)
 
     def to(self, device: torch.device | str) -> TokenBatch:
         return TokenBatch(self.ids_BT.to(device), self.mask_BT.to(device))

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ephemera.backbone import Backbone
+from ephemera.decode import decoding, make_room
 from ephemera.depth import Lower
-from ephemera.lora import LoraBatch, attach
+from ephemera.lora import LoraBatch
 from ephemera.objective import CHUNK_TOKENS, TokenBatch, mean_nll, pad, token_nll
 
 
@@ -97,12 +98,13 @@ class Prefill:
             lora = lora.rows(torch.arange(lora.batch_size).repeat_interleave(repeats))
         if repeats == 1 and self.batch.ids_BT.shape[1] > 1:
             self.cache.crop(-1)  # generate reads the last prompt token itself, to get the first logits
+            make_room(self.cache, kwargs.get("max_new_tokens"))
             inputs["past_key_values"] = self.cache
         inputs.setdefault("do_sample", False)
         if not inputs["do_sample"]:  # the model's own sampling defaults do not apply to greedy decoding
             inputs = {"temperature": None, "top_p": None, "top_k": None, **inputs}
         model = self.backbone.model
-        with attach(model, lora):
+        with decoding(model, lora):
             ids = model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=self.batch.ids_BT,
                 attention_mask=self.batch.mask_BT.long(),

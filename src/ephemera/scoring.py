@@ -64,6 +64,16 @@ def batches_of(backbone: Backbone, rows: Sequence[Encoded], batch_size: int) -> 
     return [[rows[i] for i in b] for b in made]
 
 
+def parts_of(backbone: Backbone, rows: Sequence[Encoded]) -> list[slice]:
+    """What passes through the model at once: neighbours that were joined may be longer than the device likes."""
+    parts, start = [], 0
+    for some in batches_of(backbone, rows, len(rows)):
+        assert [row.id for row in some] == [row.id for row in rows[start : start + len(some)]], "rows by length"
+        parts.append(slice(start, start + len(some)))
+        start += len(some)
+    return parts
+
+
 def answer_nll(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch | None) -> Tensor:
     """Mean NLL [B] over each row's answer tokens under the given adapters."""
     return prefill(backbone, prompt_batch(backbone, rows), lora).answer_nll([row.answer for row in rows])

@@ -8,10 +8,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from ephemera import __version__
-from ephemera.cli import about, answer, evaluate, train
+from ephemera.cli import about, answer, chat, evaluate, serve, train
 from ephemera.cli.options import app
 
-__all__ = ["about", "answer", "app", "evaluate", "main", "train"]
+__all__ = ["about", "answer", "app", "chat", "evaluate", "main", "serve", "train"]
 
 
 def _version(show: bool) -> None:

@@ -1,14 +1,15 @@
-"""Commands about the installation: models, doctor, demo."""
+"""Commands about the installation: models, doctor, bench, demo."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ephemera.cli.options import app, quiet
+from ephemera.cli.options import Model, app, quiet
 from ephemera.store import DEFAULT_MODEL
 
 
@@ -44,6 +45,39 @@ def doctor() -> None:
 
     quiet()
     raise typer.Exit(examine())
+
+
+@app.command(
+    epilog="""Examples:
+
+    ephemera bench
+
+    ephemera bench --steps 3 --json"""
+)
+def bench(
+    model: Model = DEFAULT_MODEL,
+    steps: Annotated[int, typer.Option("--steps", "-k", min=1, help="Gradient steps on each prompt.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0, help="About how long; two rounds are always made.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
+) -> None:
+    """Measure what adapting costs on this machine's CPU, and say it in words."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ephemera.bench.quick import bench, table, verdict
+
+    quiet()
+    results = bench(model, steps=steps, minutes=minutes)
+    results["verdict"] = verdict(results)
+    if as_json:
+        print(json.dumps(results))
+        return
+    head, *rows = table(results)
+    shown = Table(*head)
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    print("\n".join(f"- {line}" for line in results["verdict"]))
 
 
 @app.command(

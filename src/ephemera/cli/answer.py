@@ -36,6 +36,8 @@ from ephemera.store import DEFAULT_MODEL
 
     ephemera answer --file prompts.jsonl --json
 
+    ephemera answer --compare --init taskweaver "Question: what turns a mill? Answer:"
+
     cat article.txt | ephemera answer --rate 0.05 --max-new-tokens 100"""
 )
 def answer(
@@ -64,7 +66,8 @@ def answer(
     answers = lm.generate(prompts, adaptation=adaptation, max_new_tokens=max_new_tokens)
     bases: list[str | None] = [None] * len(prompts)
     if compare:
-        bases = list(lm.generate(prompts, steps=0, max_new_tokens=max_new_tokens))
+        plain = lm.adapt(prompts, steps=0, init="zero")  # --init may be a generator: that is no base model
+        bases = list(lm.generate(prompts, adaptation=plain, max_new_tokens=max_new_tokens))
     for row, (text, base) in enumerate(zip(answers, bases, strict=True)):
         note = adaptation.notes[row]
         if as_json:
@@ -129,6 +132,11 @@ def _moves(steps: int | None, rate: str | None, init: str) -> tuple[int, str | N
     """Steps and their rate; the shipped default rate was trained from the zero start, so it is not another's."""
     if steps is None:
         steps = 3 if init == "zero" or rate is not None else 0
+    if steps and rate is None and init != "zero":
+        raise ValueError(
+            f"--steps {steps} from --init {init} needs a --rate: the default, {DEFAULT_RATE}, was trained from the zero start. "
+            "Give a number, or a folder that `ephemera train scalenet` wrote with this init."
+        )
     return steps, (rate or DEFAULT_RATE) if steps else None
 
 

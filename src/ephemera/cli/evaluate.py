@@ -86,7 +86,9 @@ def analyse(
     set_: SetOption = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """What a generator's adapters depend on: norms, likeness within and between tasks, answers with others' adapters."""
+    """What a generator's adapters depend on: norms, likeness within and between tasks, answers with others' adapters.
+
+    A stopped run goes on where it was."""
     from ephemera.config import Analyse, dump_yaml, load_config
 
     settings = load_config(Analyse, str(config) if config else None, set_)

@@ -16,11 +16,11 @@ from rich.progress import track
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, encode_answer, load_backbone
-from ephemera.config import Benchmark, ModelSettings, Variant, fill, source_of
+from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
-from ephemera.generator import check_init, load_init, targets_of
+from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, load_rate
@@ -37,17 +37,36 @@ class Rows:
         chat, system = config.data.format == "chat", data.task.system
         self.task = data.task
         self.examples = {e.id: e for e in data.examples}
-        self.rows, self.long = encode_examples(
-            backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=system
-        )
         self.choices = {
             e.id: [encode_answer(backbone.tokenizer, e.prompt, c, chat=chat, system=system) for c in e.choices]
             for e in data.examples
         }
+        for example in data.examples:
+            self._check_room(example, 0, backbone)
+        self.rows, self.long = encode_examples(
+            backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=system
+        )
+        for row in self.rows:
+            self._check_room(self.examples[row.id], len(row.prompt), backbone)
+
+    def _check_room(self, example: Example, prompt_tokens: int, backbone: Backbone) -> None:
+        """ValueError where a choice, after its prompt, does not fit into the model's window.
+
+        A row whose prompt and gold answer are too long is left out, and counted; scoring another choice would fail.
+        """
+        for text, ids in zip(example.choices, self.choices[example.id], strict=True):
+            if prompt_tokens + len(ids) > backbone.max_length:
+                after = f" after a prompt of {prompt_tokens}" if prompt_tokens else ""
+                raise ValueError(
+                    f"{example.place}: field {self.task.choices_field!r} has a choice of {len(ids)} tokens{after} "
+                    f"({text[:30]!r} ...), more than the window of {backbone.name} holds ({backbone.max_length}). Shorten "
+                    "it, or leave the row out."
+                )
 
 
 def benchmark(config: Benchmark) -> Path:
     """Fill the table, resuming what the folder already holds. Ctrl-C keeps all finished records."""
+    check_mixture(config.data)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     data = {entry.task: _load(config, entry) for entry in config.data.tasks}
@@ -73,7 +92,8 @@ def benchmark(config: Benchmark) -> Path:
                 run["models"][settings.name] = backbone.fingerprint()
                 for found in data.values():
                     rows = Rows(backbone, found, config)
-                    run["left_out_as_too_long"][found.task.name] = rows.long
+                    label = found.task.name if len(config.models) == 1 else f"{found.task.name} ({settings.name})"
+                    run["left_out_as_too_long"][label] = rows.long
                     for variant in variants:
                         if variant.tasks is not None and found.task.name not in variant.tasks:
                             continue
@@ -83,6 +103,12 @@ def benchmark(config: Benchmark) -> Path:
         raise SystemExit(130) from None
     write_json(folder / RUN, run)
     return folder
+
+
+def check_mixture(data: MixtureSettings) -> None:
+    """ValueError where a setting of training mixtures is given: here it would be ignored."""
+    if data.stop != "samples" or any(entry.weight != 1 for entry in data.tasks):
+        raise ValueError("data.stop and the tasks' weight are for training mixtures; every row counts alike here.")
 
 
 def _load(config: Benchmark, entry: Any) -> Dataset:
@@ -100,7 +126,9 @@ def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset], *, fres
     `seen` keeps what every record was made with, by name; what comes again under a name must be the same.
     """
     settings = config.model_dump(mode="json")
-    common = {k: v for k, v in settings.items() if k not in ("output", "variants", "models", "repeats", "data")}
+    common = {
+        k: v for k, v in settings.items() if k not in ("output", "variants", "against", "models", "repeats", "data")
+    }
     common |= {f"data.{k}": v for k, v in settings["data"].items() if k not in ("tasks", "source")}
     del common["allow_code_execution"]
     now: dict[str, Any] = {f"setting {k}": v for k, v in common.items()}
@@ -167,7 +195,7 @@ def _fill(
 ) -> None:
     zero = settings.lora.model_dump(exclude={"target_modules", "layers"})
     init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
-    check_init(init, backbone)
+    init = place_init(init, backbone)
     rule = load_rate(variant.rate) if variant.rate is not None and variant.steps else None
     if rule is not None:
         rule.check(backbone)
@@ -175,9 +203,8 @@ def _fill(
             raise ValueError(
                 f"variant {variant.name!r}: {variant.steps} steps, but its rate has at most {rule.max_steps}."
             )
-    for part in (init, rule):
-        if isinstance(part, torch.nn.Module):
-            part.to(backbone.device)
+    if isinstance(rule, torch.nn.Module):
+        rule.to(backbone.device)
     for repeat in range(config.repeats):
         batches = batches_of(backbone, rows.rows, config.batch_size)
         label = f"{rows.task.name}, {variant.name}"
@@ -211,7 +238,7 @@ def _answer(
     seconds = (time.perf_counter() - start) / len(some)
     texts: list[list[str]] | None = None
     if "generate" in config.scoring:
-        texts = _generate(read, rows.task, len(some), config, seed)
+        texts = _generate(read, rows.task, len(some), config, f"{seed}:{' '.join(row.id for row in some)}")
     return [
         AnswerRecord(
             model=settings.name,
@@ -247,12 +274,12 @@ def _choice_logprobs(read: Prefill, choices: Sequence[Sequence[Sequence[int]]]) 
     return [[round(x, 5) for x in line[: len(c)]] for line, c in zip(table_BC, choices, strict=True)]
 
 
-def _generate(read: Prefill, task: Task, count: int, config: Benchmark, seed: int) -> list[list[str]]:
-    """`samples` texts for each row."""
+def _generate(read: Prefill, task: Task, count: int, config: Benchmark, seed: str) -> list[list[str]]:
+    """`samples` texts for each row; batches draw on their own, so that a resumed run draws the same."""
     settings: dict[str, Any] = {"max_new_tokens": config.max_new_tokens or task.max_new_tokens}
     if config.temperature > 0:
         settings |= {"do_sample": True, "temperature": config.temperature, "top_p": 1.0, "top_k": 0}
-        torch.manual_seed(seed)
+        torch.manual_seed(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little", signed=True))
     if config.samples > 1:
         settings["num_return_sequences"] = config.samples
     texts = read.backbone.tokenizer.batch_decode(read.generate(**settings), skip_special_tokens=True)

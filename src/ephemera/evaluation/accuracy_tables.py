@@ -18,6 +18,7 @@ from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table
 
 Metric = Callable[[AnswerRecord], float | None]
 Key = tuple[str, str]  # model, variant
+GOLD = "(right answers)"
 
 
 def by_sum(record: AnswerRecord) -> float | None:
@@ -107,6 +108,36 @@ def differences(records: Sequence[AnswerRecord], metric: Metric, base: str) -> d
     return found
 
 
+def commonest_place(records: Sequence[AnswerRecord]) -> dict[Key, dict[str, float]]:
+    """Share of rows whose likeliest choice stands at the place chosen most; under (model, "right answers") the gold's."""
+    places: dict[Key, dict[str, Counter[int]]] = {}
+    for record in records:
+        if record.choice_logprobs and record.gold is not None and np.isfinite(record.choice_logprobs).all():
+            for variant, place in ((record.variant, int(np.argmax(record.choice_logprobs))), (GOLD, record.gold)):
+                places.setdefault((record.model, variant), {}).setdefault(record.task, Counter())[place] += 1
+    return {
+        key: {task: found.most_common(1)[0][1] / found.total() for task, found in tasks.items()}
+        for key, tasks in places.items()
+    }
+
+
+def by_repeat(records: Sequence[AnswerRecord], metric: Metric) -> dict[Key, dict[str, list[float]]]:
+    """{(model, variant): {task: mean over rows of each repeat}}; a repeat that was not finished is left out."""
+    values: dict[Key, dict[str, dict[int, list[float]]]] = {}
+    for record in records:
+        value = metric(record)
+        if value is not None:
+            repeats = values.setdefault((record.model, record.variant), {}).setdefault(record.task, {})
+            repeats.setdefault(record.repeat, []).append(value)
+    return {
+        key: {
+            task: [float(np.mean(v)) for _, v in sorted(found.items()) if len(v) == max(map(len, found.values()))]
+            for task, found in tasks.items()
+        }
+        for key, tasks in values.items()
+    }
+
+
 def write_tables(folder: Path) -> Path:
     """results.json and table.md from the folder's records."""
     run: dict[str, Any] = json.loads((folder / RUN).read_text())
@@ -119,22 +150,50 @@ def write_tables(folder: Path) -> Path:
         for r in read_records(folder / RECORDS, AnswerRecord)
         if r.variant in variants and r.model in models and r.task in tasks
     ]
-    base = run["config"]["variants"][0]["name"]
+    bases = run["config"].get("against") or [run["config"]["variants"][0]["name"]]
     results: dict[str, Any] = {"conditions": dict(_conditions(run, records))}
     parts = [f"# Benchmark: {', '.join(m['name'] for m in run['config']['models'])}\n"]
     for name, (title, metric) in METRICS.items():
         means = summarize(records, metric)
         if not means:
             continue
-        paired = differences(records, metric, base)
         percent = name != "nll"
         results[name] = _plain(means)
-        results[f"{name}_against_{base}"] = _plain(paired)
         note = f"In brackets the {LEVEL} % interval over rows. {'Higher' if percent else 'Lower'} is better."
         parts.append(_table(title, note, means, tasks, percent, signed=False).markdown())
-        if paired:
-            note = f"Paired by row, with its {LEVEL} % interval."
-            parts.append(_table(f"{title}: difference to {base}", note, paired, tasks, percent, signed=True).markdown())
+        for base in bases:
+            paired = differences(records, metric, base)
+            if paired:
+                results[f"{name}_against_{base}"] = _plain(paired)
+                note = f"Paired by row, with its {LEVEL} % interval."
+                heading = f"{title}: difference to {base}"
+                parts.append(_table(heading, note, paired, tasks, percent, signed=True).markdown())
+        repeats = by_repeat(records, metric) if run["config"]["repeats"] > 1 else {}
+        if repeats:
+            results[f"{name}_by_repeat"] = [
+                {"model": model, "variant": variant, "task": task, "means": found}
+                for (model, variant), cells in repeats.items()
+                for task, found in cells.items()
+            ]
+            note = "Mean over rows of each whole evaluation: their mean, and in brackets the lowest and the highest."
+            spread = {key: {t: _spread(v) for t, v in cells.items()} for key, cells in repeats.items()}
+            parts.append(
+                _table(f"{title}: from repeat to repeat", note, spread, tasks, percent, signed=False).markdown()
+            )
+    places = commonest_place(records)
+    if places:
+        results["commonest_place"] = [
+            {"model": model, "variant": variant, "task": task, "share": share}
+            for (model, variant), cells in places.items()
+            for task, share in cells.items()
+        ]
+        shown = [t for t in tasks if any(t in cells for cells in places.values())]
+        rows = [
+            [*key, *(f"{100 * cells[t]:.0f}" if t in cells else EMPTY for t in shown)] for key, cells in places.items()
+        ]
+        note = "A variant that always takes the same place of the list (entailment, yes, the first ending) has 100."
+        title = "Rows with the place chosen most often, by log-probability, %"
+        parts.append(Table(title, note, ["model", "variant", *shown], rows, labels=2).markdown())
     stated = "\n".join(f"- {k}: {f'`{v}`' if k == 'Command' else v}" for k, v in _conditions(run, records))
     write_json(folder / RESULTS, results)
     write_bytes(folder / TABLE_MD, ("\n".join(parts) + f"\n## Conditions\n\n{stated}\n").encode())
@@ -150,6 +209,10 @@ def _table(
         for (model, variant), row in cells.items()
     ]
     return Table(title, note, ["model", "variant", *shown], rows, labels=2)
+
+
+def _spread(means: Sequence[float]) -> Estimate:
+    return Estimate(float(np.mean(means)), min(means), max(means), len(means))
 
 
 def _cell(estimate: Estimate | None, percent: bool, signed: bool) -> str:

@@ -1,15 +1,15 @@
-"""run.json, records.jsonl, results.json and table.md of an analysis, with the conditions they hold under."""
+"""results.json and table.md of an analysis, with the conditions they hold under."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ephemera.evaluation.analysis import CONTROLS, NEIGHBOURS, SHUFFLES, Analysis, Control, Score
-from ephemera.evaluation.records import RECORDS, RUN, write_bytes, write_json
+from ephemera.evaluation.analysis import CONTROLS, Analysis, Control
+from ephemera.evaluation.grouping import NEIGHBOURS, SHUFFLES, Score
+from ephemera.evaluation.records import write_bytes, write_json
 from ephemera.evaluation.statistics import LEVEL
 from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table, _json_numbers, signed_interval, with_interval
 
@@ -31,9 +31,6 @@ NORMS_NOTE = "Frobenius norm of (alpha / r) B A, mean over prompts: of all proje
 def write_tables(analysis: Analysis) -> Path:
     """Returns the path of table.md; each file appears whole or not at all."""
     folder = analysis.folder
-    lines = [json.dumps(_json_numbers(record)) + "\n" for record in analysis.records]
-    write_bytes(folder / RECORDS, "".join(lines).encode())
-    write_json(folder / RUN, {"kind": "analysis", "config": analysis.config.model_dump(mode="json")})
     write_json(folder / RESULTS, _json_numbers(_results(analysis)))
     path = folder / TABLE_MD
     write_bytes(path, table_md(analysis).encode())

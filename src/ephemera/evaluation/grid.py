@@ -25,12 +25,12 @@ from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
-from ephemera.generator import check_init, load_init, lora_of
+from ephemera.generator import load_init, lora_of, place_init
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
 from ephemera.rates import FixedRate, Rate, load_rate
-from ephemera.scoring import Encoded, batches_of, best, encode_examples, prompt_batch, search_uniform
+from ephemera.scoring import Encoded, batches_of, best, encode_examples, parts_of, prompt_batch, search_uniform
 from ephemera.tasks import Dataset, load_dataset
 
 STOPPED = "stopped: {n} records are kept in {folder}; the same command goes on from there."
@@ -47,6 +47,18 @@ class Adapted:
     fallback: list[bool]
     seconds: float
 
+    @staticmethod
+    def joined(parts: Sequence[Adapted]) -> Adapted:
+        rates = [part.rates for part in parts]
+        return Adapted(
+            lora=LoraBatch.cat([part.lora for part in parts]),
+            initial_lora=LoraBatch.cat([part.initial_lora for part in parts]),
+            prompt_nll=[row for part in parts for row in part.prompt_nll],
+            rates=None if None in rates else [row for some in rates for row in some or []],
+            fallback=[row for part in parts for row in part.fallback],
+            seconds=sum(part.seconds for part in parts),
+        )
+
 
 class Grid:
     """Every (method, K) of a batch, each adapted once; `swapped` reuses what `layerwise` adapted."""
@@ -59,6 +71,10 @@ class Grid:
         self.seed = seed
 
     def adapt(self, rows: Sequence[Encoded], method: str, K: int) -> Adapted:
+        parts = [self._adapt(rows[part], method, K) for part in parts_of(self.backbone, rows)]
+        return parts[0] if len(parts) == 1 else Adapted.joined(parts)
+
+    def _adapt(self, rows: Sequence[Encoded], method: str, K: int) -> Adapted:
         start = time.perf_counter()
         batch = prompt_batch(self.backbone, rows)
         lora = self.init(self.backbone, batch, [self.seed] * len(rows))
@@ -105,25 +121,31 @@ def score(
     max_new_tokens: int,
 ) -> list[Record]:
     """One prefill, then answer NLL, and the generated answer where it is asked for."""
-    start = time.perf_counter()
-    read = prefill(backbone, prompt_batch(backbone, rows), adapted.lora, adapted.initial_lora)
-    prefill_seconds = time.perf_counter() - start
-    nll_B = read.answer_nll([row.answer for row in rows])
-    texts: list[str | None] = [None] * len(rows)
-    if generate:
-        ids = read.generate(max_new_tokens=max_new_tokens)
-        texts = list(backbone.tokenizer.batch_decode(ids, skip_special_tokens=True))
+    nlls: list[float] = []
+    texts: list[str | None] = []
+    fallback: list[bool] = []
+    prefill_seconds = 0.0
+    for part in parts_of(backbone, rows):
+        some, places = rows[part], range(len(rows))[part]
+        start = time.perf_counter()
+        lora, initial_lora = adapted.lora.rows(places), adapted.initial_lora.rows(places)
+        read = prefill(backbone, prompt_batch(backbone, some), lora, initial_lora)
+        prefill_seconds += time.perf_counter() - start
+        nlls += read.answer_nll([row.answer for row in some]).tolist()
+        fallback += read.fallback_B.tolist()
+        ids = read.generate(max_new_tokens=max_new_tokens) if generate else None
+        texts += [None] * len(some) if ids is None else backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
     scorer = RougeScorer(["rougeLsum"])
     return [
         Record(
             method=method,
             K=K,
             id=row.id,
-            nll=nll_B[b].item(),
+            nll=nlls[b],
             tokens=len(row.answer),
             prompt_nll=[round(x, 5) for x in adapted.prompt_nll[b]],
             seconds=(adapted.seconds + prefill_seconds) / len(rows),
-            fallback=adapted.fallback[b] or bool(read.fallback_B[b]),
+            fallback=adapted.fallback[b] or fallback[b],
             rates=[[float(f"{x:.4g}") for x in step] for step in adapted.rates[b]] if adapted.rates else None,
             prompt=None if text is None else _prompt_end(backbone, row),
             answer=None if text is None else answers[row.id],
@@ -155,9 +177,7 @@ def evaluate(config: Evaluate) -> Path:
         layers=config.model.lora.layers,
         attn_implementation=config.model.attn_implementation,
     )
-    check_init(init, backbone)
-    if isinstance(init, torch.nn.Module):
-        init.to(backbone.device)
+    init = place_init(init, backbone)
     rules = load_rules(config, backbone)
     data = load_dataset(
         config.data.task,
@@ -324,13 +344,16 @@ def _settle_uniform(
 
 
 def _at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
-    """A batch of one has no neighbour to swap with: it joins the batch before, or the next one joins it."""
+    """A batch of one has no neighbour to swap with: two of them make a pair, a last one joins the batch before."""
     joined: list[list[Encoded]] = []
     for batch in batches:
-        if joined and (len(batch) == 1 or len(joined[-1]) == 1):
+        if joined and len(joined[-1]) == 1:
             joined[-1] = joined[-1] + batch
         else:
             joined.append(batch)
+    if len(joined) > 1 and len(joined[-1]) == 1:
+        last = joined.pop()
+        joined[-1] = joined[-1] + last
     return joined
 
 

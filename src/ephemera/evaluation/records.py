@@ -62,7 +62,24 @@ class AnswerRecord(BaseModel):
         return self.model, self.variant, self.task, self.repeat, self.id
 
 
-R = TypeVar("R", Record, AnswerRecord)
+class ControlRecord(BaseModel):
+    """One prompt of an analysis: its answer under each kind of adapter; norms and places once all prompts are known."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    task: str
+    id: str
+    tokens: int  # of the answer
+    nll: dict[str, float]  # of each control, mean over the answer's tokens, nats
+    norms: list[float] | None = None  # of each projection's update
+    places: dict[str, list[float]] | None = None  # of its update in two dimensions, by method
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.task, self.id
+
+
+R = TypeVar("R", Record, AnswerRecord, ControlRecord)
 
 
 class RecordFile(Generic[R]):
@@ -96,6 +113,11 @@ class RecordFile(Generic[R]):
             ) from error
         self.records += new
         self.done |= {r.key for r in new}
+
+    def replace(self, records: Sequence[R]) -> None:
+        """The whole file anew, e.g. with what is known only at the end."""
+        self.records, self.done = list(records), {r.key for r in records}
+        self._rewrite()
 
     def _rewrite(self) -> None:
         write_bytes(self.path, "".join(_line(r) for r in self.records).encode())

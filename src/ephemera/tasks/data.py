@@ -106,7 +106,7 @@ def load_dataset(
                 f"{place}: the prompt already ends in its answer ({answer.strip()[:60]!r}); it belongs in field "
                 f"{task.fields[-1]!r} alone."
             )
-        examples.append(Example(_identity(prompt, answer), prompt, answer, choices, tests))
+        examples.append(Example(_identity(prompt, answer), prompt, answer, choices, tests, place))
     if not examples:
         raise ValueError(f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).")
     if limit is not None and limit < len(examples):
@@ -126,6 +126,9 @@ def _check_fields(task: Task, row: Any, place: str) -> None:
     # A row without its answer field counts as a row without an answer; one without a prompt is a mistake.
     if missing and missing != list(task.fields[-1:]):
         raise ValueError(f"{place}: task {task.name!r} needs {', '.join(task.fields)}; missing {', '.join(missing)}.")
+    for field in task.fields[:-1]:
+        if field in row and row[field] is None:
+            raise ValueError(f"{place}: field {field!r} is null.")
     for field in missing:
         row[field] = {"text": []} if task.name == SQUAD.name else ""
 

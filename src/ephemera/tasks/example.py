@@ -14,7 +14,7 @@ class Example:
     """One prompt and its gold answer. `id` is stable across runs.
 
     `choices` holds every allowed answer of a choice task, the gold one (`answer`) among them. `tests` is
-    a program that judges generated code.
+    a program that judges generated code. `place` says where its row stands (file:line), for messages.
     """
 
     id: str
@@ -22,6 +22,7 @@ class Example:
     answer: str
     choices: tuple[str, ...] = ()
     tests: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Task:
     `hub` is (hub id, config); `hub_splits` maps train/validation/test to the hub's names. `wheel` maps
     splits to files of the data wheel, for machines that reach no hub.
 
-    `choices` lists a row's allowed answers. `correct(text, example)` judges a generated text where that
+    `choices` lists a row's allowed answers, and `choices_field` is where a row has them. `correct(text, example)` judges a generated text where that
     needs no code to be run; `tests` gives the program that judges generated code, and `program(text, example)`
     the whole of what is to be run: the code in a generated text, then its tests. `reshape` turns a row of
     another published layout into the one with `fields`. `system` is the system message in the chat format.
@@ -47,6 +48,7 @@ class Task:
     hub_splits: Mapping[str, str]
     wheel: Mapping[str, str]
     choices: Callable[[Row], list[str]] | None = None
+    choices_field: str = ""
     correct: Callable[[str, Example], bool] | None = None
     tests: Callable[[Row], str] | None = None
     program: Callable[[str, Example], str] | None = None

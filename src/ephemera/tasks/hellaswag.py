@@ -30,6 +30,7 @@ HELLASWAG = Task(
     hub_splits={"train": "train[:-500]", "validation": "train[-500:]", "test": "validation"},
     wheel={},
     choices=choices,
+    choices_field="endings",
     correct=correct,
     system="You choose the ending that goes on from a text.",
 )

@@ -18,6 +18,7 @@ OPENBOOKQA = Task(
     hub_splits={"train": "train", "validation": "validation", "test": "test"},
     wheel={},
     choices=lettered_choices,
+    choices_field="choices.text",
     correct=correct,
     system=SYSTEM,
 )

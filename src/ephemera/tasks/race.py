@@ -34,6 +34,7 @@ RACE_MIDDLE = Task(
     hub_splits={"train": "train", "validation": "validation", "test": "test"},
     wheel={},
     choices=choices,
+    choices_field="options",
     correct=correct,
     system="You answer questions about a passage by repeating one of the given choices.",
 )

@@ -30,6 +30,7 @@ WINOGRANDE = Task(
     hub_splits={"train": "train[:-500]", "validation": "train[-500:]", "test": "validation"},
     wheel={},
     choices=choices,
+    choices_field="option1, option2",
     correct=correct,
     system="You say which of two words a blank stands for.",
 )

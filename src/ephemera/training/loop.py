@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ephemera.config import OptimizerSettings
+from ephemera.objective import batch_tokens, length_batches
 from ephemera.scoring import Encoded
 
 SKIPS = 10  # steps in a row without a finite gradient, after which training stops
@@ -114,7 +115,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, len(plan), settings)
         optimizer.zero_grad(set_to_none=True)
-        report = trainee.backward([rows[i] for i in share], step) if share else None
+        report = _backward(trainee, [rows[i] for i in share], step, accelerator) if share else None
         if accelerator.num_processes > 1:
             _average_gradients(network, accelerator, weight=len(share) / len(plan[step]))
         if _has_gradients(network):
@@ -141,6 +142,50 @@ def train(
             metrics.log(step + 1, trainee.validate())
         if (last or (step + 1) % schedule.checkpoint_every == 0) and accelerator.is_main_process:
             _checkpoint(folder, step + 1, network, optimizer)
+
+
+def _backward(
+    trainee: Trainee, rows: Sequence[Encoded], step: int, accelerator: Accelerator
+) -> dict[str, float] | None:
+    """The batch's mean gradient, from parts of no more tokens than the device likes at once.
+
+    Each part leaves the mean over its own rows on top of what is there. Weighed by its share of the rows the sum is
+    the mean over all: what is there is scaled before each part, so that one factor is right for all at the end.
+    """
+    lengths = [len(row.prompt) + len(row.answer) for row in rows]
+    parts = length_batches(lengths, batch_size=len(rows), max_tokens=batch_tokens(accelerator.device))
+    if len(parts) == 1:
+        return trainee.backward(rows, step)
+    reports: list[tuple[int, dict[str, float]]] = []
+    last = len(parts[0])
+    for part in parts:
+        _scale_gradients(trainee.network, last / len(part))
+        last = len(part)
+        report = trainee.backward([rows[i] for i in part], step)
+        if report is not None:
+            reports.append((len(part), report))
+    _scale_gradients(trainee.network, last / len(rows))
+    return _pooled(reports) if reports else None
+
+
+def _scale_gradients(network: nn.Module, factor: float) -> None:
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def _pooled(reports: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """One report of several parts: rows lost are counted, all else is the mean over the rows that have it."""
+    pooled: dict[str, float] = {}
+    for key in reports[0][1]:
+        if key == "non_finite":
+            pooled[key] = sum(report[key] for _, report in reports)
+            continue
+        rows = [(n - report.get("non_finite", 0) if key == "nll" else n, report[key]) for n, report in reports]
+        finite = [(n, value) for n, value in rows if math.isfinite(value)]
+        total = sum(n for n, _ in finite)
+        pooled[key] = sum(n * value for n, value in finite) / total if total else math.nan
+    return pooled
 
 
 def _lost(report: dict[str, float] | None, accelerator: Accelerator) -> bool:

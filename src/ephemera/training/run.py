@@ -10,7 +10,16 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from ephemera.backbone import Backbone, load_backbone
-from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
+from ephemera.config import (
+    LoraSettings,
+    OptimizerSettings,
+    TrainGenerator,
+    TrainLens,
+    TrainScaleNet,
+    TrainTaskLora,
+    check_config,
+    dump_yaml,
+)
 from ephemera.training.loop import clear
 
 Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora, TrainLens)
@@ -23,6 +32,13 @@ def open_run(
     layers: str | list[int] = "all",
 ) -> tuple[Accelerator, Backbone]:
     """The accelerator, with its trackers, and the frozen model on its device."""
+    if not isinstance(config, TrainScaleNet):  # no setting is silently ignored
+        unused = {"optimizer.clip_prompt": (config.optimizer.clip_prompt, OptimizerSettings().clip_prompt)}
+        if isinstance(config, TrainTaskLora):  # PEFT starts A in its own way
+            unused["model.lora.init_std"] = (config.model.lora.init_std, LoraSettings().init_std)
+        for key, (given, default) in unused.items():
+            if given != default:
+                raise ValueError(f"{key}={given} has no effect on this training; leave it at {default}.")
     available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
     for tracker in config.trackers:
         if not available[tracker]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
 from ephemera.config import DataSettings, ObjectiveSettings, TrainScaleNet, fill
-from ephemera.generator import check_init, load_init, targets_of
+from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.lens import Lens, load_lens
 from ephemera.lora import LoraBatch
@@ -267,18 +267,16 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     """`ephemera train scalenet`: returns the folder of the trained network, `<output>/network`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules", "layers"}))
     lora = config.model.lora
+    init = load_init(config.init, **lora.model_dump(exclude={"target_modules", "layers"}))
     accelerator, backbone = open_run(config, folder, targets_of(init) or lora.target_modules, lora.layers)
-    check_init(init, backbone)
+    init = place_init(init, backbone)
     objective = settled_objective(config.objective)
     objective.check(backbone)
     if config.scalenet.sparsity and config.scalenet.granularity == "step":
         raise ValueError(
             "scalenet.sparsity drops projections one by one; a step-wise network has one rate for all of them."
         )
-    if isinstance(init, torch.nn.Module):
-        init.to(backbone.device)
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
     config = _settle(config, folder, backbone, init, validation, accelerator, objective, resume=resume)
     assert config.scalenet.base_rates is not None

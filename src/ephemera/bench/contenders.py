@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.prompts import examples
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, encode_answer, encode_prompt
+from ephemera.bench.prompts import examples
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import batch_tokens, length_batches, pad

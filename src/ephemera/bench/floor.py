@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.contenders import initial_lora
 from ephemera.backbone import Backbone
+from ephemera.bench.contenders import initial_lora
 from ephemera.lora import attach
 from ephemera.objective import pad
 

@@ -1,0 +1,1 @@
+"""What `ephemera bench` and benchmarks/ share: prompts, contenders that take turns, the arithmetic's floor."""

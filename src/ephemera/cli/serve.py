@@ -1,0 +1,117 @@
+"""The command that serves."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Annotated
+
+import typer
+
+from ephemera.cli.options import Device, Dtype, Model, app, quiet
+from ephemera.store import DEFAULT_MODEL
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+Rates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rate",
+        "-r",
+        help="Name, folder or number; one of each kind (fixed, stepwise, layerwise, averaged). Repeatable. Default: what "
+        "ships for the model, or 0.05.",
+        show_default=False,
+    ),
+]
+Start = Annotated[
+    str | None,
+    typer.Option("--init", "-i", help="zero, a generator or a PEFT folder. Default: what ships.", show_default=False),
+]
+
+
+@app.command(
+    epilog="""Examples:
+
+    ephemera serve
+
+    ephemera serve --port 8080 --rate scalenet-squad --init zero --steps 1
+
+    EPHEMERA_API_KEYS=first,second ephemera serve --host 0.0.0.0"""
+)
+def serve(
+    model: Model = DEFAULT_MODEL,
+    rate: Rates = None,
+    init: Start = None,
+    steps: Annotated[int, typer.Option("--steps", "-k", min=0, help="Steps of a request that names none.")] = 3,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    dtype: Dtype = None,
+    device: Device = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that clients must send. Repeatable; or EPHEMERA_API_KEYS=A,B.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without keys.")] = False,
+    cors: Annotated[list[str] | None, typer.Option(help="An origin whose pages may call. Repeatable.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more get 429.")] = 256,
+    max_steps: Annotated[int, typer.Option(min=1, help="Most steps a request may ask for.")] = 8,
+    max_prompt_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    max_body: Annotated[int, typer.Option(min=1024, help="Largest request body, in bytes.")] = 1 << 20,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds until a request is given up.")] = 300,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that a shutdown waits for answers under way.")] = 30,
+) -> None:
+    """Serve OpenAI's API, adapting to every request, and a page to try it."""
+    keys = [*(api_key or []), *filter(None, (k.strip() for k in os.environ.get("EPHEMERA_API_KEYS", "").split(",")))]
+    if any(not key.strip() for key in api_key or []):
+        raise ValueError("--api-key is empty; give a key of your own choice, e.g. --api-key $(openssl rand -hex 16).")
+    if host not in LOOPBACK and not keys and not insecure:
+        raise ValueError(
+            f"--host {host} opens the server to others, and no API key is set. Give --api-key KEY (or "
+            "EPHEMERA_API_KEYS), or --insecure if whoever reaches this address may use it."
+        )
+    try:
+        import uvicorn
+
+        from ephemera.serving.app import Settings, create_app
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; `pip install 'ephemera[serve]'` brings it.") from None
+    listening = _bind(host, port)
+    from ephemera.model import AdaptiveLM
+    from ephemera.serving import methods
+    from ephemera.serving.engine import Engine
+    from ephemera.serving.metrics import Metrics
+    from ephemera.serving.prompts import Limits, Reader
+
+    quiet()
+    rates, start = methods.specs(model, rate or [], init)
+    lm = AdaptiveLM.from_pretrained(model, init=start, dtype=dtype, device=device)
+    known = methods.build(lm.backbone, lm.init, rates, most_steps=max_steps)
+    limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
+    metrics = Metrics()
+    engine = Engine(lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics).start()
+    reader = Reader(lm.backbone, known, steps=steps, limits=limits)
+    web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {', '.join(m.model_id for m in known)}", file=sys.stderr)
+    print(f"at http://{shown}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
+    config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=drain, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """The socket to listen on; taken before the model is loaded, so that a taken port is known at once."""
+    listening: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        if listening is not None:
+            listening.close()
+        raise ValueError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another with --host and --port."
+        ) from None
+    return listening

@@ -1,0 +1,163 @@
+"""Decoding with adapters: a token a row and pass, so that copies and the layout of tiny products decide.
+
+Everything here is for inference: no gradient passes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ephemera.lora import LoraBatch
+
+ROOM = 64  # tokens that a cache has room for where their number is not known
+
+
+class DecodeLinear(nn.Module):
+    """A frozen linear module and the factors of its adapters, cast, scaled and laid out once.
+
+    `factors` holds, for each adapter, the output rows it sits on (None: all), A^T [B,I,R] and scaling * B^T [B,R,O].
+    """
+
+    def __init__(self, base: nn.Module, factors: Sequence[tuple[Tensor | None, Tensor, Tensor]]):
+        super().__init__()
+        self.base = base
+        self.factors = tuple(factors)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        y_BTO = self.base(x_BTI)
+        for rows, A_BIR, B_BRO in self.factors:
+            xa_BTR = torch.bmm(x_BTI.to(A_BIR.dtype), A_BIR)
+            if rows is not None:
+                y_BTO.index_add_(2, rows, torch.bmm(xa_BTR, B_BRO).to(y_BTO.dtype))
+            elif y_BTO.dtype == B_BRO.dtype:
+                y_BTO.baddbmm_(xa_BTR, B_BRO)
+            else:
+                y_BTO.add_(torch.bmm(xa_BTR, B_BRO))
+        return y_BTO
+
+
+@contextmanager
+def decoding(model: nn.Module, lora: LoraBatch | None) -> Iterator[None]:
+    """Decode with these adapters; whatever happens inside, the model's own modules and weights are back after.
+
+    A single row goes into the weights where that loses nothing (`mergeable`), so that it costs nothing per
+    token; adapters that do nothing (B = 0) are left out; all others stay factors, prepared once.
+    """
+    if lora is None or not any(bool(B_BOR.any()) for B_BOR in lora.B):
+        yield
+    elif mergeable(model, lora):
+        with merged(model, lora):
+            yield
+    else:
+        with prepared(model, lora):
+            yield
+
+
+def mergeable(model: nn.Module, lora: LoraBatch) -> bool:
+    """One row, on plain linear modules that are as wide as the adapter.
+
+    Rounded to bfloat16, W + BA keeps W where BA is below half a unit of W's last place: a bold step lost 7 % of its
+    adapter so, a small one most of it (docs/performance.md).
+    """
+    modules = [model.get_submodule(p.module) for p in lora.projections]
+    return lora.batch_size == 1 and all(
+        type(m) is nn.Linear and m.weight.dtype == A_BRI.dtype for m, A_BRI in zip(modules, lora.A, strict=True)
+    )
+
+
+@contextmanager
+def merged(model: nn.Module, lora: LoraBatch, row: int = 0) -> Iterator[None]:
+    """W + scaling * B A in place of each adapted W. W itself comes back after: nothing is subtracted."""
+    factors, r, lora_alpha = lora.peft_factors(row)
+    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    try:
+        for path, (A_RI, B_OR) in factors.items():
+            module = model.get_submodule(path)
+            own = module.get_parameter("weight")
+            with torch.no_grad():
+                W_OI = torch.addmm(own, B_OR, A_RI, alpha=lora_alpha / r)
+            kept.append((module, own))
+            module.weight = nn.Parameter(W_OI, requires_grad=False)
+        yield
+    finally:
+        for module, own in kept:
+            module.weight = own
+
+
+@contextmanager
+def prepared(model: nn.Module, lora: LoraBatch) -> Iterator[None]:
+    """Every row with its own factors, as `lora.attach` has it, laid out for one token a row."""
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    groups: dict[str, list[tuple[Tensor | None, Tensor, Tensor]]] = {}
+    for projection, A_BRI, B_BOR in zip(lora.projections, lora.A, lora.B, strict=True):
+        weight = model.get_submodule(projection.module).get_parameter("weight")
+        # A CPU's small bfloat16 products are several times slower than float32 ones and the casts around them;
+        # an accelerator pays by the kernel instead.
+        dtype = A_BRI.dtype if weight.device.type == "cpu" or not weight.is_floating_point() else weight.dtype
+        rows = None if projection.rows is None else projection.rows.to(A_BRI.device)
+        # B^T contiguous: three times faster than as a view of B
+        factors = A_BRI.detach().to(dtype).mT, (B_BOR.detach() * lora.scaling).to(dtype).mT.contiguous()
+        groups.setdefault(projection.module, []).append((rows, *factors))
+    try:
+        for path, factors in groups.items():
+            parent_path, _, child = path.rpartition(".")
+            parent = model.get_submodule(parent_path)
+            base = parent.get_submodule(child)
+            setattr(parent, child, DecodeLinear(base, factors))
+            replaced.append((parent, child, base))
+        yield
+    finally:
+        for parent, child, base in replaced:
+            setattr(parent, child, base)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in buffers that have room: a new token is written, the old ones are not copied.
+
+    `keys` and `values` are views of what is filled. At 8 prompts of 500 tokens the copies of DynamicLayer
+    take half of a decoding step on a CPU (docs/performance.md).
+    """
+
+    keys_buffer: Tensor
+    values_buffer: Tensor
+
+    @staticmethod
+    def of(layer: DynamicLayer, room: int) -> GrowingLayer:
+        """The same content with room for `room` more tokens."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        grown = GrowingLayer()
+        grown.dtype, grown.device, grown.is_initialized = layer.keys.dtype, layer.keys.device, True
+        grown._move(layer.keys, layer.values, room)
+        return grown
+
+    def _move(self, keys: Tensor, values: Tensor, room: int) -> None:
+        filled = keys.shape[-2]
+        self.keys_buffer = keys.new_empty(*keys.shape[:-2], filled + room, keys.shape[-1])
+        self.values_buffer = values.new_empty(*values.shape[:-2], filled + room, values.shape[-1])
+        self.keys, self.values = self.keys_buffer[..., :filled, :], self.values_buffer[..., :filled, :]
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+        assert self.keys is not None
+        assert self.values is not None
+        filled = self.keys.shape[-2]
+        end = filled + key_states.shape[-2]
+        # Whoever reorders or repeats rows leaves tensors of their own in keys and values
+        if self.keys.data_ptr() != self.keys_buffer.data_ptr() or end > self.keys_buffer.shape[-2]:
+            self._move(self.keys, self.values, room=max(end, ROOM))
+        self.keys, self.values = self.keys_buffer[..., :end, :], self.values_buffer[..., :end, :]
+        self.keys[..., filled:, :] = key_states
+        self.values[..., filled:, :] = value_states
+        return self.keys, self.values
+
+
+def make_room(cache: Cache, tokens: int | None) -> None:
+    """Let a filled cache take `tokens` more without copying; layers of other kinds (sliding windows) stay as they are."""
+    cache.layers = [GrowingLayer.of(x, tokens or ROOM) if type(x) is DynamicLayer else x for x in cache.layers]

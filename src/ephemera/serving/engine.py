@@ -1,0 +1,298 @@
+"""The one thread that owns the model: it adapts to waiting prompts together, and decodes all answers together.
+
+A turn takes one group of waiting prompts (same start, rate and steps; bounded tokens), adapts, reads the prompts and
+lets their answers join the decode batch; then every answer gets one token. Between two adaptation steps the answers
+already under way get one token too: nobody waits longer for a token than one adaptation step takes, and new prompts
+never wait for old answers to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ephemera.adapt import Trace, adapt
+from ephemera.backbone import Backbone
+from ephemera.objective import batch_tokens, length_batches, pad
+from ephemera.prefill import Prefill, prefill
+from ephemera.serving.adapter import zipped
+from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
+from ephemera.serving.cache import check_cache
+from ephemera.serving.work import Adapting, Busy, Failed, Job, Observer, Report
+
+log = logging.getLogger("ephemera.serving")
+GROUP = 16  # prompts that adapt together
+CPU_TOKENS = 384  # padded tokens per adaptation group on a CPU: a step of more would hold up decoding for seconds
+LATE = Failed(503, "the request's deadline has passed.", "deadline")
+NO_MEMORY = Failed(503, "out of memory even for this prompt alone; shorten it or try again later.", "memory")
+
+
+class _Abandoned(Exception):
+    """Everyone who waited for this adaptation is gone."""
+
+
+class Engine:
+    """Takes jobs from any thread; everything it has to tell goes through each job's `emit`, from its own thread."""
+
+    def __init__(
+        self, backbone: Backbone, *, max_rows: int = 32, max_queue: int = 256, observer: Observer | None = None
+    ):
+        self.backbone = backbone
+        self.max_rows, self.max_queue = max_rows, max_queue
+        self.observer = observer or Observer()
+        self.waiting: deque[Job] = deque()
+        self.batch = DecodeBatch(backbone, end_tokens(backbone))
+        self._wake = threading.Condition()
+        self._closed = False
+        self._seconds = 1.0  # running mean of how long a prompt takes
+        self._thread = threading.Thread(target=self._run, name="ephemera-engine", daemon=True)
+        probe = pad([[1, 2]], pad_id=backbone.pad_id).to(backbone.device)
+        check_cache(prefill(backbone, probe, None).cache, backbone.name)
+        self.tokens = CPU_TOKENS if backbone.device.type == "cpu" else batch_tokens(backbone.device)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    def start(self) -> Engine:
+        self._thread.start()
+        return self
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, all or none; Busy where there is no room."""
+        if any(job.rows > self.max_rows for job in jobs):
+            raise ValueError(f"a job asks for more answers than are decoded together ({self.max_rows}).")
+        with self._wake:
+            if self._closed:
+                raise Busy("the server is shutting down.", 5, closed=True)
+            if len(self.waiting) + len(jobs) > self.max_queue:
+                seconds = math.ceil(self._seconds * len(self.waiting) / self.max_rows)
+                raise Busy(f"{len(self.waiting)} requests wait already.", min(max(seconds, 1), 60))
+            self.waiting.extend(jobs)
+            self._wake.notify()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no more jobs, finish those there are, end the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self.waiting or self.batch.answers or self._closed)
+                if self._closed and not self.waiting and not self.batch.answers:
+                    return
+            with self.backbone.lock:
+                group = self._next_group()
+                if group:
+                    self._guarded(group)
+                self._decode()
+
+    def _next_group(self) -> list[Job]:
+        """The oldest waiting job and others that adapt alike, of similar length, as many as there is room for."""
+        with self._wake:
+            for job in [j for j in self.waiting if j.cancelled or j.late]:
+                self.waiting.remove(job)
+                if not job.cancelled:
+                    job.tell(LATE)
+                self.observer.ended(job, "cancelled" if job.cancelled else "late", 0)
+            if not self.waiting:
+                return []
+            first = self.waiting[0]
+            free = self.max_rows - len(self.batch.answers)
+            alike = []
+            for job in self.waiting:
+                if job.method is first.method and job.steps == first.steps and job.rows <= free:
+                    alike.append(job)
+                    free -= job.rows
+            if first not in alike:
+                return []  # no room for the oldest: the younger must not overtake it for ever
+            lengths = [len(j.ids) for j in alike]
+            batches = length_batches(lengths, batch_size=GROUP, max_tokens=self.tokens)
+            group = [alike[i] for i in next(b for b in batches if 0 in b)]
+            for job in group:
+                self.waiting.remove(job)
+            return group
+
+    def _guarded(self, group: list[Job]) -> None:
+        """Whatever goes wrong with a group ends its jobs, and nothing else."""
+        try:
+            self._begin(group)
+        except _Abandoned:
+            for job in group:
+                self.observer.ended(job, "cancelled", 0)
+        except Exception as error:
+            begun = [a for a in self.batch.answers if a.job in group]
+            self.batch.leave(begun)
+            if out_of_memory(error) and not begun:  # answers that have begun cannot begin again
+                self.observer.out_of_memory()
+                self._release()
+                if len(group) > 1:
+                    middle = len(group) // 2
+                    self._guarded(group[:middle])
+                    self._guarded(group[middle:])
+                    return
+                failed = NO_MEMORY
+            else:
+                _log(error)
+                failed = Failed(500, "the server failed on this request; its log says where.", "internal")
+            for job in group:
+                job.tell(failed)
+                self.observer.ended(job, "failed", 0)
+
+    def _begin(self, group: list[Job]) -> None:
+        """Adapt to a group's prompts, read them, let their answers join."""
+        start, backbone = time.perf_counter(), self.backbone
+        method, steps = group[0].method, group[0].steps
+        batch = pad([j.ids for j in group], pad_id=backbone.pad_id).to(backbone.device)
+        trace: Trace | None = None
+        if method.adapts(steps):
+            assert method.init is not None
+            with torch.no_grad():
+                lora = method.init(backbone, batch, [j.seed for j in group])
+            for job in group if steps else ():
+                job.tell(Adapting(1, steps))
+            trace = adapt(
+                backbone, batch, lora, method.rate, steps, after_step=lambda k: self._between(group, k, steps)
+            )
+        seconds = time.perf_counter() - start
+        read = prefill(backbone, batch, trace.lora if trace else None, trace.initial_lora if trace else None)
+        with torch.no_grad():
+            logits_BV = backbone.logits(read.hidden_BTD[:, -1])
+        answers, sources = [], []
+        for row, job in enumerate(group):
+            for choice in range(job.n if not job.cancelled else 0):
+                answers.append(Answer(job, choice, backbone, self.batch.end_tokens))
+                sources.append(row)
+        if answers:
+            self.batch.join(answers, read, sources)
+        first = time.perf_counter()
+        for answer, source, token in zip(answers, sources, greedy_tokens([logits_BV[s] for s in sources]), strict=True):
+            if token is None:
+                fail(answer, Failed(500, "the model's logits were not finite.", "not_finite"))
+            else:
+                answer.take(logits_BV[source], token)
+        self._report(group, trace, read, seconds, first)
+        self._part([a for a in answers if a.reason is not None])
+
+    def _report(self, group: list[Job], trace: Trace | None, read: Prefill, seconds: float, first: float) -> None:
+        """The `ephemera` object of each response. The last loss is computed after the first tokens are out."""
+        last_B = self._last_nll(read)
+        fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
+        nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
+        for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
+            note = job.method.note(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
+            facts = {
+                "method": job.method.name,
+                "steps": job.steps,
+                "note": note,
+                "prompt_nll": [_number(x) for x in (*nll_BK[row], last)],
+                "adapt_seconds": seconds if trace else 0.0,
+                "first_token_seconds": first - job.arrived,
+                "trace": self._trace(trace, row) if job.trace else None,
+            }
+            packed = None
+            if job.adapter and read.lora is not None:
+                packed = zipped(read.lora, row, base_model=self.backbone.name)
+            job.tell(Report(facts, packed))
+            self.observer.adapted(job, seconds if trace else 0.0, note)
+            if job.cancelled:
+                self.observer.ended(job, "cancelled", 0)
+            elif job.n:
+                self.observer.first_token(job, first - job.arrived)
+            else:
+                self.observer.ended(job, "complete", 0)
+
+    def _last_nll(self, read: Prefill) -> list[float]:
+        """A figure for the report; no answer is lost where memory is too short for it."""
+        try:
+            return read.prompt_nll().tolist()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            return [math.nan] * len(read.fallback_B)
+
+    def _trace(self, trace: Trace | None, row: int) -> dict[str, Any]:
+        projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in self.backbone.projections]
+        rates_KM = trace.rates_BKM[row].tolist() if trace else []
+        return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
+
+    def _between(self, group: list[Job], k: int, steps: int) -> None:
+        """After an adaptation step: who waits hears of it, and the answers under way get a token."""
+        if all(job.cancelled or job.late for job in group):
+            for job in group:
+                job.tell(LATE)
+            raise _Abandoned
+        if k < steps:
+            for job in group:
+                job.tell(Adapting(k + 1, steps))
+        self._decode()
+
+    def _decode(self) -> None:
+        """One token for every answer. Those whose asker is gone, or too late, leave first."""
+        gone = [a for a in self.batch.answers if a.job.cancelled or a.job.late]
+        for answer in gone:
+            if not answer.job.cancelled:
+                fail(answer, LATE)
+            answer.reason = "cancelled" if answer.reason is None else answer.reason
+        self._part(gone)
+        if not self.batch.answers:
+            return
+        try:
+            done = self.batch.step()
+        except Exception as error:  # no row is known to be sound: all end, the engine goes on
+            _log(error)
+            done = list(self.batch.answers)
+            for answer in done:
+                fail(answer, Failed(500, "the server failed while answering; its log says where.", "internal"))
+            self.batch = DecodeBatch(self.backbone, self.batch.end_tokens)
+        self._told(done)
+
+    def _part(self, answers: list[Answer]) -> None:
+        self.batch.leave(answers)
+        self._told(answers)
+
+    def _told(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            if answer.reason in ("stop", "length"):
+                answer.close()
+                taken = time.perf_counter() - answer.job.arrived
+                self._seconds += 0.1 * (taken - self._seconds)
+                self.observer.ended(answer.job, "complete", answer.count)
+            else:
+                self.observer.ended(answer.job, answer.reason or "failed", answer.count)
+
+    def _release(self) -> None:
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def end_tokens(backbone: Backbone) -> frozenset[int]:
+    """The tokens that end an answer, as transformers' generate takes them."""
+    config = backbone.model.generation_config
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        ends = backbone.tokenizer.eos_token_id
+    found = ends if isinstance(ends, list) else [ends]
+    return frozenset(int(e) for e in found if e is not None)
+
+
+def _number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
+
+
+def _log(error: Exception) -> None:
+    """Where it happened; not the message, which may quote a prompt."""
+    places = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s\n%s", type(error).__name__, places)

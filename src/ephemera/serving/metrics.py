@@ -1,0 +1,47 @@
+"""What the engine and the routes do, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ephemera.serving.work import Job, Observer
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics(Observer):
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        more = {"registry": self.registry}
+        self.responses = Counter("ephemera_http_responses", "Responses by path and status.", ["path", "status"], **more)
+        self.answers = Counter("ephemera_answers", "Answers by method and how they ended.", ["method", "how"], **more)
+        self.tokens = Counter("ephemera_tokens_generated", "Tokens of answers.", ["method"], **more)
+        self.prompt_tokens = Counter("ephemera_tokens_prompt", "Tokens of prompts read.", ["method"], **more)
+        self.fallbacks = Counter("ephemera_fallbacks", "Prompts answered from their start.", ["method"], **more)
+        self.memory = Counter("ephemera_out_of_memory", "Batches that had to be split.", **more)
+        self.first = Histogram(
+            "ephemera_first_token_seconds", "From arrival to the first token.", ["method"], buckets=SECONDS, **more
+        )
+        self.adapt = Histogram("ephemera_adapt_seconds", "Adapting to the prompt.", ["method"], buckets=SECONDS, **more)
+        self.waiting = Gauge("ephemera_waiting", "Prompts in the queue.", **more)
+        self.decoding = Gauge("ephemera_decoding", "Answers in the decode batch.", **more)
+
+    def first_token(self, job: Job, seconds: float) -> None:
+        self.first.labels(job.method.name).observe(seconds)
+
+    def adapted(self, job: Job, seconds: float, note: str | None) -> None:
+        self.prompt_tokens.labels(job.method.name).inc(len(job.ids))
+        if job.method.init is not None:
+            self.adapt.labels(job.method.name).observe(seconds)
+        if note is not None:
+            self.fallbacks.labels(job.method.name).inc()
+
+    def ended(self, job: Job, how: str, tokens: int) -> None:
+        self.answers.labels(job.method.name, how).inc()
+        self.tokens.labels(job.method.name).inc(tokens)
+
+    def out_of_memory(self) -> None:
+        self.memory.inc()
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,143 @@
+"""From a request's fields to jobs: which method, which tokens, how far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ephemera.backbone import Backbone, encode_prompt
+from ephemera.serving.errors import ApiError
+from ephemera.serving.methods import Method, find
+from ephemera.serving.sampling import Sampling
+from ephemera.serving.schema import AdaptOptions, AdaptRequest, ChatRequest, CompletionRequest, Message
+from ephemera.serving.work import Event, Job
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for."""
+
+    prompt_tokens: int = 4096
+    answer_tokens: int = 1024
+    rows: int = 32
+    seconds: float = 300.0
+
+
+def _nobody(_event: Event) -> None:
+    """Until a job is queued nobody listens."""
+
+
+class Reader:
+    """Checks requests against the model and the limits; ApiError says what is wrong."""
+
+    def __init__(self, backbone: Backbone, methods: Sequence[Method], *, steps: int, limits: Limits):
+        self.backbone, self.methods, self.steps, self.limits = backbone, methods, steps, limits
+
+    def method(self, model_id: str) -> Method:
+        found = find(self.methods, model_id)
+        if isinstance(found, str):
+            raise ApiError(404, found, param="model", code="model_not_found")
+        return found
+
+    def describe(self, method: Method, created: int) -> dict[str, Any]:
+        entry = {"id": method.model_id, "object": "model", "created": created, "owned_by": "ephemera"}
+        return {**entry, "method": method.name, "max_steps": method.max_steps}
+
+    def plain(self, prompt: str) -> list[int]:
+        if not prompt.strip():
+            raise ApiError(400, "prompt: it is empty; give some text to adapt to and answer.", param="prompt")
+        return self._fits(encode_prompt(self.backbone.tokenizer, prompt), "prompt")
+
+    def chat(self, messages: Sequence[Message]) -> list[int]:
+        tokenizer = self.backbone.tokenizer
+        if not tokenizer.chat_template:
+            raise ApiError(422, f"{self.backbone.name} has no chat template; use /v1/completions.", param="messages")
+        if not any(m.plain()["content"].strip() for m in messages):
+            raise ApiError(400, "messages: all are empty; give some text to answer.", param="messages")
+        try:
+            text = tokenizer.apply_chat_template(
+                [m.plain() for m in messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            message = f"the chat template of {self.backbone.name} refuses these messages: {error}"
+            raise ApiError(422, message, param="messages") from None
+        assert isinstance(text, str)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        return self._fits(ids, "messages")
+
+    def jobs(self, body: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Job]:
+        """One job per prompt."""
+        method = self.method(body.model)
+        steps = self._steps(method, body.adapt)
+        n = body.n or 1
+        if n * len(prompts) > self.limits.rows:
+            words = (
+                f"n: {n * len(prompts)} answers were asked for; this server gives at most {self.limits.rows} at once."
+            )
+            raise ApiError(400, words, param="n")
+        options = body.adapt or AdaptOptions()
+        made = []
+        for ids in prompts:
+            sampling = Sampling(
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                max_tokens=self._longest(body.longest, len(ids)),
+                stop=body.stops,
+                logprobs=body.told,
+                seed=body.seed,
+            )
+            made.append(
+                Job(
+                    ids,
+                    method,
+                    steps,
+                    _nobody,
+                    sampling=sampling,
+                    n=n,
+                    seed=options.seed,
+                    trace=options.trace,
+                    seconds=self.limits.seconds,
+                )
+            )
+        return made
+
+    def adaptation(self, body: AdaptRequest, ids: list[int], *, adapter: bool) -> Job:
+        method = self.method(body.model)
+        steps = self._steps(method, body.adapt)
+        if adapter and not method.adapts(steps):
+            words = f"adapter: {body.model} with {steps} steps has no adapter; choose another model or more steps."
+            raise ApiError(400, words, param="adapter")
+        seed = body.adapt.seed if body.adapt else 0
+        seconds = self.limits.seconds
+        return Job(ids, method, steps, _nobody, n=0, seed=seed, trace=True, adapter=adapter, seconds=seconds)
+
+    def _steps(self, method: Method, options: AdaptOptions | None) -> int:
+        if options is None or options.steps is None:
+            return min(self.steps, method.max_steps)
+        if options.steps > method.max_steps:
+            words = f"adapt.steps: {options.steps} is more than {method.model_id} takes ({method.max_steps})."
+            raise ApiError(400, words, param="adapt.steps")
+        return options.steps
+
+    def _longest(self, asked: int | None, tokens: int) -> int:
+        """How long an answer may get: as asked, or what the limits and the model's window leave."""
+        room = self.backbone.max_length - tokens
+        if asked is None:
+            return min(self.limits.answer_tokens, room)
+        if asked > min(self.limits.answer_tokens, room):
+            most = min(self.limits.answer_tokens, room)
+            words = f"max_tokens: {asked} is more than fits: after this prompt of {tokens} tokens at most {most}."
+            raise ApiError(413, words, param="max_tokens", code="context_length_exceeded")
+        return asked
+
+    def _fits(self, ids: list[int], field: str) -> list[int]:
+        if not ids:
+            raise ApiError(400, f"{field}: it has no tokens.", param=field)
+        most = min(self.limits.prompt_tokens, self.backbone.max_length - 1)
+        if len(ids) > most:
+            words = f"{field}: {len(ids)} tokens are more than this server takes ({most})."
+            raise ApiError(413, words, param=field, code="context_length_exceeded")
+        return ids

@@ -1,0 +1,115 @@
+"""Batches without padding: equal to the padded pass of transformers, in values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ephemera import packed
+from ephemera.inits import ZeroInit
+from ephemera.objective import mean_nll, pad
+from ephemera.packed import Packing, attention, can_pack
+from tiny import ARCHITECTURES, tiny_backbone
+
+LENGTHS = (3, 7, 1, 5)
+
+
+def slow_attention(q, k, v, lengths, scaling):
+    """Prompt by prompt, head by head, place by place."""
+    out = torch.zeros(q.shape[2], q.shape[1], q.shape[3], dtype=q.dtype)
+    share = q.shape[1] // k.shape[1]
+    start = 0
+    for length in lengths:
+        for h in range(q.shape[1]):
+            for t in range(length):
+                seen = slice(start, start + t + 1)
+                weights = F.softmax(k[0, h // share, seen] @ q[0, h, start + t] * scaling, 0)
+                out[start + t, h] = weights @ v[0, h // share, seen]
+        start += length
+    return out[None]
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 30])
+@pytest.mark.parametrize("lengths", [LENGTHS, (4, 4)])
+def test_attention_and_its_gradient(monkeypatch, lengths, kept):
+    monkeypatch.setattr(packed, "KEPT_BYTES", kept)
+    N = sum(lengths)
+    q, k, v = (torch.randn(1, N, h, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for h in (6, 2, 2))
+    packing = Packing(lengths, torch.device("cpu"))
+    y, _ = attention(torch.nn.Module(), q, k, v, None, packing=packing, scaling=0.3)
+    want = slow_attention(q, k, v, lengths, 0.3)
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(y)
+    for got, wanted in zip(
+        torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(want, (q, k, v), dy), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_the_fused_kernel_gives_the_same(monkeypatch):
+    q, k, v = (torch.randn(1, sum(LENGTHS), h, 4).transpose(1, 2) for h in (6, 2, 2))
+    packing = Packing(LENGTHS, torch.device("cpu"))
+    ours, _ = attention(torch.nn.Module(), q, k, v, None, packing=packing)
+    monkeypatch.setattr(packed, "FUSED_FROM", 1)
+    fused, _ = attention(torch.nn.Module(), q, k, v, None, packing=packing)
+    torch.testing.assert_close(ours, fused)
+
+
+def test_packing_there_and_back():
+    packing = Packing(LENGTHS, torch.device("cpu"))
+    x = torch.arange(2.0 * sum(LENGTHS)).view(-1, 2)
+    rows = packing.rows_or_zero(x)
+    assert rows.shape == (4, 7, 2)
+    assert rows[2, 1:].abs().sum() == 0
+    assert torch.equal(rows[1], x[3:10])
+    assert torch.equal(packing.tokens(packing.rows(x)), x)
+    assert packing.positions_1N[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_and_padded_passes_agree(architecture, side):
+    """`twice_differentiable` takes transformers' own attention over padded rows: hidden states, losses, gradients."""
+    backbone = tiny_backbone(architecture)
+    if getattr(backbone.decoder.config, "sliding_window", None):
+        backbone.decoder.config.sliding_window = max(LENGTHS)  # longer prompts are not packed
+    assert can_pack(backbone.decoder.config, max(LENGTHS))
+    batch = pad([list(range(2, 2 + n)) for n in LENGTHS], side=side)
+    lora = ZeroInit()(backbone, batch, [0] * len(LENGTHS))
+    lora = lora.with_tensors([t + 0.05 * torch.randn_like(t) for t in lora.tensors])
+    found = []
+    for plain in (False, True):
+        leaves = lora.leaves()
+        out = backbone.forward(batch, leaves, embedded=True, twice_differentiable=plain)
+        nll_B = mean_nll(out.hidden_BTD, batch, backbone.logits)
+        grads = torch.autograd.grad(nll_B.sum(), leaves.tensors)
+        found.append((nll_B, out.representation_BH(batch), *grads))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_the_model_attends_as_before_after_an_error(llama):
+    before = llama.decoder.config._attn_implementation
+    batch = pad([[1, 2, 3], [1, 2]])
+    with pytest.raises(RuntimeError, match="broken"):
+        _break(llama, batch)
+    assert llama.decoder.config._attn_implementation == before
+
+
+def _break(backbone, batch):
+    def broken(*_args):
+        raise RuntimeError("broken")
+
+    hook = backbone.model.get_submodule(backbone.projections[-1].module).register_forward_hook(broken)
+    try:
+        backbone.forward(batch)
+    finally:
+        hook.remove()
+
+
+def test_prompts_past_a_sliding_window_are_not_packed():
+    config = tiny_backbone("mistral").decoder.config
+    config.sliding_window = 4
+    assert can_pack(config, 4)
+    assert not can_pack(config, 5)
+    config.model_type = "unheard-of"
+    assert not can_pack(config, 2)
