@@ -26,11 +26,11 @@ from torch import Tensor
 
 from benchmarks.frontier_points import Point, points
 from benchmarks.frontier_report import write_report
-from benchmarks.prompts import examples
-from benchmarks.report import machine, spread
 from ephemera.adapt import adapt
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone, load_backbone
+from ephemera.bench.prompts import examples
+from ephemera.bench.timing import machine, spread
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.objective import TokenBatch
