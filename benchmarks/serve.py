@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.report import machine
+from ephemera.bench.timing import machine
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
 QUESTIONS = (

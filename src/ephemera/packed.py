@@ -189,7 +189,7 @@ class _CausalAttention(torch.autograd.Function):
         p_XST = _probabilities(q_XSC, k_XTC, packing, ctx.scaling) if ctx.kept is None else ctx.kept
         dv_XTC = torch.bmm(p_XST.mT, dy_XSC)
         dp_XST = torch.bmm(dy_XSC, v_XTC.mT)
-        ds_XST = torch._softmax_backward_data(dp_XST, p_XST, -1, p_XST.dtype).mul_(ctx.scaling)
+        ds_XST = torch.ops.aten._softmax_backward_data(dp_XST, p_XST, -1, p_XST.dtype).mul_(ctx.scaling)
         dq_XSC, dk_XTC = torch.bmm(ds_XST, k_XTC), torch.bmm(ds_XST.mT, q_XSC)
         back = ((dq_XSC, ctx.H), (dk_XTC, ctx.G), (dv_XTC, ctx.G))
         return *(packing.tokens_of_heads(d, heads, ctx.G).transpose(0, 1)[None] for d, heads in back), None, None
@@ -199,4 +199,4 @@ def _probabilities(q_XSC: Tensor, k_XTC: Tensor, packing: Packing, scaling: floa
     """Causal softmax [X,S,T] of scaled products."""
     scores_XST = torch.bmm(q_XSC, k_XTC.mT).mul_(scaling)
     later_1ST = packing.later_TT.repeat(q_XSC.shape[1] // packing.T, 1)[None]
-    return torch._softmax(scores_XST.masked_fill_(later_1ST, float("-inf")), -1, False)
+    return scores_XST.masked_fill_(later_1ST, float("-inf")).softmax(-1)

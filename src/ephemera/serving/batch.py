@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,9 +120,9 @@ class DecodeBatch:
         for answer in leaving:
             row = self.answers.index(answer)
             self.rows.leave(row)
-            for column in (self.answers, self.adapted, order):
-                column[row] = column[-1]
-                column.pop()
+            _last_to(self.answers, row)
+            _last_to(self.adapted, row)
+            _last_to(order, row)
         if not leaving or self.lora is None:
             return
         if not any(self.adapted):
@@ -197,3 +198,9 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     words = str(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+
+
+def _last_to(column: list[Any], row: int) -> None:
+    """Take out a row; the last one takes its place."""
+    column[row] = column[-1]
+    column.pop()

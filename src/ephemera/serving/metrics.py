@@ -12,19 +12,32 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 class Metrics(Observer):
     def __init__(self):
         self.registry = CollectorRegistry()
-        more = {"registry": self.registry}
-        self.responses = Counter("ephemera_http_responses", "Responses by path and status.", ["path", "status"], **more)
-        self.answers = Counter("ephemera_answers", "Answers by method and how they ended.", ["method", "how"], **more)
-        self.tokens = Counter("ephemera_tokens_generated", "Tokens of answers.", ["method"], **more)
-        self.prompt_tokens = Counter("ephemera_tokens_prompt", "Tokens of prompts read.", ["method"], **more)
-        self.fallbacks = Counter("ephemera_fallbacks", "Prompts answered from their start.", ["method"], **more)
-        self.memory = Counter("ephemera_out_of_memory", "Batches that had to be split.", **more)
-        self.first = Histogram(
-            "ephemera_first_token_seconds", "From arrival to the first token.", ["method"], buckets=SECONDS, **more
+        self.responses = Counter(
+            "ephemera_http_responses", "Responses by path and status.", ["path", "status"], registry=self.registry
         )
-        self.adapt = Histogram("ephemera_adapt_seconds", "Adapting to the prompt.", ["method"], buckets=SECONDS, **more)
-        self.waiting = Gauge("ephemera_waiting", "Prompts in the queue.", **more)
-        self.decoding = Gauge("ephemera_decoding", "Answers in the decode batch.", **more)
+        self.answers = Counter(
+            "ephemera_answers", "Answers by method and how they ended.", ["method", "how"], registry=self.registry
+        )
+        self.tokens = Counter("ephemera_tokens_generated", "Tokens of answers.", ["method"], registry=self.registry)
+        self.prompt_tokens = Counter(
+            "ephemera_tokens_prompt", "Tokens of prompts read.", ["method"], registry=self.registry
+        )
+        self.fallbacks = Counter(
+            "ephemera_fallbacks", "Prompts answered from their start.", ["method"], registry=self.registry
+        )
+        self.memory = Counter("ephemera_out_of_memory", "Batches that had to be split.", registry=self.registry)
+        self.first = Histogram(
+            "ephemera_first_token_seconds",
+            "From arrival to the first token.",
+            ["method"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.adapt = Histogram(
+            "ephemera_adapt_seconds", "Adapting to the prompt.", ["method"], buckets=SECONDS, registry=self.registry
+        )
+        self.waiting = Gauge("ephemera_waiting", "Prompts in the queue.", registry=self.registry)
+        self.decoding = Gauge("ephemera_decoding", "Answers in the decode batch.", registry=self.registry)
 
     def first_token(self, job: Job, seconds: float) -> None:
         self.first.labels(job.method.name).observe(seconds)
