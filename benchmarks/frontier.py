@@ -5,8 +5,8 @@
     python -m benchmarks.frontier report --output docs/results/frontier
 
 `quality` fills in what results.json lacks (validation rows of NQ-Open: the best uniform rate of each point on `--search`
-rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, beside plain
-prefills. `report` writes table.md and frontier.png. On the CPU, in bfloat16.
+rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, each between two plain
+prefills: its price is the median of its ratios to them. `report` writes table.md and frontier.png. On the CPU, in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from ephemera.adapt import adapt
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.prompts import examples
-from ephemera.bench.timing import machine, spread
+from ephemera.bench.timing import machine, spread, timed
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.objective import TokenBatch
@@ -208,25 +209,23 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
         if point.network is not None and not known(point.network):
             continue
         runs[point.key] = _timed(point, whole, batch)
-    seconds: dict[str, list[float]] = {key: [] for key in runs}
-    for run in runs.values():
+    plain = runs.pop("plain")
+    for run in (plain, *runs.values()):
         run()  # warm
+    seconds: dict[str, list[float]] = {key: [] for key in runs}
+    beside: dict[str, list[float]] = {key: [] for key in runs}  # the mean of the plain prefills before and after
+    every = [timed(plain)]
     for _ in range(args.rounds):
         for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[key].append(time.perf_counter() - start)
-            if len(seconds["plain"]) < 4 * args.rounds and key != "plain":
-                start = time.perf_counter()
-                runs["plain"]()
-                seconds["plain"].append(time.perf_counter() - start)
-    plain = spread(seconds.pop("plain"))
+            seconds[key].append(timed(run))
+            every.append(timed(plain))
+            beside[key].append((every[-2] + every[-1]) / 2)
     for key, taken in seconds.items():
+        prices = [a / b for a, b in zip(taken, beside[key], strict=True)]
         entry = results["points"].setdefault(key, {})
-        times = spread(taken)
-        entry["time"] = {"prefills": times["median"] / plain["median"], "seconds": times, "plain": plain["median"]}
+        entry["time"] = {"prefills": median(prices), "rounds": prices, "seconds": spread(taken)}
     results["machine"] = machine()
-    results["timing"] = {"batch": args.batch, "rounds": args.rounds, "threads": args.threads, "plain": plain}
+    results["timing"] = {"batch": args.batch, "rounds": args.rounds, "threads": args.threads, "plain": spread(every)}
     save(args.output, results)
 
 
