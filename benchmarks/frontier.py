@@ -5,8 +5,8 @@
     python -m benchmarks.frontier report --output docs/results/frontier
 
 `quality` fills in what results.json lacks (validation rows of NQ-Open: the best uniform rate of each point on `--search`
-rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, beside plain
-prefills. `report` writes table.md and frontier.png. On the CPU, in bfloat16.
+rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, each between two plain
+prefills: its price is the median of its ratios to them. `report` writes table.md and frontier.png. On the CPU, in bfloat16.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ from torch import Tensor
 from benchmarks.frontier_points import Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.adapt import adapt
+from ephemera.artifact import shipped
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.prompts import examples
-from ephemera.bench.timing import machine, spread
+from ephemera.bench.timing import machine, spread, timed
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.objective import TokenBatch
 from ephemera.prefill import prefill
-from ephemera.rates import FixedRate, Normalize, Rate, load_rate
+from ephemera.rates import FixedRate, Normalize, Rate, adapted_by, load_rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.store import DEFAULT_MODEL
@@ -67,19 +69,6 @@ class Schedule:
 
     def check(self, backbone: Backbone) -> None:
         self.objective.check(backbone)
-
-
-def cut(whole: Backbone, layers: str, targets: str, only: Sequence[str] | None = None) -> Backbone:
-    """The same model with adapters on some layers and kinds alone."""
-    return Backbone(
-        whole.model,
-        whole.tokenizer,
-        name=whole.name,
-        path=whole.path,
-        target_modules=targets,
-        layers=layers,
-        only=only,
-    )
 
 
 def objective_of(point: Point, lens: Lens | None) -> Objective:
@@ -128,17 +117,27 @@ def vertex(seen: dict[float, float]) -> float:
     return best * STEP ** (0.5 * (low - high) / bend)
 
 
+def known(network: str) -> bool:
+    return network in shipped("rate") or Path(network).exists()
+
+
+def network_of(point: Point, whole: Backbone) -> tuple[Backbone, Rate]:
+    """A trained network, and the model with what it adapts."""
+    assert point.network is not None
+    rule = load_rate(point.network)
+    backbone = whole.with_adapters_on(**(adapted_by(rule) or {"target_modules": point.targets}))
+    rule.check(backbone)
+    return backbone, rule
+
+
 def quality(
     point: Point, whole: Backbone, lens: Lens | None, search: Sequence[Encoded], rows: Sequence[Encoded]
 ) -> dict:
     """Rates found on the search rows, and the NLL of each of the other rows under them."""
     if point.network is not None:
-        rule = load_rate(point.network)
-        only = rule.trained_for["projections"] if getattr(rule, "trained_for", None) else None  # pyright: ignore[reportAttributeAccessIssue]
-        backbone = cut(whole, "all", point.targets, only)
-        rule.check(backbone)
+        backbone, rule = network_of(point, whole)
         return {"nlls": [round(x, 4) for x in answer_nlls(backbone, rows, rule, point.K)]}
-    backbone, objective = cut(whole, point.layers, point.targets), objective_of(point, lens)
+    backbone, objective = whole.with_adapters_on(point.targets, point.layers), objective_of(point, lens)
 
     def loss(rates: tuple[float, ...]) -> float:
         return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.normalize), len(rates)))
@@ -168,6 +167,9 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
     results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)]})
     for point in points():
         if point.key in results["points"] and "nlls" in results["points"][point.key]:
+            continue
+        if point.network is not None and not known(point.network):
+            print(f"{point.key}: no such network here, left out", file=sys.stderr)
             continue
         if point.exit_layer is not None and point.lens and (lens is None or point.exit_layer not in lens.exit_layers):
             print(f"{point.key}: no lens for that layer, left out", file=sys.stderr)
@@ -204,36 +206,34 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
     for point in points():
         if args.only and not any(text in point.key for text in args.only.split(",")):
             continue
+        if point.network is not None and not known(point.network):
+            continue
         runs[point.key] = _timed(point, whole, batch)
-    seconds: dict[str, list[float]] = {key: [] for key in runs}
-    for run in runs.values():
+    plain = runs.pop("plain")
+    for run in (plain, *runs.values()):
         run()  # warm
+    seconds: dict[str, list[float]] = {key: [] for key in runs}
+    beside: dict[str, list[float]] = {key: [] for key in runs}  # the mean of the plain prefills before and after
+    every = [timed(plain)]
     for _ in range(args.rounds):
         for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[key].append(time.perf_counter() - start)
-            if len(seconds["plain"]) < 4 * args.rounds and key != "plain":
-                start = time.perf_counter()
-                runs["plain"]()
-                seconds["plain"].append(time.perf_counter() - start)
-    plain = spread(seconds.pop("plain"))
+            seconds[key].append(timed(run))
+            every.append(timed(plain))
+            beside[key].append((every[-2] + every[-1]) / 2)
     for key, taken in seconds.items():
+        prices = [a / b for a, b in zip(taken, beside[key], strict=True)]
         entry = results["points"].setdefault(key, {})
-        times = spread(taken)
-        entry["time"] = {"prefills": times["median"] / plain["median"], "seconds": times, "plain": plain["median"]}
+        entry["time"] = {"prefills": median(prices), "rounds": prices, "seconds": spread(taken)}
     results["machine"] = machine()
-    results["timing"] = {"batch": args.batch, "rounds": args.rounds, "threads": args.threads, "plain": plain}
+    results["timing"] = {"batch": args.batch, "rounds": args.rounds, "threads": args.threads, "plain": spread(every)}
     save(args.output, results)
 
 
 def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Tensor]:
     if point.network is not None:
-        rule = load_rate(point.network)
-        only = rule.trained_for["projections"] if getattr(rule, "trained_for", None) else None  # pyright: ignore[reportAttributeAccessIssue]
-        backbone = cut(whole, "all", point.targets, only)
+        backbone, rule = network_of(point, whole)
     else:
-        backbone = cut(whole, point.layers, point.targets)
+        backbone = whole.with_adapters_on(point.targets, point.layers)
         objective = objective_of(replace(point, lens=False), None)
         if point.lens and point.exit_layer is not None:  # what it holds does not change what it costs
             lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)

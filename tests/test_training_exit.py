@@ -83,7 +83,7 @@ def test_what_lasts_and_what_is_pruned(llama):
     close(small.scales(h, 1, 1), network.scales(h, 1, 1)[:, keep], 1e-5)
     names = [p.name for p, kept in zip(llama.projections, keep.tolist(), strict=True) if kept]
     small.check(llama.with_adapters_on("qv", "all", names))
-    with pytest.raises(ValueError, match=r"\(3 projections, .*\( 4 projections, first"):
+    with pytest.raises(ValueError, match=r"\(3 projections, .*\(4 projections, first"):
         small.check(llama)
 
 

@@ -213,7 +213,7 @@ class Backbone:
         with ExitStack() as hooks:
             for layer, into in zip(exit_layers, kept, strict=True):
                 hooks.enter_context(_outputs_of(layers.get_submodule(str(layer - 1)), into))
-            hidden_BTD = self.forward(batch).hidden_BTD
+            hidden_BTD = self.forward(batch, twice_differentiable=True).hidden_BTD  # not packed: hooks see rows
         return hidden_BTD, {layer: outputs[0] for layer, outputs in zip(exit_layers, kept, strict=True)}
 
     def fingerprint(self) -> str:
@@ -270,7 +270,8 @@ def load_backbone(
     """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
 
     `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
-    is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to transformers (`quantization_config`, `attn_implementation`, ...).
+    is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
+    transformers (`quantization_config`, `attn_implementation`, ...).
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(dtype, str) and dtype not in DTYPES:

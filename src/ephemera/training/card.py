@@ -27,15 +27,25 @@ def write_card(
     portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
     for data in (portable.train, portable.validation):  # where the rows lay on one machine helps nobody
         data.source = None if data.source is None else f"<folder of {data.task}>"
+    if portable.objective.lens is not None and Path(portable.objective.lens).exists():
+        portable.objective.lens = "<folder of the lens>"
     if Path(portable.model.name).exists():
         portable.model.name = trained_for["name"]
+    exits = ""
+    if config.objective.exit_layer is not None:
+        exits = (
+            f"\n\nThe prompt's loss is read off after layer {config.objective.exit_layer}, where the forward of a step stops; "
+            f"adapted are layers\n{config.model.lora.layers}."
+            + (" Its tuned lens lies beside it." if config.objective.lens else "")
+            + (" The lens was trained on with the network, through the step." if config.objective.tune_lens else "")
+        )
     granularity = "layer-wise" if config.scalenet.granularity == "layer" else "step-wise"
     averaged = " `averaged/` holds its rates averaged over\ntraining prompts." if granularity == "layer-wise" else ""
     (folder / "README.md").write_text(
         f"# {folder.name}: {granularity} ScaleNet for {trained_for['name']} on {config.train.task}\n\n"
         f"Predicts learning rates for per-prompt test-time adaptation (LDTTA Eq. 13-16): eta_k * s(h(x), k, K), one per\n"
         f"{'adapted projection' if granularity == 'layer-wise' else 'step'}. It fits that model alone "
-        f"(weights {trained_for['fingerprint']}, {len(trained_for['projections'])} projections).\n\n"
+        f"(weights {trained_for['fingerprint']}, {len(trained_for['projections'])} projections).{exits}\n\n"
         f"Trained on {config.optimizer.samples} prompts (with repeats) from {rows} rows of {config.train.task}'s training\n"
         f"split, by the first-order meta-gradient of the answers' NLL.{averaged}\n\n"
         f"Validation answer NLL (mean over {validated} prompts, nats per token):\n\n"
