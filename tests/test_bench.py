@@ -78,7 +78,7 @@ def test_the_verdict_says_what_the_numbers_say():
     assert "80 % of the unadapted speed, less than the 90 %" in lines[2]
     assert "Use --dtype bfloat16: it adapts 2.0 times as fast as float32" in lines[3]
     assert "PEFT loop takes 2.4 times as long" in lines[4]
-    assert "0.50 s, so ephemera is at 2.00 times" in lines[4]
+    assert "0.50 s, ephemera takes 2.00 times that" in lines[4]
     assert len(lines) == 5
     alike = {"float32": cell(1.0, 0.2, 80.0, 1.0), "bfloat16": cell(1.05, 0.2, 80.0, 1.0)}
     busy = verdict({**results, "machine": {"load_average": 1.9}, "dtypes": alike})
