@@ -21,33 +21,33 @@ from ephemera.rates import FixedRate
 from tiny import left, random_ids, random_lora, tiny_backbone
 
 # The most that a step may take, on a tiny Llama (2 layers, 4 adapted projections) with prompts of 9 and 6 tokens.
-# float32 with fused attention, bfloat16 with eager attention, as `load_backbone` has them on a CPU.
+# Attention is written out (packed.py), so that its own six products a layer count here.
 LIMITS: dict[str, dict[str, int]] = {
     "float32": {
         "mm": 27,
         "addmm": 0,
-        "bmm": 18,
+        "bmm": 34,
         "baddbmm": 0,
-        "baddbmm_": 4,
-        "_to_copy": 3,
-        "clone": 13,
+        "baddbmm_": 0,
+        "_to_copy": 2,
+        "clone": 7,
         "copy_": 3,
         "cat": 5,
-        "all operations": 525,
+        "all operations": 597,
         "bytes": 416_000,
     },
     "bfloat16": {
         "mm": 27,
         "addmm": 0,
-        "bmm": 29,
+        "bmm": 34,
         "baddbmm": 0,
-        "baddbmm_": 4,
-        "_to_copy": 58,
-        "clone": 19,
+        "baddbmm_": 0,
+        "_to_copy": 53,
+        "clone": 7,
         "copy_": 3,
         "cat": 5,
-        "all operations": 630,
-        "bytes": 376_000,
+        "all operations": 648,
+        "bytes": 315_000,
     },
 }
 ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}
@@ -130,11 +130,10 @@ def test_passes_are_k_steps_one_prefill_and_the_tokens(K: int, monkeypatch: pyte
     B, T = len(prompts), max(lengths)
     with inputs_of(backbone.decoder) as passes, inputs_of(backbone.head) as headed, Operations() as operations:
         adaptation = lm.adapt(prompts, steps=K)
-    assert passes == [(B, T)] * K
+    assert passes == [(1, sum(lengths))] * K  # real tokens alone
     assert sum(shape[0] for shape in headed) == K * (sum(lengths) - B)  # each token's logits once
-    attention = "_scaled_dot_product_flash_attention_for_cpu"
-    assert operations.counts[attention] == K * backbone.layers
-    assert operations.counts[f"{attention}_backward"] == K * backbone.layers
+    assert operations.counts["_softmax"] == K * backbone.layers  # of attention, kept for the backward pass
+    assert operations.counts["_softmax_backward_data"] == K * backbone.layers
     with inputs_of(backbone.decoder) as passes, inputs_of(backbone.head) as headed:
         lm.generate(prompts, adaptation=adaptation, max_new_tokens=new, min_new_tokens=new)
     assert passes == [(B, T)] + [(B, 1)] * new
