@@ -154,7 +154,7 @@ def quality(
 
 
 def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    whole = load_backbone(DEFAULT_MODEL, dtype="bfloat16", device="cpu")
+    whole = load_backbone(args.model, dtype="bfloat16", device="cpu")
     lens = load_lens(args.lens) if args.lens else None
     data = load_dataset("nq-open", split="validation", source=args.source, limit=args.search + args.rows, seed=1)
     rows, _ = encode_examples(whole, data.examples, chat=False, max_tokens=1024)
@@ -198,7 +198,7 @@ def first_token(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int
 def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Rounds in which every point and two plain prefills take turns; a point's price is its median over theirs."""
     torch.set_num_threads(args.threads)
-    whole = load_backbone(DEFAULT_MODEL, dtype="bfloat16", device="cpu")
+    whole = load_backbone(args.model, dtype="bfloat16", device="cpu")
     made = examples("short", args.batch)
     rows, _ = encode_examples(whole, made, chat=False, max_tokens=1024)
     batch = prompt_batch(whole, rows)
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("quality", "time", "report"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/frontier"), help="(default: %(default)s)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
     parser.add_argument("--source", help="folder of NQ-Open's rows (default: the hub)")
     parser.add_argument("--lens", help="folder of a lens for the exit layers")
     parser.add_argument("--search", type=int, default=40, help="rows that rates are chosen on (default: %(default)s)")

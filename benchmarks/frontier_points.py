@@ -42,7 +42,9 @@ def points() -> list[Point]:
         Point(),
         Point(network="scalenet-nq-open"),
         Point(network="scalenet-nq-open-fast"),
-        Point(network="runs/scalenet-nq-open-fast-4/network"),  # not shipped: docs/performance.md has its command
+        # Not shipped: docs/performance.md has their commands
+        Point(network="runs/scalenet-nq-open-fast-4/network"),
+        Point(network="runs/scalenet-nq-open-top/network"),
         # The loss read off an earlier layer, through the tuned lens: over all words, over the common ones
         *(Point(f"first-{E}", E, vocabulary=words) for E in (8, 10, 6, 4) for words in (None, COMMON)),
         *(Point(f"first-{E}", E, vocabulary=COMMON) for E in (12, 15)),

@@ -7,17 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.frontier_points import Point, points
+from benchmarks.frontier_points import COMMON, Point, points
 
 REFERENCES = {"layer-wise": Point(network="scalenet-nq-open"), "uniform": Point()}
 RESAMPLES = 10_000
+TOP = "loss at the top, one rate"
+EARLY = "early exit, lens trained to match the last layer, one rate"
+EARLY_COMMON = "the same, over the common words"
+EARLY_OTHER = "early exit: other tokens, words, layers, kinds, K"
+NETWORK = "trained networks"
+NETWORK_LABELS = {
+    "scalenet-nq-open": "full",
+    "scalenet-nq-open-fast": "fast (exit 8)",
+    "runs/scalenet-nq-open-fast-4/network": "exit 4",
+    "runs/scalenet-nq-open-top/network": "lens at the top",
+}
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """table.md and frontier.png from what results.json holds; points that lack quality or time show a dash."""
     rows = summarize(results)
     (folder / "table.md").write_text(table(results, rows))
-    if any(row["prefills"] is not None and row["shares"] for row in rows):
+    if any(row["prefills"] is not None and "layer-wise" in row["shares"] for row in rows):
         draw(folder / "frontier.png", rows)
 
 
@@ -97,15 +108,15 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
     groups = {
-        "loss at the top": ("o", "tab:gray"),
-        "early exit, untrained lens": ("v", "tab:orange"),
-        "early exit, tuned lens": ("^", "tab:blue"),
-        "early exit, fewer tokens or other words": ("s", "tab:green"),
-        "trained ScaleNet": ("*", "tab:red"),
+        TOP: ("o", "tab:gray"),
+        EARLY: ("^", "tab:blue"),
+        EARLY_COMMON: ("v", "tab:cyan"),
+        EARLY_OTHER: ("s", "tab:green"),
+        NETWORK: ("*", "tab:red"),
     }
     for name, (marker, color) in groups.items():
         mine = [
-            r for r in rows if r["prefills"] is not None and "uniform" in r["shares"] and _group(r["point"]) == name
+            r for r in rows if r["prefills"] is not None and "layer-wise" in r["shares"] and _group(r["point"]) == name
         ]
         if not mine:
             continue
@@ -114,10 +125,10 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         for row, a, b in zip(mine, x, y, strict=True):
             label = _label(row["point"])
             if label:
-                axes.annotate(label, (a, b), xytext=(4, 4), textcoords="offset points", fontsize=7)
+                axes.annotate(label, (a, b), xytext=(5, -2), textcoords="offset points", fontsize=7)
     axes.axhline(85, color="0.8", lw=0.8)
     axes.axvline(2, color="0.8", lw=0.8)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-8)
     axes.set_xlabel("time to first token, in plain prefills")
     axes.set_ylabel("gain kept, % of layer-wise over all layers")
     axes.legend(fontsize=8, loc="lower right")
@@ -129,19 +140,21 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _group(point: Point) -> str:
     if point.network is not None:
-        return "trained ScaleNet"
+        return NETWORK
     if point.exit_layer is None:
-        return "loss at the top"
-    if point.vocabulary != 4096 or point.tokens != "all" or point.targets != "qv":
-        return "early exit, fewer tokens or other words"
-    return "early exit, tuned lens" if point.lens else "early exit, untrained lens"
+        return TOP
+    plain = (point.tokens, point.targets, point.K, point.lens) == ("all", "qv", 1, True)
+    if not plain or point.layers != f"first-{point.exit_layer}" or point.vocabulary not in (None, COMMON):
+        return EARLY_OTHER
+    return EARLY if point.vocabulary is None else EARLY_COMMON
 
 
 def _label(point: Point) -> str:
+    """Of points that stand apart."""
     if point.network is not None:
-        return f"{Path(point.network).name}"
+        return NETWORK_LABELS.get(point.network, Path(point.network).name)
     if point.exit_layer is None:
-        return f"{point.layers} {point.targets} K={point.K}"
-    if _group(point) == "early exit, tuned lens":
-        return f"exit {point.exit_layer}, {point.layers}" + f", K={point.K}" * (point.K > 1)
-    return ""
+        if point in (Point(), Point(K=2), Point(tokens="last-8")):
+            return "all layers" + " K=2" * (point.K == 2) + ", last 8 tokens" * (point.tokens != "all")
+        return {"last-15": "last 15 layers"}.get(point.layers, "")
+    return f"exit {point.exit_layer}" if _group(point) in (EARLY, EARLY_COMMON) else ""
