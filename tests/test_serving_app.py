@@ -236,7 +236,7 @@ def test_who_may_ask_what(served):
     with httpx.Client(base_url=served[0]) as nobody:
         assert nobody.get("/health").status_code == 200
         assert nobody.get("/").status_code == 200
-        assert "default-src 'self'" in nobody.get("/").headers["content-security-policy"]
+        assert "default-src 'none'" in nobody.get("/").headers["content-security-policy"]
         assert nobody.get("/playground/app.js").headers["content-type"].startswith("text/javascript")
         assert nobody.get("/playground/..%2fapp.py").status_code == 404
         for path in ("/v1/models", "/metrics", "/ready", "/openapi.json", "/nowhere"):

@@ -86,7 +86,7 @@ def serve(
 
     quiet()
     rates, start = methods.specs(model, rate or [], init)
-    lm = AdaptiveLM.from_pretrained(model, init=start, dtype=dtype, device=device)
+    lm = AdaptiveLM.from_pretrained(model, init=start, rate=methods.trained(rates), dtype=dtype, device=device)
     known = methods.build(lm.backbone, lm.init, rates, most_steps=max_steps)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
     metrics = Metrics()

@@ -13,7 +13,7 @@ from ephemera.errors import nearest
 from ephemera.generator import LoraGenerator, lora_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.model import FELL_BACK, UNCHANGED, AdaptiveLM
-from ephemera.rates import AveragedRate, FixedRate, Rate, ScaleNet, load_rate
+from ephemera.rates import AveragedRate, FixedRate, Rate, ScaleNet, adapted_by, load_rate
 from ephemera.store import DEFAULT_MODEL
 
 BASE = "none"
@@ -42,10 +42,20 @@ class Method:
         return note.replace("unadapted", "from its start") if note and started else note
 
 
-def specs(model: str, rates: Sequence[str], init: str | None) -> tuple[list[str], str]:
-    """Rates and init as given, or what comes with the package for the default model, or the paper's fixed rate."""
+def specs(model: str, rates: Sequence[str], init: str | None) -> tuple[list[Rate], str]:
+    """Rates and init as given, or what comes with the package for the default model, or the paper's fixed rate.
+
+    The shipped generator starts adapters on every layer: beside a rate for some of them the start is zero.
+    """
     ships = model == DEFAULT_MODEL
-    return list(rates) or list(SHIPPED_RATES if ships else ("0.05",)), init or (SHIPPED_INIT if ships else "zero")
+    rules = [load_rate(spec) for spec in rates or (SHIPPED_RATES if ships else ("0.05",))]
+    everywhere = all(adapted_by(rule).get("layers", "all") == "all" for rule in rules)
+    return rules, init or (SHIPPED_INIT if ships and everywhere else "zero")
+
+
+def trained(rules: Sequence[Rate]) -> Rate | None:
+    """The first rate that was trained for certain projections: the model is loaded with those."""
+    return next((rule for rule in rules if adapted_by(rule)), None)
 
 
 def kind_of(rate: Rate) -> str:
@@ -57,17 +67,16 @@ def kind_of(rate: Rate) -> str:
     return "layerwise" if rate.config["granularity"] == "layer" else "stepwise"
 
 
-def build(backbone: Backbone, init: str | Init, rates: Sequence[str | Rate], *, most_steps: int = 8) -> list[Method]:
+def build(backbone: Backbone, init: str | Init, rates: Sequence[Rate], *, most_steps: int = 8) -> list[Method]:
     """Every model id that these make, the unadapted model first. ValueError where one does not fit the model."""
     started = AdaptiveLM(backbone, init=init).init
     name = "generated" if isinstance(started, LoraGenerator) else "peft"
     starts: list[tuple[str, Init]] = [] if isinstance(started, ZeroInit) else [(name, started)]
     moves: dict[str, Rate] = {}
-    for spec in rates:
-        rule = load_rate(spec) if isinstance(spec, str) else spec
+    for rule in rates:
         kind = kind_of(rule)
         if kind in moves:
-            raise ValueError(f"two {kind} rates were given, the second {spec!r}; a server takes one of each kind.")
+            raise ValueError(f"two {kind} rates were given; a server takes one of each kind.")
         rule.check(backbone)
         if isinstance(rule, torch.nn.Module):
             rule.to(backbone.device)
