@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ephemera import packed
+from ephemera.backbone import load_backbone
 from ephemera.inits import ZeroInit
 from ephemera.objective import mean_nll, pad
 from ephemera.packed import Packing, attention, can_pack
@@ -104,6 +105,18 @@ def _break(backbone, batch):
         backbone.forward(batch)
     finally:
         hook.remove()
+
+
+def test_an_attention_that_was_asked_for_is_taken(llama_folder):
+    seen = []
+    for asked in (None, "eager"):
+        backbone = load_backbone(str(llama_folder), attn_implementation=asked)
+        with torch.no_grad():
+            module = backbone.model.get_submodule(backbone.projections[0].module)
+            handle = module.register_forward_hook(lambda _m, args, _y: seen.append(args[0].shape))
+            backbone.forward(pad([[1, 2, 3], [1, 2]]))
+            handle.remove()
+    assert [tuple(shape[:2]) for shape in seen] == [(1, 5), (2, 3)]
 
 
 def test_prompts_past_a_sliding_window_are_not_packed():

@@ -41,6 +41,18 @@ def test_a_mixed_batch_equals_solo(architecture):
         assert sum(e.tokens for e in events if isinstance(e, Text)) <= tokens
 
 
+def test_adapters_on_the_upper_layers_alone():
+    """The prefill takes what lies below from the steps; the answers stay those of a model without such a short cut."""
+    backbone = tiny_backbone("llama", layers="last-1", depth=3)
+    method = Method("tiny-llama:fixed", "fixed", ZeroInit(), FixedRate(3.0), 3)
+    jobs = [job_for(backbone, method, p, steps=2, tokens=8) for p in PROMPTS]
+    with running(Engine(backbone)) as engine:
+        found = collect(jobs, engine)
+    backbone.final_norm = None  # nothing is cut now
+    for prompt, events in zip(PROMPTS, found, strict=True):
+        assert text_of(events) == solo(backbone, method, prompt, steps=2, tokens=8)
+
+
 def test_the_methods_answer_differently(llama):
     """Or the test above could not tell whose adapter was used."""
     known = tiny_methods(llama)

@@ -48,9 +48,10 @@ def adapt(
     """K times: forward, prompt NLL, rates from h(x), backward, update (LDTTA Fig. 1, Eq. 13-15).
 
     The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the
-    loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph; `second_order` builds the graph through every step
-    instead (Eq. 18; tiny models, and attention without a fused kernel). `after_step` is called with k
-    when step k is done; no adapter is attached then, so it may run the model, and what it raises ends the loop.
+    loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph;
+    `second_order` builds the graph through every step instead (Eq. 18; tiny models, and attention without a fused
+    kernel). `after_step` is called with k when step k is done; no adapter is attached then, so it may run the
+    model, and what it raises ends the loop.
     """
     lora = initial_lora
     B, M = batch.ids_BT.shape[0], len(lora.projections)

@@ -64,8 +64,11 @@ class Backbone:
         target_modules: str | Sequence[str] = "qv",
         layers: str | Sequence[int] = "all",
         only: Sequence[str] | None = None,
+        packs: bool = True,
     ):
+        """`packs`: whether passes without a cache may leave out padding, with attention of ephemera's own (packed.py)."""
         self.model = model.eval().requires_grad_(False)
+        self.packs = packs
         write_out_norms(self.model)
         self.tokenizer = tokenizer
         self.name = name
@@ -157,7 +160,7 @@ class Backbone:
             inputs["position_ids"] = batch.position_ids_BT
         if cache is not None:
             inputs["past_key_values"] = cache
-        elif not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
+        elif self.packs and not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
             return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop)
         with (
             attach(self.model, lora),  # before layers are left out: it finds modules by their paths
@@ -279,7 +282,8 @@ def load_backbone(
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     path, kwargs = _resolve(name), dict(kwargs)
-    if kwargs.get("attn_implementation") is None:
+    packs = kwargs.get("attn_implementation") is None  # who asks for an attention gets it in every pass
+    if packs:
         kwargs.pop("attn_implementation", None)
         if device.type == "cpu" and dtype == torch.bfloat16:
             kwargs["attn_implementation"] = "eager"  # the fused kernel's bfloat16 backward is slow there
@@ -298,7 +302,9 @@ def load_backbone(
         ) from error
     if "quantization_config" not in kwargs or "gguf_file" in kwargs:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
-    return Backbone(model, tokenizer, name=name, path=path, target_modules=target_modules, layers=layers, only=only)
+    return Backbone(
+        model, tokenizer, name=name, path=path, target_modules=target_modules, layers=layers, only=only, packs=packs
+    )
 
 
 def _resolve(name: str) -> Path:

@@ -98,13 +98,14 @@ class AdaptiveLM:
     ) -> AdaptiveLM:
         """Load a model.
 
-        `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package
-        index). `init`: where adapters start: an init object, "zero" (the default), a generator's folder or
-        shipped name, or the folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`) or a number.
-        `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`,
-        `lora_alpha`, `init_std`, `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put prompts in the model's chat template.
-        `truncate="left"`: cut prompts longer than the model's window instead of refusing them.
-        Further keywords go to transformers. ValueError names what is wrong and what is allowed.
+        `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package index). `init`:
+        where adapters start: an init object, "zero" (the default), a generator's folder or shipped name, or the
+        folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`), a preset
+        ("full", "fast") or a number. `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any
+        of `r`, `lora_alpha`, `init_std`, `target_modules`, `layers`; what is adapted is by default what init or rate
+        was trained for. `chat`: put prompts in the model's chat template. `truncate="left"`: cut prompts longer
+        than the model's window instead of refusing them. Further keywords go to transformers. ValueError names what
+        is wrong and what is allowed.
         """
         settings = dict(lora or {})
         allowed = ["r", "lora_alpha", "init_std", "target_modules", "layers"]
@@ -235,9 +236,9 @@ class AdaptiveLM:
         max_new_tokens: int = 64,
         **kwargs: Any,
     ) -> list[str]:
-        """Adapt (`steps`, by default 3, or Kmax where that is less, or none without a rate), answer, forget: the new text of each prompt.
+        """Adapt, answer, forget: the new text of each prompt.
 
-        Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
+        `steps` is by default 3, or Kmax where that is less, or none without a rate. Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
         `adaptation`, its adapters are used and no step is taken.
         """
         prompts = _texts(prompts)

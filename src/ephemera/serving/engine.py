@@ -166,7 +166,10 @@ class Engine:
                 backbone, batch, lora, method.rate, steps, after_step=lambda k: self._between(group, k, steps)
             )
         seconds = time.perf_counter() - start
-        read = prefill(backbone, batch, trace.lora if trace else None, trace.initial_lora if trace else None)
+        if trace is None:
+            read = prefill(backbone, batch, None)
+        else:
+            read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=trace.lower)
         with torch.no_grad():
             logits_BV = backbone.logits(read.hidden_BTD[:, -1])
         answers, sources = [], []

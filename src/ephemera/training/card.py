@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 
 from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, dump_yaml
+
+Config = TypeVar("Config", TrainScaleNet, TrainLens, TrainGenerator)
 
 
 def write_card(
@@ -24,13 +26,9 @@ def write_card(
         lines.append(
             f"| {metrics['step']} | " + " | ".join(f"{metrics[f'validation_nll_{K}']:.3f}" for K in steps) + " |"
         )
-    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
-    for data in (portable.train, portable.validation):  # where the rows lay on one machine helps nobody
-        data.source = None if data.source is None else f"<folder of {data.task}>"
+    portable = _portable(config, run, trained_for, source=f"<folder of {config.train.task}>")
     if portable.objective.lens is not None and Path(portable.objective.lens).exists():
         portable.objective.lens = "<folder of the lens>"
-    if Path(portable.model.name).exists():
-        portable.model.name = trained_for["name"]
     exits = ""
     if config.objective.exit_layer is not None:
         exits = (
@@ -70,11 +68,7 @@ def write_lens_card(
     )
     for m in validations:
         lines.append(f"| {m['step']} | " + " | ".join(f"{m[f'validation_kl_{E}']:.3f}" for E in layers) + " |")
-    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
-    for data in (portable.train, portable.validation):
-        data.source = None if data.source is None else f"<folder of {data.task}>"
-    if Path(portable.model.name).exists():
-        portable.model.name = trained_for["name"]
+    portable = _portable(config, run, trained_for, source=f"<folder of {config.train.task}>")
     (folder / "README.md").write_text(
         f"# {folder.name}: tuned lens for {trained_for['name']}\n\n"
         "One affine map per exit layer; after it the model's own final norm and head (Belrose et al., 2023). It fits that\n"
@@ -104,11 +98,7 @@ def write_generator_card(
     names = [key.removeprefix("validation_nll").removeprefix("_") or "all" for key in keys]
     lines = ["| optimiser step | " + " | ".join(names) + " |", "|" + "---|" * (len(keys) + 1)]
     lines += [f"| {m['step']} | " + " | ".join(f"{m[key]:.3f}" for key in keys) + " |" for m in validations]
-    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
-    for mixture in (portable.train, portable.validation):  # where the rows lay on one machine helps nobody
-        mixture.source = None if mixture.source is None else "<folder of {task}>"
-    if Path(portable.model.name).exists():
-        portable.model.name = trained_for["name"]
+    portable = _portable(config, run, trained_for, source="<folder of {task}>")
     (folder / "README.md").write_text(
         f"# {folder.name}: adapter generator for {trained_for['name']}\n\n"
         "Makes a LoRA adapter for each prompt from the model's own last hidden state, in one pass (TaskWeaver 4.2). It\n"
@@ -126,3 +116,13 @@ def write_generator_card(
 
 def _metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _portable(config: Config, run: Path, trained_for: dict[str, Any], *, source: str) -> Config:
+    """The configuration without one machine's paths, which help nobody."""
+    portable = config.model_copy(deep=True, update={"output": f"runs/{run.name}"})
+    for data in (portable.train, portable.validation):
+        data.source = None if data.source is None else source
+    if Path(portable.model.name).exists():
+        portable.model.name = trained_for["name"]
+    return portable
