@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from ephemera.lora import LoraBatch, LoraLinear, Projection, attach, lora_linear
+from ephemera.packed import Packing
 from tiny import ARCHITECTURES, close, left, merged_model, random_ids, random_lora, tiny_backbone
 
 B, T, IN, OUT, R = 3, 4, 5, 6, 2
@@ -58,6 +59,20 @@ def test_without_gradients_the_numbers_are_the_same(bias, dtype):
     assert want.requires_grad
     assert torch.equal(have, want)
     assert (have - linear(x)).abs().max() > 0.1
+
+
+def test_packed_rows_take_any_gradient():
+    """Merged weights row by row. A row's last token has a gradient here, which no prompt loss gives it."""
+    lengths, N = (2, 4, 1), 7
+    y, x = draw(1, N, OUT), draw(1, N, IN).requires_grad_()
+    A, B_factor = draw(B, R, IN).requires_grad_(), draw(B, OUT, R).requires_grad_()
+    packing = Packing(lengths, torch.device("cpu"))
+    got = lora_linear(y.clone(), x, A, B_factor, SCALING, packing)
+    want = y + torch.cat([x_TI @ (SCALING * B_factor[b] @ A[b]).T for b, x_TI in enumerate(x[0].split(lengths))])[None]
+    close(got, want)
+    dy = draw(1, N, OUT)
+    inputs = (x, A, B_factor)
+    close(torch.autograd.grad(got, inputs, dy), torch.autograd.grad(want, inputs, dy))
 
 
 def test_lora_linear_gradient_by_the_base_output():

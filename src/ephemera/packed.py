@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 ATTENTION = "ephemera_packed"
 # Causal decoders that hand keyword arguments down to attention and know no other bias than the causal mask
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt_neox")
-FUSED_FROM = 128  # places from which a CPU's fused float32 kernel, which skips what lies above the diagonal, wins
+FUSED_FROM = 128  # places; longer prompts go to the fused float32 kernel, which skips what lies above the diagonal
 KEPT_BYTES = (
     8 << 20
 )  # attention probabilities of a layer that are kept for the backward pass; larger ones are made anew
