@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_points import Point, points
+from benchmarks.frontier_points import TEMPLATE, Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.adapt import adapt
 from ephemera.artifact import shipped
@@ -61,6 +61,10 @@ class Schedule:
         return len(self.rates)
 
     @property
+    def base_rate(self) -> float:
+        return self.rates[0]
+
+    @property
     def uses_representation(self):
         return FixedRate(0).uses_representation
 
@@ -72,23 +76,27 @@ class Schedule:
 
 
 def objective_of(point: Point, lens: Lens | None) -> Objective:
+    template = None if point.template else TEMPLATE
     if point.exit_layer is None:
-        return Objective(tokens=point.tokens, vocabulary=point.vocabulary)
+        return Objective(tokens=point.tokens, vocabulary=point.vocabulary, template=template)
     through = None if lens is None or not point.lens else lens.only(point.exit_layer)
-    return Objective(point.exit_layer, through, point.tokens, point.vocabulary)
+    return Objective(point.exit_layer, through, point.tokens, point.vocabulary, template)
 
 
-def answer_nlls(backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, K: int) -> list[float]:
-    """Each row's answer NLL after K steps, in the order of the rows."""
-    found: dict[str, float] = {}
+def answer_nlls(
+    backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, K: int, stop_below: float | None = None
+) -> tuple[list[float], list[int]]:
+    """Each row's answer NLL after K steps, and how many it took, in the order of the rows."""
+    found: dict[str, tuple[float, int]] = {}
     for batch_rows in batches_of(backbone, rows, BATCH):
         batch = prompt_batch(backbone, batch_rows)
         lora = INIT(backbone, batch, [0] * len(batch_rows))
-        trace = adapt(backbone, batch, lora, rule, K)
+        trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below)
         read = prefill(backbone, batch, trace.lora, lora, lower=trace.lower)
         nll_B = read.answer_nll([row.answer for row in batch_rows])
-        found |= {row.id: nll for row, nll in zip(batch_rows, nll_B.tolist(), strict=True)}
-    return [found[row.id] for row in rows]
+        taken = zip(nll_B.tolist(), trace.steps_B.tolist(), strict=True)
+        found |= {row.id: pair for row, pair in zip(batch_rows, taken, strict=True)}
+    return [found[row.id][0] for row in rows], [found[row.id][1] for row in rows]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -136,11 +144,12 @@ def quality(
     """Rates found on the search rows, and the NLL of each of the other rows under them."""
     if point.network is not None:
         backbone, rule = network_of(point, whole)
-        return {"nlls": [round(x, 4) for x in answer_nlls(backbone, rows, rule, point.K)]}
+        nlls, steps = answer_nlls(backbone, rows, rule, point.K, point.stop_below)
+        return {"nlls": [round(x, 4) for x in nlls]} | ({} if point.stop_below is None else {"steps": steps})
     backbone, objective = whole.with_adapters_on(point.targets, point.layers), objective_of(point, lens)
 
     def loss(rates: tuple[float, ...]) -> float:
-        return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.normalize), len(rates)))
+        return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.normalize), len(rates))[0])
 
     start = 4.0 if point.normalize == "prompt" else 1.0 if point.normalize == "projection" else 8.0
     seen = climb(lambda rate: loss((rate,)), start)
@@ -149,7 +158,7 @@ def quality(
         shares = {share: loss((*rates, rates[0] * share)) for share in LATER_GRID if share > 0}
         rates = (*rates, rates[0] * min(shares, key=lambda share: shares[share]))
         table[f"share_{k}"] = {f"{s:g}": v for s, v in shares.items()}
-    nlls = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize), point.K)
+    nlls, _ = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize), point.K)
     return {"rates": rates, "search": table, "nlls": [round(x, 4) for x in nlls]}
 
 
@@ -164,7 +173,7 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
         raise ValueError(
             f"{args.output} holds points of other settings ({results['settings']}); give another --output."
         )
-    results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)]})
+    results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)[0]]})
     for point in points():
         if point.key in results["points"] and "nlls" in results["points"][point.key]:
             continue
@@ -184,13 +193,15 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def first_token(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int) -> Tensor:
+def first_token(
+    backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int, stop_below: float | None = None
+) -> Tensor:
     """What a user waits for: K steps, the prefill, the first token."""
     if K == 0:
         read = prefill(backbone, batch, None)
     else:
         lora = INIT(backbone, batch, [0] * batch.ids_BT.shape[0])
-        trace = adapt(backbone, batch, lora, rule, K)
+        trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below)
         read = prefill(backbone, batch, trace.lora, lora, lower=trace.lower)
     return backbone.logits(read.hidden_BTD[:, -1]).argmax(-1)
 
@@ -239,7 +250,7 @@ def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Ten
             lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)
             objective = replace(objective, lens=lens)
         rule = Schedule((1e-3,) * point.K, objective, point.normalize)
-    return lambda: first_token(backbone, batch, rule, point.K)
+    return lambda: first_token(backbone, batch, rule, point.K, point.stop_below)
 
 
 def save(folder: Path, results: dict[str, Any]) -> None:

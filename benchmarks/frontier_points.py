@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ephemera.rates import Normalize
+from ephemera.tasks.nq_open import NQ_OPEN
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,26 @@ class Point:
     lens: bool = True
     normalize: Normalize = "none"
     network: str | None = None
+    template: bool = True  # whether the loss counts the template's own words
+    stop_below: float | None = None
 
     @property
     def key(self) -> str:
         if self.network is not None:
-            return f"{self.network} K={self.K}"
+            stops = "" if self.stop_below is None else f", stop below {self.stop_below:g}"
+            return f"{self.network} K={self.K}{stops}"
         parts = [f"layers {self.layers}", f"{self.targets}"]
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}" + ("" if self.lens else " untrained"))
         parts += [f"tokens {self.tokens}"] * (self.tokens != "all")
+        parts += ["without the template's words"] * (not self.template)
         parts += [f"words {self.vocabulary}"] * (self.vocabulary is not None)
         parts += [f"normalized by {self.normalize}"] * (self.normalize != "none")
         return ", ".join([*parts, f"K={self.K}"])
 
 
 COMMON = 4096  # ids in the small softmax
+TEMPLATE = NQ_OPEN.prompt({"question": "{}"})
 
 
 def points() -> list[Point]:
@@ -42,6 +48,9 @@ def points() -> list[Point]:
         Point(),
         Point(network="scalenet-nq-open"),
         Point(network="scalenet-nq-open-fast"),
+        # As many steps as its own rates ask for
+        Point(network="scalenet-nq-open", K=5),
+        Point(network="scalenet-nq-open", K=5, stop_below=0.01),
         # Not shipped: docs/performance.md has their commands
         Point(network="runs/scalenet-nq-open-fast-4/network"),
         Point(network="runs/scalenet-nq-open-top/network"),
@@ -60,6 +69,9 @@ def points() -> list[Point]:
         *(Point(targets=kind) for kind in ("v", "q")),
         Point(vocabulary=COMMON),
         Point(tokens="last-8"),
+        *(Point(tokens=f"hardest-{percent}%") for percent in (50, 25)),
+        Point(template=False),
+        Point(template=False, tokens="hardest-50%"),
         # Steps of length one, and more of them
         *(Point(normalize=by) for by in ("prompt", "projection")),
         Point("first-8", 8, K=2),

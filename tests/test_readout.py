@@ -12,7 +12,8 @@ from ephemera.backbone import Backbone
 from ephemera.lens import Lens
 from ephemera.objective import pad
 from ephemera.rates import FixedRate
-from ephemera.readout import PROMPT, Objective, load_objective, scored
+from ephemera.readout import PROMPT, Objective, load_objective
+from ephemera.subset import by_place
 from tiny import (
     ARCHITECTURES,
     VOCABULARY,
@@ -127,10 +128,10 @@ def test_softcapped_heads(llama):
 
 def test_scored_tokens_are_counted_from_the_end():
     batch = pad(random_ids([5, 3]), side="left")
-    assert scored(batch, "last-2").tolist() == [[False, False, False, True, True], [False, False, False, True, True]]
-    assert scored(batch, "every-2").tolist() == [[True, False, True, False, True], [False, False, True, False, True]]
+    assert by_place(batch, "last-2").tolist() == [[False, False, False, True, True], [False, False, False, True, True]]
+    assert by_place(batch, "every-2").tolist() == [[True, False, True, False, True], [False, False, True, False, True]]
     right = pad(random_ids([5, 3]), side="right")
-    assert scored(right, "last-9").tolist() == right.mask_BT.tolist()
+    assert by_place(right, "last-9").tolist() == right.mask_BT.tolist()
 
 
 @pytest.mark.parametrize("tokens", ["last-0", "first-3", "every", "last--2", ""])

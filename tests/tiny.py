@@ -198,6 +198,7 @@ class SomeRowsWild:
     uses_representation = "no"
     objective = PROMPT
     normalize = "none"
+    base_rate = 0.1
 
     def __init__(self, wild: dict[int, float]):
         self.wild = wild

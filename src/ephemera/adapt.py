@@ -20,6 +20,7 @@ class Trace:
     """What a batch's adaptation left: adapters at both ends, and each step's loss and rates.
 
     `prompt_nll_BK[:, k-1]` is the prompt NLL (nats per token) seen by step k, before its update.
+    `steps_B`: steps that each row took, K where none stopped early; beyond them its rates are 0 and its losses NaN.
     `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
     `grads` holds each step's gradients in the order of `LoraBatch.tensors`, where they were kept. `lower`: the layers
     below the lowest adapted one, run once for all steps; `prefill` takes them too.
@@ -29,6 +30,7 @@ class Trace:
     initial_lora: LoraBatch
     prompt_nll_BK: Tensor
     rates_BKM: Tensor
+    steps_B: Tensor
     fallback_B: Tensor
     grads: list[tuple[Tensor, ...]] = field(default_factory=list)
     lower: Lower | None = None
@@ -43,6 +45,7 @@ def adapt(
     *,
     keep_grads: bool = False,
     second_order: bool = False,
+    stop_below: float | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Trace:
     """K times: forward, prompt NLL, rates from h(x), backward, update (LDTTA Fig. 1, Eq. 13-15).
@@ -50,15 +53,23 @@ def adapt(
     The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the
     loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph;
     `second_order` builds the graph through every step instead (Eq. 18; tiny models, and attention without a fused
-    kernel). `after_step` is called with k when step k is done; no adapter is attached then, so it may run the
+    kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate takes neither that
+    step nor a later one; when all rows have stopped the loop ends, before that step's loss and backward pass. Only then
+    does the loop wait for the device. `after_step` is called with k when step k is done; no adapter is attached then, so it may run the
     model, and what it raises ends the loop.
     """
+    if stop_below is not None and not 0 <= stop_below < float("inf"):
+        raise ValueError(f"stop_below={stop_below}: give a share of the base rate, 0 or more (e.g. 0.01), or none.")
+    assert stop_below is None or not (keep_grads or second_order), "training takes every step"
     lora = initial_lora
     B, M = batch.ids_BT.shape[0], len(lora.projections)
     nlls, rates, grads_of_steps = [], [], []
     first_h_BH: Tensor | None = None
     wants_h = rate is not None and rate.uses_representation != "no"
     lower = backbone.lower(batch) if steps else None
+    moving_B = torch.ones(B, dtype=torch.bool, device=lora.A[0].device)
+    steps_B = moving_B.long() * (steps if stop_below is None else 0)
+    scored_BT = rate.objective.scored_BT(backbone, batch) if rate is not None and steps else None
     for k in range(1, steps + 1):
         assert rate is not None
         current = lora if second_order and k > 1 else lora.leaves()
@@ -71,17 +82,27 @@ def adapt(
                 stop=rate.objective.exit_layer,
                 twice_differentiable=second_order,
             )
-            nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
-            grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
-            grads = normalized(grads, rate.normalize)
         h_BH = out.representation_BH(batch) if wants_h else None
         if rate.uses_representation == "first":
             first_h_BH = h_BH if first_h_BH is None else first_h_BH
             h_BH = first_h_BH
         with torch.set_grad_enabled(keep_grads or second_order):
-            rates_BM = rate.rates_BM(h_BH, k, steps, like=nll_B.detach(), projections=M)
+            rates_BM = rate.rates_BM(h_BH, k, steps, like=lora.A[0].detach(), projections=M)
+        if stop_below is not None:
+            # Not "any at least": a rate that is no number does not stop a row, it makes it fall back
+            moving_B = moving_B & ~(rates_BM < stop_below * rate.base_rate).all(1)
+            if not bool(moving_B.any()):
+                break
+            rates_BM = torch.where(moving_B[:, None], rates_BM, 0.0)
+        with torch.enable_grad():
+            nll_B = rate.objective.nll_B(backbone, out, batch, scored_BT, twice_differentiable=second_order)
+            grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
+            grads = normalized(grads, rate.normalize)
         with torch.set_grad_enabled(second_order):
-            lora = current.step(grads, rates_BM if second_order else rates_BM.detach())
+            moved = current.step(grads, rates_BM if second_order else rates_BM.detach())
+        lora = moved
+        if stop_below is not None:
+            lora, steps_B = moved.where(moving_B, current), steps_B + moving_B
         nlls.append(nll_B.detach())
         rates.append(rates_BM)
         if keep_grads:
@@ -91,16 +112,28 @@ def adapt(
     if not second_order:
         lora = lora.with_tensors([t.detach() for t in lora.tensors])
     like = lora.A[0]
-    nll_BK = torch.stack(nlls, 1) if nlls else like.new_zeros(B, 0)
-    finite_B = nll_BK.isfinite().all(1) & lora.finite_B()
+    taken_BK = torch.arange(steps, device=like.device) < steps_B[:, None]
+    nll_BK = _columns(nlls, like.new_zeros(B, steps))
+    finite_B = (nll_BK.isfinite() | ~taken_BK).all(1) & lora.finite_B()
     return Trace(
         lora=lora.where(finite_B, initial_lora) if steps else lora,
         initial_lora=initial_lora,
-        prompt_nll_BK=nll_BK,
-        rates_BKM=torch.stack(rates, 1) if rates else like.new_zeros(B, 0, M),
+        prompt_nll_BK=torch.where(taken_BK, nll_BK, torch.nan),
+        rates_BKM=_columns(rates, like.new_zeros(B, steps, M)),
+        steps_B=steps_B,
         fallback_B=~finite_B,
         grads=grads_of_steps,
         lower=lower,
+    )
+
+
+def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:
+    """One column [B] or [B,M] a step; zero for steps that no row took."""
+    if not columns:
+        return zero_BK
+    taken = torch.stack(list(columns), 1)
+    return (
+        torch.cat([taken, zero_BK[:, len(columns) :].to(taken.dtype)], 1) if len(columns) < zero_BK.shape[1] else taken
     )
 
 

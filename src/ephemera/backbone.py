@@ -6,7 +6,7 @@ import copy
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
+from ephemera.checkpoint import checkpointed
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
 from ephemera.errors import nearest, unknown
 from ephemera.lora import LoraBatch, attach
 from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
-from ephemera.packed import can_pack, packed
+from ephemera.packed import Packing, can_pack, packed
 from ephemera.projections import count_layers, find_projections
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
@@ -65,10 +66,12 @@ class Backbone:
         layers: str | Sequence[int] = "all",
         only: Sequence[str] | None = None,
         packs: bool = True,
+        checkpoint: bool = False,
     ):
-        """`packs`: whether passes without a cache may leave out padding, with attention of ephemera's own (packed.py)."""
+        """`checkpoint`: passes that a gradient is taken of keep each layer's input alone (checkpoint.py). `packs`: whether passes without a cache may leave out padding, with attention of ephemera's own (packed.py)."""
         self.model = model.eval().requires_grad_(False)
         self.packs = packs
+        self.checkpoint = checkpoint
         write_out_norms(self.model)
         self.tokenizer = tokenizer
         self.name = name
@@ -90,6 +93,10 @@ class Backbone:
         self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
         self._check_head()
+        if checkpoint and self.final_norm is None:
+            raise ValueError(
+                f"checkpoint: ephemera does not know the layers of a {model.config.model_type}; leave it off."
+            )
 
     def with_adapters_on(
         self,
@@ -106,6 +113,8 @@ class Backbone:
             target_modules=target_modules,
             layers=layers,
             only=only,
+            packs=self.packs,
+            checkpoint=self.checkpoint,
         )
 
     @property
@@ -162,8 +171,10 @@ class Backbone:
             inputs["past_key_values"] = cache
         elif self.packs and not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
             return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop)
+        again = self.checkpoint and cache is None and torch.is_grad_enabled() and not twice_differentiable
         with (
-            attach(self.model, lora),  # before layers are left out: it finds modules by their paths
+            attach(self.model, None if again else lora),  # before layers are left out: it finds modules by their paths
+            self._checkpointed(lora) if again else nullcontext(),
             _outputs_of(self.embedding, kept if embedded else None),
             some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
         ):
@@ -179,8 +190,10 @@ class Backbone:
         kept: list[Tensor] = []
         if lower is not None:
             lower = replace(lower, hidden_BTD=batch.real(lower.hidden_BTD)[None])
+        again = self.checkpoint and torch.is_grad_enabled()
         with (
-            attach(self.model, lora, packing),
+            attach(self.model, None if again else lora, packing),
+            self._checkpointed(lora, packing) if again else nullcontext(),
             _outputs_of(self.embedding, kept if embedded else None),
             some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
             packed(self.decoder),
@@ -193,6 +206,11 @@ class Backbone:
             )
         embedded_BTD = batch.back(kept[0][0]) if embedded else None
         return Forward(batch.back(output.last_hidden_state[0]), embedded_BTD, None)
+
+    def _checkpointed(self, lora: LoraBatch | None, packing: Packing | None = None) -> AbstractContextManager[None]:
+        prefix = f"{self.model.base_model_prefix}.layers"
+        around = nullcontext if packing is None else lambda: packed(self.decoder)
+        return checkpointed(self.decoder, prefix, lora, packing, around)
 
     def new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -268,6 +286,7 @@ def load_backbone(
     target_modules: str | Sequence[str] = "qv",
     layers: str | Sequence[int] = "all",
     only: Sequence[str] | None = None,
+    checkpoint: bool = False,
     **kwargs: Any,
 ) -> Backbone:
     """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
@@ -303,7 +322,15 @@ def load_backbone(
     if "quantization_config" not in kwargs or "gguf_file" in kwargs:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     return Backbone(
-        model, tokenizer, name=name, path=path, target_modules=target_modules, layers=layers, only=only, packs=packs
+        model,
+        tokenizer,
+        name=name,
+        path=path,
+        target_modules=target_modules,
+        layers=layers,
+        only=only,
+        packs=packs,
+        checkpoint=checkpoint,
     )
 
 

@@ -32,6 +32,9 @@ class ModelSettings(Settings):
         default=None,
         description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own",
     )
+    checkpoint: bool = Field(
+        default=False, description="steps keep each layer's input alone and run it again: less memory, more time"
+    )
     lora: LoraSettings = LoraSettings()
 
 
@@ -66,7 +69,13 @@ class ObjectiveSettings(Settings):
     tune_lens: float = Field(
         default=0.0, ge=0, description="train the lens too, at this share of the learning rate, exactly (second order)"
     )
-    tokens: str = Field(default="all", description='tokens that are scored: "all", "last-8", "every-2"')
+    tokens: str = Field(
+        default="all", description='tokens that are scored: "all", "last-8", "every-2", "hardest-50%" (highest loss)'
+    )
+    template: str | None = Field(
+        default=None,
+        description='score only what stands in its holes, e.g. "Question: {} Answer:"; default: a template\'s words too',
+    )
     vocabulary: int | None = Field(
         default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"
     )

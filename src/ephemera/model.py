@@ -39,7 +39,8 @@ class Adaptation:
     `prompt_nll_BK` [B,K]: prompt NLL in nats per token seen by step k, before its update (a training
     loss, not a result). `rates_BKM` [B,K,M]: learning rate of each step and projection, in the order of
     `lora.projections`. `lora`, `initial_lora`: the adapters after and before. `notes[b]` says why a
-    row was left unadapted, or is None. `seconds`: wall time of the whole adaptation.
+    row was left unadapted, or is None. `steps_B`: steps that each row took; where that is fewer than K (`stop_below`),
+    the losses of the others are NaN and their rates 0. `seconds`: wall time of the whole adaptation.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +50,7 @@ class Adaptation:
     rates_BKM: Tensor
     notes: tuple[str | None, ...]
     seconds: float
+    steps_B: Tensor
     base_model: str = field(default="")
 
     @property
@@ -75,12 +77,14 @@ class AdaptiveLM:
         rate: RateLike = None,
         chat: bool = False,
         truncate: Literal["left"] | None = None,
+        stop_below: float | None = None,
     ):
         self.backbone = backbone
         self.init = self._init(init)
         self.rate = self._rate(rate)
         self.chat = chat
         self.truncate = truncate
+        self.stop_below = stop_below
 
     @classmethod
     def from_pretrained(
@@ -94,6 +98,8 @@ class AdaptiveLM:
         lora: dict[str, Any] | None = None,
         chat: bool = False,
         truncate: Literal["left"] | None = None,
+        stop_below: float | None = None,
+        checkpoint: bool = False,
         **kwargs: Any,
     ) -> AdaptiveLM:
         """Load a model.
@@ -104,7 +110,9 @@ class AdaptiveLM:
         ("full", "fast") or a number. `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any
         of `r`, `lora_alpha`, `init_std`, `target_modules`, `layers`; what is adapted is by default what init or rate
         was trained for. `chat`: put prompts in the model's chat template. `truncate="left"`: cut prompts longer
-        than the model's window instead of refusing them. Further keywords go to transformers. ValueError names what
+        than the model's window instead of refusing them. `stop_below`: a prompt takes no further step once all of its rates
+        are below this share of the rate's base rate. `checkpoint`: steps keep each layer's input alone and run the layer
+        again in the backward pass: less memory, more time, the same adapters. Further keywords go to transformers. ValueError names what
         is wrong and what is allowed.
         """
         settings = dict(lora or {})
@@ -122,8 +130,10 @@ class AdaptiveLM:
         brought = targets_of(init)
         if brought is not None:
             adapted["target_modules"] = brought
-        backbone = load_backbone(name, dtype=dtype, device=device, **(adapted or adapted_by(rate)), **kwargs)
-        return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate)
+        backbone = load_backbone(
+            name, dtype=dtype, device=device, checkpoint=checkpoint, **(adapted or adapted_by(rate)), **kwargs
+        )
+        return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate, stop_below=stop_below)
 
     @property
     def path(self) -> Path:
@@ -159,12 +169,24 @@ class AdaptiveLM:
         rate: RateLike = None,
         init: InitLike = None,
         seed: int = 0,
+        stop_below: float | None = None,
     ) -> Adaptation:
-        """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other."""
-        return self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed)[0]
+        """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other.
+
+        `stop_below` (default: the model's own setting): a prompt takes no further step once all of its rates are below
+        this share of the base rate; `Adaptation.steps_B` tells how many it took.
+        """
+        return self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed, stop_below=stop_below)[0]
 
     def _adapt(
-        self, prompts: tuple[str, ...], *, steps: int, rate: RateLike, init: InitLike, seed: int
+        self,
+        prompts: tuple[str, ...],
+        *,
+        steps: int,
+        rate: RateLike,
+        init: InitLike,
+        seed: int,
+        stop_below: float | None = None,
     ) -> tuple[Adaptation, dict[tuple[int, ...], Lower]]:
         """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
         start_from = self.init if init is None else self._init(init)
@@ -177,6 +199,7 @@ class AdaptiveLM:
             )
         if rule is not None and rule.max_steps is not None and steps > rule.max_steps:
             raise ValueError(f"steps is {steps}, but this rate was trained for at most {rule.max_steps} (Kmax).")
+        stop_below = self.stop_below if stop_below is None else stop_below
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
         traces: list[Trace] = []
@@ -186,7 +209,7 @@ class AdaptiveLM:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
                 lora = start_from(self.backbone, batch, [seed] * len(rows))
-                traces.append(adapt(self.backbone, batch, lora, rule, steps))
+                traces.append(adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below))
                 if (lower := traces[-1].lower) is not None:
                     lowers[tuple(rows)] = lower
         order = torch.tensor([i for rows in batches for i in rows])
@@ -207,6 +230,7 @@ class AdaptiveLM:
                 for fell, i in zip(fallback_B.tolist(), ids, strict=True)
             ),
             seconds=time.perf_counter() - start,
+            steps_B=torch.cat([t.steps_B for t in traces]).cpu()[back],
             base_model=str(self.backbone.path),
         )
         return adaptation, lowers

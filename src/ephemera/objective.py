@@ -103,7 +103,7 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_ND: Tensor, logits_of: Callable[[Tensor], Tensor], targets_N: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        nll_N = torch.empty(h_ND.shape[0], dtype=_wide(h_ND.dtype), device=h_ND.device)
+        nll_N = torch.empty(h_ND.shape[0], dtype=wide_of(h_ND.dtype), device=h_ND.device)
         dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, h_ND.shape[0], CHUNK_TOKENS):
             chunk = slice(start, start + CHUNK_TOKENS)
@@ -113,7 +113,7 @@ class _ChunkedNll(torch.autograd.Function):
             h_CD = h_ND[chunk].detach().requires_grad_()
             with torch.enable_grad():
                 logits_CV = logits_of(h_CD)
-            dlogits_CV = _nll_and_dlogits(logits_CV.detach(), targets_N[chunk], nll_N[chunk])
+            dlogits_CV = nll_and_dlogits(logits_CV.detach(), targets_N[chunk], nll_N[chunk])
             (dh_ND[chunk],) = torch.autograd.grad(logits_CV, h_CD, dlogits_CV)
         ctx.dh_ND = dh_ND
         return nll_N
@@ -124,7 +124,7 @@ class _ChunkedNll(torch.autograd.Function):
         return ctx.dh_ND * dnll_N[:, None].to(ctx.dh_ND.dtype), None, None
 
 
-def _nll_and_dlogits(logits_CV: Tensor, targets_C: Tensor, nll_C: Tensor) -> Tensor:
+def nll_and_dlogits(logits_CV: Tensor, targets_C: Tensor, nll_C: Tensor) -> Tensor:
     """Write the NLL to `nll_C`, and over the logits its gradient by them: softmax minus one-hot.
 
     In place, and on a CPU a few rows at a time: passes over a whole chunk go through memory and take three
@@ -141,12 +141,12 @@ def _nll_and_dlogits(logits_CV: Tensor, targets_C: Tensor, nll_C: Tensor) -> Ten
     return logits_CV
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(logits_NV.to(_wide(logits_NV.dtype)), targets_N, reduction="none")
+    return F.cross_entropy(logits_NV.to(wide_of(logits_NV.dtype)), targets_N, reduction="none")
 
 
 def token_nll(
@@ -158,6 +158,37 @@ def token_nll(
     return _ChunkedNll.apply(h_ND, logits_of, targets_N)  # pyright: ignore[reportReturnType]
 
 
+@dataclass(frozen=True, eq=False)
+class Predicted:
+    """The tokens [N] that a loss counts: their rows, the places they are predicted from, and what they are."""
+
+    rows_N: Tensor
+    places_N: Tensor
+    targets_N: Tensor
+    counts_B: Tensor
+
+    def states(self, hidden_BTD: Tensor) -> Tensor:
+        return hidden_BTD[self.rows_N, self.places_N]
+
+    def means(self, nll_N: Tensor, keep_N: Tensor | None = None, counts_B: Tensor | None = None) -> Tensor:
+        """Each row's mean [B] over its tokens, or over those that are kept (`counts_B` of each row); 0 where none is."""
+        rows_N = self.rows_N
+        if keep_N is not None:
+            nll_N, rows_N = nll_N[keep_N], rows_N[keep_N]
+        counts_B = self.counts_B if counts_B is None else counts_B
+        sums_B = nll_N.new_zeros(counts_B.shape[0]).index_add(0, rows_N, nll_N)
+        return sums_B / counts_B.clamp(min=1)
+
+
+def predicted(batch: TokenBatch, scored_BT: Tensor | None = None) -> Predicted:
+    """`scored_BT` marks the tokens to score (default: every real one). A row's first has nothing before it: never."""
+    scored_BT = batch.mask_BT if scored_BT is None else scored_BT
+    # A token is predicted from the place to its left, which must be real too.
+    real_BT = scored_BT[:, 1:] & batch.mask_BT[:, :-1]
+    rows_N, places_N = real_BT.nonzero(as_tuple=True)
+    return Predicted(rows_N, places_N, batch.ids_BT[rows_N, places_N + 1], real_BT.sum(1))
+
+
 def mean_nll(
     hidden_BTD: Tensor,
     batch: TokenBatch,
@@ -166,21 +197,11 @@ def mean_nll(
     scored_BT: Tensor | None = None,
     twice_differentiable: bool = False,
 ) -> Tensor:
-    """Mean NLL [B] of each row's own tokens given the tokens before them; 0 where there is none.
+    """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
 
-    `scored_BT` marks the tokens to score (default: every real one). The first real token of a row has
-    nothing before it and is never scored. Rows do not touch each other: a batch's loss is the sum
-    of these, so a prompt's step does not depend on its neighbours.
+    Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
+    neighbours.
     """
-    scored_BT = batch.mask_BT if scored_BT is None else scored_BT
-    # A token is predicted from the place to its left, which must be real too.
-    predicted = scored_BT[:, 1:] & batch.mask_BT[:, :-1]
-    rows_N, places_N = predicted.nonzero(as_tuple=True)
-    nll_N = token_nll(
-        hidden_BTD[rows_N, places_N],
-        logits_of,
-        batch.ids_BT[rows_N, places_N + 1],
-        twice_differentiable=twice_differentiable,
-    )
-    sums_B = nll_N.new_zeros(batch.ids_BT.shape[0]).index_add(0, rows_N, nll_N)
-    return sums_B / predicted.sum(1).clamp(min=1)
+    tokens = predicted(batch, scored_BT)
+    nll_N = token_nll(tokens.states(hidden_BTD), logits_of, tokens.targets_N, twice_differentiable=twice_differentiable)
+    return tokens.means(nll_N)

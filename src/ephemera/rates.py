@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -44,6 +45,11 @@ class Rate(Protocol):
     def objective(self) -> Objective: ...
 
     @property
+    def base_rate(self) -> float:
+        """The rate of a whole first step: `stop_below` is a share of it."""
+        ...
+
+    @property
     def normalize(self) -> Normalize: ...
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
@@ -72,6 +78,10 @@ class FixedRate:
         return None
 
     @property
+    def base_rate(self) -> float:
+        return self.rate
+
+    @property
     def uses_representation(self) -> Literal["no"]:
         return "no"
 
@@ -98,6 +108,10 @@ class AveragedRate:
     @property
     def max_steps(self) -> int:
         return self.table_KKM.shape[0]
+
+    @cached_property
+    def base_rate(self) -> float:
+        return self.table_KKM[:, 0].max().item()
 
     @property
     def uses_representation(self) -> Literal["no"]:
@@ -182,6 +196,10 @@ class ScaleNet(nn.Module):
     @property
     def max_steps(self) -> int:
         return len(self.base_rates)
+
+    @property
+    def base_rate(self) -> float:
+        return self.base_rates[0]
 
     @property
     def uses_representation(self) -> Literal["step", "first"]:

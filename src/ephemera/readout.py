@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ephemera.backbone import Backbone, Forward
+from ephemera.hardest import hardest, mean_hardest_nll, share_of
 from ephemera.lens import Lens, load_lens
-from ephemera.objective import TokenBatch, mean_nll
-
-TOKENS = "all"
+from ephemera.objective import TokenBatch, mean_nll, predicted
+from ephemera.subset import ALL, by_place, check_template, check_tokens, hardest_percent, own_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +23,24 @@ class Objective:
 
     `exit_layer` E: the forward stops after E layers and the loss is read there, through `lens`, the model's final norm
     and head (without a lens: the "logit lens"); adapters sit below. None: at the top, as in the paper. `tokens`: which
-    tokens are scored: "all", "last-8", or "every-2" (every second one, the last among them). `vocabulary`: the softmax
-    runs over the first so many ids and the target alone; byte-pair tokenizers number their tokens by how early they
-    were merged, so the first are the common ones. All of these are the same for a row whatever its batch.
+    tokens are scored: "all", "last-8", "every-2" (every second one, the last among them), or "hardest-50%" (of each
+    row's tokens the half with the highest NLL, chosen anew at each step). `template`: the words that prompts share, with
+    {} where each has its own; only the latter are scored (the hardest of them, the last of the prompt among them).
+    `vocabulary`: the softmax runs over the first so many ids and the target alone; byte-pair tokenizers number their
+    tokens by how early they were merged, so the first are the common ones. All of these are the same for a row whatever
+    its batch.
     """
 
     exit_layer: int | None = None
     lens: Lens | None = None
-    tokens: str = TOKENS
+    tokens: str = ALL
     vocabulary: int | None = None
+    template: str | None = None
 
     def __post_init__(self):
-        if re.fullmatch(r"all|(last|every)-[1-9]\d*", self.tokens) is None:
-            raise ValueError(f'tokens={self.tokens!r} is unknown; it is "all", "last-8", "every-2", or the like.')
+        check_tokens(self.tokens)
+        if self.template is not None:
+            check_template(self.template)
         if self.vocabulary is not None and self.vocabulary < 1:
             raise ValueError(f"vocabulary={self.vocabulary}: give 1 or more ids, or none for the whole vocabulary.")
         if self.lens is not None and (self.exit_layer is None or self.lens.exit_layers != (self.exit_layer,)):
@@ -45,17 +49,36 @@ class Objective:
                 "pick the layer: lens.only(exit_layer)."
             )
 
+    def scored_BT(self, backbone: Backbone, batch: TokenBatch) -> Tensor | None:
+        """The tokens that may be scored [B,T], the same at each step; None: all. ValueError where the template does not fit."""
+        if self.template is None and self.tokens == ALL:
+            return None
+        scored_BT = by_place(batch, self.tokens)
+        return scored_BT if self.template is None else scored_BT & own_text(batch, self.template, backbone.tokenizer)
+
     def nll_B(
-        self, backbone: Backbone, out: Forward, batch: TokenBatch, *, twice_differentiable: bool = False
+        self,
+        backbone: Backbone,
+        out: Forward,
+        batch: TokenBatch,
+        scored_BT: Tensor | None,
+        *,
+        twice_differentiable: bool = False,
     ) -> Tensor:
-        """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none."""
+        """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
+
+        `scored_BT` is what `scored_BT()` gave for the batch.
+        """
         hidden_BTD = out.hidden_BTD if self.exit_layer is None else self.states(backbone, out.hidden_BTD)
-        scored_BT = None if self.tokens == TOKENS else scored(batch, self.tokens)
+        percent = hardest_percent(self.tokens)
         if self.vocabulary is not None:
-            return common_nll(backbone, hidden_BTD, batch, scored_BT, self.vocabulary)
-        return mean_nll(
-            hidden_BTD, batch, backbone.logits, scored_BT=scored_BT, twice_differentiable=twice_differentiable
-        )
+            return common_nll(backbone, hidden_BTD, batch, scored_BT, self.vocabulary, percent)
+        kwargs = {"scored_BT": scored_BT, "twice_differentiable": twice_differentiable}
+        if percent is None:
+            return mean_nll(hidden_BTD, batch, backbone.logits, **kwargs)
+        plain = isinstance(backbone.head, nn.Linear) and backbone.softcap is None
+        weight_VD = backbone.head.get_parameter("weight") if plain else None
+        return mean_hardest_nll(hidden_BTD, batch, backbone.logits, percent, weight_VD=weight_VD, **kwargs)
 
     def states(self, backbone: Backbone, h: Tensor) -> Tensor:
         """States [...,D] after E layers -> what the head takes: through the lens and the model's final norm."""
@@ -92,6 +115,7 @@ class Objective:
             "lens": None if self.lens is None else lens,
             "tokens": self.tokens,
             "vocabulary": self.vocabulary,
+            "template": self.template,
         }
         return None if settings == PROMPT_SETTINGS else settings
 
@@ -100,7 +124,7 @@ class Objective:
             self.lens.save_pretrained(folder)
 
 
-PROMPT_SETTINGS = {"exit_layer": None, "lens": None, "tokens": TOKENS, "vocabulary": None}
+PROMPT_SETTINGS = {"exit_layer": None, "lens": None, "tokens": ALL, "vocabulary": None, "template": None}
 PROMPT = Objective()
 
 
@@ -112,23 +136,20 @@ def load_objective(settings: dict[str, Any] | None, folder: Path) -> Objective:
     return Objective(**{**settings, "lens": lens})
 
 
-def scored(batch: TokenBatch, tokens: str) -> Tensor:
-    """Which tokens count [B,T], by their places from each row's end; all of a row's places are real tokens."""
-    kind, _, number = tokens.partition("-")
-    from_end_BT = batch.lengths_B[:, None] - 1 - batch.position_ids_BT
-    if kind == "last":
-        return batch.mask_BT & (from_end_BT < int(number))
-    return batch.mask_BT & (from_end_BT % int(number) == 0)
-
-
 def common_nll(
-    backbone: Backbone, hidden_BTD: Tensor, batch: TokenBatch, scored_BT: Tensor | None, vocabulary: int
+    backbone: Backbone,
+    hidden_BTD: Tensor,
+    batch: TokenBatch,
+    scored_BT: Tensor | None,
+    vocabulary: int,
+    percent: int | None = None,
 ) -> Tensor:
-    """As `mean_nll`, with a softmax over the ids below `vocabulary` and the target: the head's cost falls by their share."""
-    scored_BT = batch.mask_BT if scored_BT is None else scored_BT
-    predicted = scored_BT[:, 1:] & batch.mask_BT[:, :-1]
-    rows_N, places_N = predicted.nonzero(as_tuple=True)
-    h_ND, targets_N = hidden_BTD[rows_N, places_N], batch.ids_BT[rows_N, places_N + 1]
+    """As `mean_nll`, with a softmax over the ids below `vocabulary` and the target: the head's cost falls by their share.
+
+    With `percent`, over so many percent of each row's tokens, the hardest.
+    """
+    tokens = predicted(batch, scored_BT)
+    h_ND, targets_N = tokens.states(hidden_BTD), tokens.targets_N
     weight_VD, bias_V = backbone.head.get_parameter("weight"), getattr(backbone.head, "bias", None)
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     common_NV = F.linear(h_ND, weight_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]).to(wide)
@@ -138,5 +159,7 @@ def common_nll(
     total_N = common_NV.logsumexp(1)
     total_N = torch.where(targets_N < vocabulary, total_N, torch.logaddexp(total_N, own_N))
     nll_N = total_N - own_N
-    sums_B = nll_N.new_zeros(batch.ids_BT.shape[0]).index_add(0, rows_N, nll_N)
-    return sums_B / predicted.sum(1).clamp(min=1)
+    if percent is None:
+        return tokens.means(nll_N)
+    kept_B = share_of(tokens.counts_B, percent)
+    return tokens.means(nll_N, hardest(nll_N.detach(), tokens, kept_B), kept_B)

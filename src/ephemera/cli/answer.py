@@ -19,6 +19,7 @@ from ephemera.cli.options import (
     RateOption,
     Seed,
     Steps,
+    StopBelow,
     Truncate,
     app,
     quiet,
@@ -53,6 +54,7 @@ def answer(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, with losses and rates.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     seed: Seed = 0,
+    stop_below: StopBelow = None,
     chat: Chat = False,
     truncate: Truncate = None,
     dtype: Dtype = None,
@@ -62,7 +64,7 @@ def answer(
     prompts = _prompts(prompt, file)
     steps, rate = _moves(steps, rate, init)
     lm = _load(model, init=init, rate=rate, dtype=dtype, device=device, chat=chat, truncate=truncate)
-    adaptation = lm.adapt(prompts, steps=steps, seed=seed)
+    adaptation = lm.adapt(prompts, steps=steps, seed=seed, stop_below=stop_below)
     answers = lm.generate(prompts, adaptation=adaptation, max_new_tokens=max_new_tokens)
     bases: list[str | None] = [None] * len(prompts)
     if compare:
@@ -79,9 +81,10 @@ def answer(
             print(f"base:    {base.strip()}")
         print(f"adapted: {text.strip()}" if compare else text.strip())
     if not as_json and steps:
-        nll = adaptation.prompt_nll_BK.mean(0).tolist()
+        nll = adaptation.prompt_nll_BK.nanmean(0)[: int(adaptation.steps_B.max())].tolist()
+        taken = f"{steps}" if stop_below is None else f"{adaptation.steps_B.float().mean().item():.3g} of {steps}"
         print(
-            f"{steps} steps on {len(prompts)} prompt(s) in {adaptation.seconds:.1f} s; prompt NLL by step: "
+            f"{taken} steps on {len(prompts)} prompt(s) in {adaptation.seconds:.1f} s; prompt NLL by step: "
             + ", ".join(f"{x:.3f}" for x in nll),
             file=sys.stderr,
         )
@@ -91,9 +94,11 @@ def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
     record: dict[str, Any] = {"prompt": adaptation.prompts[row], "answer": text}
     if base is not None:
         record["base_answer"] = base
-    rates_KM = adaptation.rates_BKM[row]
+    taken = int(adaptation.steps_B[row])
+    rates_KM = adaptation.rates_BKM[row, :taken]
     record |= {
-        "prompt_nll": [round(x, 5) for x in adaptation.prompt_nll_BK[row].tolist()],
+        "steps": taken,
+        "prompt_nll": [round(x, 5) for x in adaptation.prompt_nll_BK[row, :taken].tolist()],
         "mean_rates": [float(f"{x:.4g}") for x in (rates_KM.mean(1).tolist() if len(rates_KM) else [])],
         "note": adaptation.notes[row],
         "seconds": round(adaptation.seconds, 3),

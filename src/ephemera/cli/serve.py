@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ephemera.cli.options import Device, Dtype, Model, app, quiet
+from ephemera.cli.options import Device, Dtype, Model, StopBelow, app, quiet
 from ephemera.store import DEFAULT_MODEL
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -44,6 +44,7 @@ def serve(
     rate: Rates = None,
     init: Start = None,
     steps: Annotated[int, typer.Option("--steps", "-k", min=0, help="Steps of a request that names none.")] = 3,
+    stop_below: StopBelow = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     dtype: Dtype = None,
@@ -90,7 +91,9 @@ def serve(
     known = methods.build(lm.backbone, lm.init, rates, most_steps=max_steps)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
     metrics = Metrics()
-    engine = Engine(lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics).start()
+    engine = Engine(
+        lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics, stop_below=stop_below
+    ).start()
     reader = Reader(lm.backbone, known, steps=steps, limits=limits)
     web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
     shown = f"[{host}]" if ":" in host else host

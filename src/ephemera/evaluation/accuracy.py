@@ -88,6 +88,7 @@ def benchmark(config: Benchmark) -> Path:
                     target_modules=json.loads(targets),
                     layers=settings.lora.layers,
                     attn_implementation=settings.attn_implementation,
+                    checkpoint=settings.checkpoint,
                 )
                 run["models"][settings.name] = backbone.fingerprint()
                 for found in data.values():

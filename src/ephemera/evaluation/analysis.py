@@ -187,6 +187,7 @@ def analyse(config: Analyse) -> Analysis:
         target_modules=model.lora.target_modules,
         layers=model.lora.layers,
         attn_implementation=model.attn_implementation,
+        checkpoint=model.checkpoint,
     )
     print_of_it = _fingerprint(generator)
     placed = place_init(generator, backbone)

@@ -176,6 +176,7 @@ def evaluate(config: Evaluate) -> Path:
         target_modules=config.model.lora.target_modules,
         layers=config.model.lora.layers,
         attn_implementation=config.model.attn_implementation,
+        checkpoint=config.model.checkpoint,
     )
     init = place_init(init, backbone)
     rules = load_rules(config, backbone)

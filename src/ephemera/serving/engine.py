@@ -43,9 +43,17 @@ class Engine:
     """Takes jobs from any thread; everything it has to tell goes through each job's `emit`, from its own thread."""
 
     def __init__(
-        self, backbone: Backbone, *, max_rows: int = 32, max_queue: int = 256, observer: Observer | None = None
+        self,
+        backbone: Backbone,
+        *,
+        max_rows: int = 32,
+        max_queue: int = 256,
+        observer: Observer | None = None,
+        stop_below: float | None = None,
     ):
+        """`stop_below`: as in `adapt`; a prompt whose rates are near zero takes no further step."""
         self.backbone = backbone
+        self.stop_below = stop_below
         self.max_rows, self.max_queue = max_rows, max_queue
         self.observer = observer or Observer()
         self.waiting: deque[Job] = deque()
@@ -163,7 +171,13 @@ class Engine:
             for job in group if steps else ():
                 job.tell(Adapting(1, steps))
             trace = adapt(
-                backbone, batch, lora, method.rate, steps, after_step=lambda k: self._between(group, k, steps)
+                backbone,
+                batch,
+                lora,
+                method.rate,
+                steps,
+                stop_below=self.stop_below,
+                after_step=lambda k: self._between(group, k, steps),
             )
         seconds = time.perf_counter() - start
         if trace is None:
@@ -193,13 +207,15 @@ class Engine:
         last_B = self._last_nll(read)
         fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
         nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
+        taken_B = trace.steps_B.tolist() if trace else [0] * len(group)
         for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
             note = job.method.note(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
             facts = {
                 "method": job.method.name,
                 "steps": job.steps,
+                "steps_taken": taken_B[row],
                 "note": note,
-                "prompt_nll": [_number(x) for x in (*nll_BK[row], last)],
+                "prompt_nll": [_number(x) for x in (*nll_BK[row][: taken_B[row]], last)],
                 "adapt_seconds": seconds if trace else 0.0,
                 "first_token_seconds": first - job.arrived,
                 "trace": self._trace(trace, row) if job.trace else None,
@@ -227,7 +243,7 @@ class Engine:
 
     def _trace(self, trace: Trace | None, row: int) -> dict[str, Any]:
         projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in self.backbone.projections]
-        rates_KM = trace.rates_BKM[row].tolist() if trace else []
+        rates_KM = trace.rates_BKM[row, : int(trace.steps_B[row])].tolist() if trace else []
         return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
 
     def _between(self, group: list[Job], k: int, steps: int) -> None:

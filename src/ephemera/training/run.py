@@ -55,6 +55,7 @@ def open_run(
         target_modules=targets,
         layers=layers,
         attn_implementation=config.model.attn_implementation,
+        checkpoint=config.model.checkpoint,
     )
     return accelerator, backbone
 
