@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -109,7 +108,7 @@ class AveragedRate:
     def max_steps(self) -> int:
         return self.table_KKM.shape[0]
 
-    @cached_property
+    @property
     def base_rate(self) -> float:
         return self.table_KKM[:, 0].max().item()
 
