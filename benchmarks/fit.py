@@ -1,6 +1,6 @@
 """Do many long prompts fit? AdaptiveLM.adapt in this fresh process, and the most memory that it ever held.
 
-python -m benchmarks.fit [--prompts 64] [--tokens 512] [--steps 1] [--dtype float32]
+python -m benchmarks.fit [--prompts 64] [--tokens 512] [--steps 1] [--dtype float32] [--checkpoint]
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="of each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="(default: %(default)s)")
+    parser.add_argument("--checkpoint", action="store_true", help="layers are run again in the backward pass")
     args = parser.parse_args(argv)
-    lm = AdaptiveLM.from_pretrained(args.model, rate=RATE, dtype=args.dtype, truncate="left")
+    lm = AdaptiveLM.from_pretrained(
+        args.model, rate=RATE, dtype=args.dtype, truncate="left", checkpoint=args.checkpoint
+    )
     window = lm.backbone.max_length
     lm.backbone.max_length = min(window, args.tokens)  # longer prompts are cut to it
     articles = [e.prompt for e in examples("long", args.prompts + 1)]
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tokens": sorted(lengths),
         "steps": args.steps,
         "dtype": args.dtype,
+        "checkpoint": args.checkpoint,
         "threads": torch.get_num_threads(),
         "fallbacks": int(adaptation.fallback_B.sum()),
         "seconds": round(seconds, 1),
