@@ -2,13 +2,16 @@
 
     python -m benchmarks.attention [--output docs/results/benchmark]
 
-At SmolLM2-135M's shapes (9 query heads, 3 of keys and values, 64 wide), 8 prompts of 29 to 37 tokens and 2 of about
-435. Both start from and end in packed tokens. The best of `--repeats` turns; CPU.
+At SmolLM2-135M's shapes (9 query heads, 3 of keys and values, 64 wide), in batches of about 1,024 padded tokens at
+most, each prompt a token or two shorter than the one before. `blocks`: queries in blocks, as `packed.py` has them.
+`remade`: the same with probabilities computed again in the backward pass. `square`: in one block, keys above the
+diagonal too. All start from and end in packed tokens. The best of `--repeats` turns; CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +24,11 @@ from ephemera import packed
 from ephemera.bench.timing import machine, machine_lines
 from ephemera.packed import Packing, attention
 
-LENGTHS = {"8 x 29-37": (29, 30, 31, 32, 33, 34, 36, 37), "2 x 430-440": (430, 440)}
+BATCHES = ((8, 32), (8, 64), (8, 128), (4, 256), (2, 435), (2, 512), (1, 768), (1, 1024))
 DTYPES = (torch.float32, torch.bfloat16)
 HEADS, GROUPS, WIDTH = 9, 3, 64
+LARGE = 1 << 40
+BLOCKS, OTHER_BLOCK = packed.BLOCK, packed.OTHER_BLOCK
 
 
 def fused(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -34,42 +39,59 @@ def fused(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return packing.tokens(y_BHTC.transpose(1, 2))[None]
 
 
-def written_out(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention(torch.nn.Module(), q, k, v, None, packing=packing)[0]
+def written_out(block: int | None, kept_bytes: int) -> Callable[..., Tensor]:
+    def call(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        packed.FUSED_FROM, packed.KEPT_BYTES = LARGE, kept_bytes
+        packed.BLOCK, packed.OTHER_BLOCK = (BLOCKS, OTHER_BLOCK) if block is None else ({}, block)
+        return attention(torch.nn.Module(), q, k, v, None, packing=packing)[0]
+
+    return call
 
 
-def best(call: Callable[..., Tensor], packing: Packing, inputs: list[Tensor], repeats: int) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward pass."""
-    forward, backward = [], []
+CONTENDERS = {
+    "blocks": written_out(None, LARGE),
+    "remade": written_out(None, 0),
+    "square": written_out(LARGE, LARGE),
+    "fused": fused,
+}
+
+
+def best(packing: Packing, inputs: list[Tensor], repeats: int) -> dict[str, tuple[float, float]]:
+    """Milliseconds of the forward and of the backward pass of each contender, in turns."""
+    found = {name: (float("inf"), float("inf")) for name in CONTENDERS}
     for _ in range(repeats):
-        start = time.perf_counter()
-        y = call(packing, *inputs)
-        middle = time.perf_counter()
-        torch.autograd.grad(y, inputs, torch.ones_like(y))
-        forward.append(middle - start)
-        backward.append(time.perf_counter() - middle)
-    return min(forward) * 1e3, min(backward) * 1e3
+        for name, call in CONTENDERS.items():
+            start = time.perf_counter()
+            y = call(packing, *inputs)
+            middle = time.perf_counter()
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+            end = time.perf_counter()
+            found[name] = min(found[name][0], (middle - start) * 1e3), min(found[name][1], (end - middle) * 1e3)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=40, help="turns (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=20, help="turns (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="a folder for attention.md")
     args = parser.parse_args()
     torch.manual_seed(0)
-    packed.FUSED_FROM = 1 << 30  # time the written-out form at every length
-    lines = ["| prompts | dtype | | forward ms | backward ms |", "|---|---|---|--:|--:|"]
-    for label, lengths in LENGTHS.items():
-        for dtype in DTYPES:
-            packing = Packing(lengths, torch.device("cpu"))
+    lines = [
+        "Milliseconds forward + backward.",
+        "",
+        f"| prompts | dtype | {' | '.join(CONTENDERS)} |",
+        f"|---|---|{'--:|' * len(CONTENDERS)}",
+    ]
+    for dtype in DTYPES:
+        for count, longest in BATCHES:
+            packing = Packing(tuple(longest - i for i in range(count)), torch.device("cpu"))
             inputs = [
-                torch.randn(1, sum(lengths), heads, WIDTH, dtype=dtype).transpose(1, 2).requires_grad_()
+                torch.randn(1, sum(packing.lengths), heads, WIDTH, dtype=dtype).transpose(1, 2).requires_grad_()
                 for heads in (HEADS, GROUPS, GROUPS)
             ]
-            for name, call in (("written out", written_out), ("fused", fused)):
-                forward, backward = best(call, packing, inputs, args.repeats)
-                kind = str(dtype).removeprefix("torch.")
-                lines.append(f"| {label} | {kind} | {name} | {forward:.2f} | {backward:.2f} |")
+            cells = [f"{f:.2f} + {b:.2f}" for f, b in best(packing, inputs, args.repeats).values()]
+            print(f"{dtype} {count} x {longest}: {', '.join(cells)}", file=sys.stderr, flush=True)
+            lines.append(f"| {count} x {longest} | {str(dtype).removeprefix('torch.')} | {' | '.join(cells)} |")
     text = "\n".join([*machine_lines(machine()), "", *lines])
     print(text)
     if args.output:

@@ -29,10 +29,12 @@ def slow_attention(q, k, v, lengths, scaling):
     return out[None]
 
 
+@pytest.mark.parametrize("block", [2, 3, 32])
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("lengths", [LENGTHS, (4, 4)])
-def test_attention_and_its_gradient(monkeypatch, lengths, kept):
+def test_attention_and_its_gradient(monkeypatch, lengths, kept, block):
     monkeypatch.setattr(packed, "KEPT_BYTES", kept)
+    monkeypatch.setattr(packed, "OTHER_BLOCK", block)
     N = sum(lengths)
     q, k, v = (torch.randn(1, N, h, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for h in (6, 2, 2))
     packing = Packing(lengths, torch.device("cpu"))
@@ -44,6 +46,25 @@ def test_attention_and_its_gradient(monkeypatch, lengths, kept):
         torch.autograd.grad(y, (q, k, v), dy), torch.autograd.grad(want, (q, k, v), dy), strict=True
     ):
         torch.testing.assert_close(got, wanted)
+
+
+def test_blocks_cover_every_place_once_and_skip_later_keys():
+    packing = Packing((7, 5), torch.device("cpu"))
+    assert packing.spans(32) == [(0, 7)]
+    assert packing.spans(4) == [(0, 7)]  # at least four places each
+    assert packing.spans(2) == [(0, 2), (2, 4), (4, 7)]
+
+
+def test_queries_meet_no_key_after_their_block(monkeypatch):
+    monkeypatch.setattr(packed, "OTHER_BLOCK", 2)
+    seen = []
+    probabilities = packed._probabilities
+    monkeypatch.setattr(
+        packed, "_probabilities", lambda *args: seen.append(tuple((p := probabilities(*args)).shape)) or p
+    )
+    q, k, v = (torch.randn(1, 12, h, 4).transpose(1, 2) for h in (6, 2, 2))
+    attention(torch.nn.Module(), q, k, v, None, packing=Packing((7, 5), torch.device("cpu")))
+    assert seen == [(4, 6, 2), (4, 6, 4), (4, 9, 7)]
 
 
 def test_the_fused_kernel_gives_the_same(monkeypatch):
@@ -68,8 +89,9 @@ def test_packing_there_and_back():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_and_padded_passes_agree(architecture, side):
+def test_packed_and_padded_passes_agree(monkeypatch, architecture, side):
     """`twice_differentiable` takes transformers' own attention over padded rows: hidden states, losses, gradients."""
+    monkeypatch.setattr(packed, "OTHER_BLOCK", 2)  # several blocks of these short prompts
     backbone = tiny_backbone(architecture)
     if getattr(backbone.decoder.config, "sliding_window", None):
         backbone.decoder.config.sliding_window = max(LENGTHS)  # longer prompts are not packed

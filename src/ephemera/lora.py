@@ -171,7 +171,7 @@ class _BatchedLora(torch.autograd.Function):
     ) -> Tensor:
         rows_BTI = x_BTI if packing is None else packing.rows(x_BTI[0])
         xa_BTR = torch.bmm(rows_BTI, A_BRI.to(x_BTI.dtype).mT)
-        ctx.save_for_backward(x_BTI, A_BRI, B_BOR, xa_BTR)
+        ctx.save_for_backward(rows_BTI, A_BRI, B_BOR, xa_BTR)
         ctx.scaling, ctx.packing = scaling, packing
         ctx.mark_dirty(y_BTO)
         B_low = B_BOR.to(x_BTI.dtype)
@@ -181,10 +181,9 @@ class _BatchedLora(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_BTO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_BTI, A_BRI, B_BOR, xa_BTR = ctx.saved_tensors
+        rows_BTI, A_BRI, B_BOR, xa_BTR = ctx.saved_tensors
         packing: Packing | None = ctx.packing
-        A_low, B_low = A_BRI.to(x_BTI.dtype), B_BOR.to(x_BTI.dtype)
-        rows_BTI = x_BTI if packing is None else packing.rows(x_BTI[0])
+        A_low, B_low = A_BRI.to(rows_BTI.dtype), B_BOR.to(rows_BTI.dtype)
         drows_BTO = dy_BTO if packing is None else packing.rows_or_zero(dy_BTO[0])
         if torch.is_grad_enabled():  # create_graph: the saved intermediate would count as a constant
             xa_BTR = torch.bmm(rows_BTI, A_low.mT)

@@ -21,10 +21,10 @@ from transformers import AttentionInterface
 ATTENTION = "ephemera_packed"
 # Causal decoders that hand keyword arguments down to attention and know no other bias than the causal mask
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt_neox")
-FUSED_FROM = 128  # places; longer prompts go to the fused float32 kernel, which skips what lies above the diagonal
-KEPT_BYTES = (
-    8 << 20
-)  # attention probabilities of a layer that are kept for the backward pass; larger ones are made anew
+FUSED_FROM = 768  # places; longer prompts go to the fused float32 kernel, which keeps no probabilities
+BLOCK = {torch.bfloat16: 96}  # places of a block of queries at least; bfloat16's products like to be larger
+OTHER_BLOCK = 32
+KEPT_BYTES = 12 << 20  # attention probabilities of a layer that are kept for the backward pass; more are made anew
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,11 @@ class Packing:
         return real_BT.flatten().nonzero()[:, 0]
 
     @cached_property
+    def padding_of_P(self) -> Tensor:
+        """The places among B * T that hold no token."""
+        return (torch.ones_like(self.token_of_P).index_fill_(0, self.place_of_N, 0)).nonzero()[:, 0]
+
+    @cached_property
     def positions_1N(self) -> Tensor:
         return (self.place_of_N % self.T)[None]
 
@@ -67,48 +72,68 @@ class Packing:
 
     def rows_or_zero(self, x_ND: Tensor) -> Tensor:
         """[N,...] as rows [B,T,...], zero at padded places."""
-        if self.padded:
-            x_ND = x_ND.new_zeros(len(self.token_of_P), *x_ND.shape[1:]).index_copy_(0, self.place_of_N, x_ND)
-        return x_ND.unflatten(0, (len(self.lengths), self.T))
+        x_BTD = self.rows(x_ND)
+        if self.padded:  # filling what was copied too much takes half the time of copying into zeros
+            x_BTD.flatten(0, 1).index_fill_(0, self.padding_of_P, 0)
+        return x_BTD
 
     def tokens(self, x_BTD: Tensor) -> Tensor:
         """Rows [B,T,...] as their real tokens [N,...]."""
         x_PD = x_BTD.flatten(0, 1)
         return x_PD.index_select(0, self.place_of_N) if self.padded else x_PD
 
-    def heads(self, x_NHC: Tensor, groups: int) -> Tensor:
-        """[N,H,C] as [B*G, H/G*T, C]: the heads of a group one after the other. Padded places as in `rows`."""
-        N, H, C = x_NHC.shape
-        from_Z, _ = self._head_places(H, groups)
-        return x_NHC.reshape(N * H, C).index_select(0, from_Z).view(len(self.lengths) * groups, -1, C)
+    def heads(self, x_NHC: Tensor, groups: int, block: int) -> Tensor:
+        """[N,H,C] as [Z,C], Z = B * H * T: the queries of block after block, each as `view_blocks` shows it.
 
-    def heads_or_zero(self, x_NHC: Tensor, groups: int) -> Tensor:
+        The heads of a group stand one after the other. Padded places as in `rows`.
+        """
+        from_Z, _, _ = self._head_places(x_NHC.shape[1], groups, block)
+        return x_NHC.reshape(-1, x_NHC.shape[-1]).index_select(0, from_Z)
+
+    def heads_or_zero(self, x_NHC: Tensor, groups: int, block: int) -> Tensor:
         """As `heads`, zero at padded places."""
-        N, H, C = x_NHC.shape
-        _, to_Z = self._head_places(H, groups)
-        x_ZC = x_NHC.new_zeros(len(self.lengths) * H * self.T, C)
-        return x_ZC.index_copy_(0, to_Z, x_NHC.reshape(N * H, C)).view(len(self.lengths) * groups, -1, C)
+        x_ZC = self.heads(x_NHC, groups, block)
+        _, _, padding = self._head_places(x_NHC.shape[1], groups, block)
+        return x_ZC.index_fill_(0, padding, 0) if self.padded else x_ZC
 
-    def tokens_of_heads(self, x_XSC: Tensor, heads: int, groups: int) -> Tensor:
+    def tokens_of_heads(self, x_ZC: Tensor, heads: int, groups: int, block: int) -> Tensor:
         """What `heads` made, back to [N,H,C]."""
-        _, to_Z = self._head_places(heads, groups)
-        return x_XSC.flatten(0, 1).index_select(0, to_Z).view(-1, heads, x_XSC.shape[-1])
+        _, to_Z, _ = self._head_places(heads, groups, block)
+        return x_ZC.index_select(0, to_Z).view(-1, heads, x_ZC.shape[-1])
 
-    def _head_places(self, heads: int, groups: int) -> tuple[Tensor, Tensor]:
-        """For each (row, group, head of it, place) its (token, head); and for each (token, head) that place."""
-        key = (heads, groups)
+    def spans(self, block: int) -> list[tuple[int, int]]:
+        """The first place of each block, and that after its last: blocks of at least `block` places, about alike."""
+        count = max(1, self.T // block)
+        return [(self.T * i // count, self.T * (i + 1) // count) for i in range(count)]
+
+    def view_blocks(self, x_ZC: Tensor, heads: int, groups: int, block: int) -> list[Tensor]:
+        """What `heads` made as [B*G, (H/G)*places, C] of each block."""
+        X = len(self.lengths) * groups
+        sizes = [len(self.lengths) * heads * (end - start) for start, end in self.spans(block)]
+        return [x.view(X, -1, x.shape[-1]) for x in x_ZC.split(sizes)]
+
+    def _head_places(self, heads: int, groups: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For each (block, row, group, head of it, place) its (token, head); for each of those that place; padding."""
+        key = (heads, groups, block)
         if key not in self._kept_places:
-            size = heads // groups
-            token_BT = self.token_of_P.view(len(self.lengths), self.T)
-            head_GJ = torch.arange(heads, device=self.device).view(groups, size)
-            from_BGJT = token_BT[:, None, None] * heads + head_GJ[None, :, :, None]
-            place_BGJT = torch.arange(from_BGJT.numel(), device=self.device).view_as(from_BGJT)
-            place_PH = place_BGJT.permute(0, 3, 1, 2).reshape(-1, heads)
-            self._kept_places[key] = from_BGJT.flatten(), place_PH.index_select(0, self.place_of_N).flatten()
+            B, T = len(self.lengths), self.T
+
+            def in_blocks(x_BTGJ: Tensor) -> Tensor:
+                x_BGJT = x_BTGJ.permute(0, 2, 3, 1)
+                return torch.cat([x_BGJT[..., start:end].flatten() for start, end in self.spans(block)])
+
+            token_BT11 = self.token_of_P.view(B, T, 1, 1)
+            head_GJ = torch.arange(heads, device=self.device).view(groups, -1)
+            from_Z = in_blocks(token_BT11 * heads + head_GJ)
+            place_Z = in_blocks(torch.arange(len(from_Z), device=self.device).view(B, T, groups, -1))
+            z_PH = torch.empty_like(place_Z).scatter_(0, place_Z, torch.arange(len(place_Z), device=self.device))
+            z_PH = z_PH.view(B * T, heads)
+            real_P = torch.zeros(B * T, dtype=torch.bool, device=self.device).index_fill_(0, self.place_of_N, True)
+            self._kept_places[key] = from_Z, z_PH[real_P].flatten(), z_PH[~real_P].flatten()
         return self._kept_places[key]
 
     @cached_property
-    def _kept_places(self) -> dict[tuple[int, int], tuple[Tensor, Tensor]]:
+    def _kept_places(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
         return {}
 
     @cached_property
@@ -150,7 +175,8 @@ def attention(
     scaling = q_1HNC.shape[-1] ** -0.5 if scaling is None else scaling
     fused = q_1HNC.device.type != "cpu" or (q_1HNC.dtype == torch.float32 and packing.T >= FUSED_FROM)
     if not fused:
-        return _CausalAttention.apply(q_1HNC, k_1GNC, v_1GNC, packing, scaling), None  # pyright: ignore[reportReturnType]
+        block = BLOCK.get(q_1HNC.dtype, OTHER_BLOCK)
+        return _CausalAttention.apply(q_1HNC, k_1GNC, v_1GNC, packing, scaling, block), None  # pyright: ignore[reportReturnType]
     q_BHTC, k_BGTC, v_BGTC = (packing.rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q_1HNC, k_1GNC, v_1GNC))
     y_BHTC = F.scaled_dot_product_attention(
         q_BHTC, k_BGTC, v_BGTC, is_causal=True, scale=scaling, enable_gqa=q_BHTC.shape[1] != k_BGTC.shape[1]
@@ -165,38 +191,72 @@ class _CausalAttention(torch.autograd.Function):
     """Attention written out as batched products, for a CPU, whose fused kernel is slow on short prompts and in bfloat16.
 
     The H / G query heads that share keys stand as S = (H / G) * T query places of one of X = B * G heads, so keys
-    and values are never repeated. Padding is on the right, after every real token: no real query sees it, and its
-    own gradient is zero.
+    and values are never repeated. Queries go in blocks, each multiplied with the keys up to its own end alone: what
+    lies above the diagonal is computed within blocks only. Padding is on the right, after every real token: no real
+    query sees it, and its own gradient is zero.
     """
 
     @staticmethod
-    def forward(ctx, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor, packing: Packing, scaling: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        H, G = q_1HNC.shape[1], k_1GNC.shape[1]
-        q_XSC = packing.heads(q_1HNC[0].transpose(0, 1), G)
-        k_XTC, v_XTC = (packing.heads(x[0].transpose(0, 1), G) for x in (k_1GNC, v_1GNC))
-        p_XST = _probabilities(q_XSC, k_XTC, packing, scaling)
-        ctx.kept = p_XST if p_XST.numel() * p_XST.element_size() <= KEPT_BYTES else None
-        ctx.save_for_backward(q_XSC, k_XTC, v_XTC)
-        ctx.packing, ctx.scaling, ctx.H, ctx.G = packing, scaling, H, G
-        return packing.tokens_of_heads(torch.bmm(p_XST, v_XTC), H, G)[None]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx, q_1HNC: Tensor, k_1GNC: Tensor, v_1GNC: Tensor, packing: Packing, scaling: float, block: int
+    ) -> Tensor:
+        H, G, X = q_1HNC.shape[1], k_1GNC.shape[1], len(packing.lengths) * k_1GNC.shape[1]
+        q_ZC = packing.heads(q_1HNC[0].transpose(0, 1), G, block).mul_(scaling)
+        k_XTC, v_XTC = (
+            packing.heads(x[0].transpose(0, 1), G, packing.T).view(X, packing.T, -1) for x in (k_1GNC, v_1GNC)
+        )
+        y_ZC = v_XTC.new_empty(len(q_ZC), v_XTC.shape[-1])
+        kept: list[Tensor] = []
+        for span, q_XSC, y_XSC in zip(
+            packing.spans(block), *(packing.view_blocks(x, H, G, block) for x in (q_ZC, y_ZC)), strict=True
+        ):
+            p_XST = _probabilities(q_XSC, k_XTC, packing, span)
+            torch.bmm(p_XST, v_XTC[:, : span[1]], out=y_XSC)
+            kept.append(p_XST)
+        bytes_kept = sum(p.numel() * p.element_size() for p in kept)
+        # Saved as autograd saves, not beside it: under checkpointing they are then dropped and made anew
+        ctx.save_for_backward(q_ZC, k_XTC, v_XTC, *(kept if bytes_kept <= KEPT_BYTES else ()))
+        ctx.packing, ctx.scaling, ctx.block, ctx.H, ctx.G = packing, scaling, block, H, G
+        return packing.tokens_of_heads(y_ZC, H, G, block)[None]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy_1NHC: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_XSC, k_XTC, v_XTC = ctx.saved_tensors
+        q_ZC, k_XTC, v_XTC, *kept = ctx.saved_tensors
         packing: Packing = ctx.packing
-        dy_XSC = packing.heads_or_zero(dy_1NHC[0], ctx.G)
-        p_XST = _probabilities(q_XSC, k_XTC, packing, ctx.scaling) if ctx.kept is None else ctx.kept
-        dv_XTC = torch.bmm(p_XST.mT, dy_XSC)
-        dp_XST = torch.bmm(dy_XSC, v_XTC.mT)
-        ds_XST = torch.ops.aten._softmax_backward_data(dp_XST, p_XST, -1, p_XST.dtype).mul_(ctx.scaling)
-        dq_XSC, dk_XTC = torch.bmm(ds_XST, k_XTC), torch.bmm(ds_XST.mT, q_XSC)
-        back = ((dq_XSC, ctx.H), (dk_XTC, ctx.G), (dv_XTC, ctx.G))
-        return *(packing.tokens_of_heads(d, heads, ctx.G).transpose(0, 1)[None] for d, heads in back), None, None
+        H, G, block = ctx.H, ctx.G, ctx.block
+        dy_ZC = packing.heads_or_zero(dy_1NHC[0], G, block)
+        dq_ZC = torch.empty_like(q_ZC)
+        dk_XTC, dv_XTC = torch.empty_like(k_XTC), torch.empty_like(v_XTC)
+        blocks = zip(
+            packing.spans(block),
+            kept or [None] * len(packing.spans(block)),
+            *(packing.view_blocks(x, H, G, block) for x in (q_ZC, dy_ZC, dq_ZC)),
+            strict=True,
+        )
+        for span, kept_XST, q_XSC, dy_XSC, dq_XSC in reversed(list(blocks)):
+            end = span[1]
+            p_XST = _probabilities(q_XSC, k_XTC, packing, span) if kept_XST is None else kept_XST
+            dp_XST = torch.bmm(dy_XSC, v_XTC[:, :end].mT)
+            ds_XST = torch.ops.aten._softmax_backward_data(dp_XST, p_XST, -1, p_XST.dtype)
+            torch.bmm(ds_XST, k_XTC[:, :end], out=dq_XSC)
+            for d_XTC, left_XST, right_XSC in ((dv_XTC, p_XST, dy_XSC), (dk_XTC, ds_XST, q_XSC)):
+                if end == packing.T:  # the last block comes first and sees every key
+                    torch.bmm(left_XST.mT, right_XSC, out=d_XTC)
+                else:
+                    d_XTC[:, :end].baddbmm_(left_XST.mT, right_XSC)
+        back = ((dq_ZC.mul_(ctx.scaling), H, block), (dk_XTC, G, packing.T), (dv_XTC, G, packing.T))
+        dq, dk, dv = (
+            packing.tokens_of_heads(d.view(-1, d.shape[-1]), heads, G, block).transpose(0, 1)[None]
+            for d, heads, block in back
+        )
+        return dq, dk, dv, None, None, None
 
 
-def _probabilities(q_XSC: Tensor, k_XTC: Tensor, packing: Packing, scaling: float) -> Tensor:
-    """Causal softmax [X,S,T] of scaled products."""
-    scores_XST = torch.bmm(q_XSC, k_XTC.mT).mul_(scaling)
-    later_1ST = packing.later_TT.repeat(q_XSC.shape[1] // packing.T, 1)[None]
-    return scores_XST.masked_fill_(later_1ST, float("-inf")).softmax(-1)
+def _probabilities(q_XSC: Tensor, k_XTC: Tensor, packing: Packing, span: tuple[int, int]) -> Tensor:
+    """Causal softmax [X,S,T] of a block's scaled queries with the keys up to its end."""
+    start, end = span
+    scores_XST = torch.bmm(q_XSC, k_XTC[:, :end].mT)
+    later_TT = packing.later_TT[: end - start, : end - start]
+    scores_XST.unflatten(1, (-1, end - start))[..., start:].masked_fill_(later_TT, float("-inf"))
+    return scores_XST.softmax(-1)
