@@ -23,7 +23,7 @@ ATTENTION = "ephemera_packed"
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt_neox")
 FUSED_FROM = 768  # places; longer prompts go to the fused float32 kernel, which keeps no probabilities
 BLOCK = {torch.bfloat16: 96}  # places of a block of queries at least; bfloat16's products like to be larger
-OTHER_BLOCK = 32
+OTHER_BLOCK = 64
 KEPT_BYTES = 12 << 20  # attention probabilities of a layer that are kept for the backward pass; more are made anew
 
 
