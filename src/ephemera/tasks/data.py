@@ -103,9 +103,9 @@ def load_dataset(
             raise ValueError(f"{place}: the prompt should be a text; got {prompt!r}.")
         if not prompt.strip():
             raise ValueError(f"{place}: the prompt is empty.")
-        if task.choices and len(choices) < 2:
+        if len(choices) == 1:
             raise ValueError(
-                f"{place}: field {task.choices_field!r} has one choice alone ({choices[0]!r}): nothing to choose."
+                f"{place}: field {task.choices_field!r} has one choice alone ({answer!r}): nothing to choose."
             )
         try:
             example = Example(_identity(prompt, answer), prompt, answer, choices, tests, place)
