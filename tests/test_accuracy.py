@@ -137,10 +137,12 @@ def test_a_variant_can_be_for_some_tasks(material, tmp_path):
 def test_mistakes_are_named(material, tmp_path):
     with pytest.raises(ValueError, match="has steps but no rate"):
         benchmark(settings(material, tmp_path / "a", variants=[{"name": "x", "steps": 1}]))
+    with pytest.raises(ValueError, match="'x' has a rate but takes no steps"):
+        benchmark(settings(material, tmp_path / "a", variants=[{"name": "x", "rate": 1}]))
     weighted = {"tasks": [{"task": "snli", "weight": 2}], "source": str(material / "{task}")}
     with pytest.raises(ValueError, match="weight are for training mixtures"):
         benchmark(settings(material, tmp_path / "w", data=weighted))
-    for setting in ("optimizer.clip_prompt=2", "model.lora.init_std=0.5"):
+    for setting in ("optimizer.clip_prompt=2", "model.lora.init_std=0.5", "model.lora.layers=first-1"):
         overrides = [f"output={tmp_path / 'l'}", f"model.name={material / 'model'}", "model.device=cpu", setting]
         with pytest.raises(ValueError, match=rf"{setting}.* has no effect on this training"):
             train_task_lora(load_config(TrainTaskLora, None, overrides))

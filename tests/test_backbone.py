@@ -337,3 +337,9 @@ def test_truncated_weights(llama_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="cannot load model"):
         load_backbone(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_named(device, llama_folder):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: .* Give cpu, or cuda"):
+        load_backbone(str(llama_folder), device=device)

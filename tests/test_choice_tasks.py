@@ -270,6 +270,19 @@ def test_choices_that_are_alike(text, choices, want):
         ("10 - 5 = 5", 5),
         ("It is .5", 0.5),
         ("0.25", 0.25),
+        ("#### 72\n\nQuestion: Tom has 5 apples", 72),
+        ("#### -1,234.5", -1234.5),
+        ("The answer is \u22125.", -5),
+        ("The sum of 12,15", 15),
+        ("1,2,3", 3),
+        ("1,234,567.5 in all", 1234567.5),
+        ("The answer is 10-5 = 5. Question: 7", 5),
+        ("The answer is 2 + 3.5 = $5.50.", 5.5),
+        ("The answer is 3. 4 = 4", 3),
+        ("The answer is **42**. Next: 7", 42),
+        (r"The answer is \(\boxed{42}\). Next: 7", 42),
+        ("The answer is \u20ac1,000, so 3", 1000),
+        ("The answer is (-3). Next: 7", -3),
         ("none", None),
         ("", None),
         ("$", None),
@@ -356,7 +369,33 @@ BAD = [
     ("commonsense-qa", lettered(["sun"], ["A"], "F"), "field 'answerKey' is 'F', but .* labelled A"),
     ("openbookqa", lettered(["sun", "wind"], ["A", "A"]), "field 'choices' has two choices with one label: A, A"),
     ("commonsense-qa", {"choices": None}, "field 'choices' is null"),
-    ("commonsense-qa", {"choices": "sun"}, "a field is not of the kind that task 'commonsense-qa' reads"),
+    ("commonsense-qa", {"choices": "sun"}, "field 'choices' should be {'text': .*}; got 'sun'"),
+    ("arc-easy", {"choices": {"text": ["sun"]}}, "field 'choices' should be {'text': .*}; got {'text': .*}"),
+    ("arc-easy", {"choices": {"text": ["a", "b"], "label": None}}, "field 'choices' should be {'text': .*}"),
+    ("arc-easy", lettered(["sun", ["x"]], ["A", "B"]), r"field 'choices.text' should be .*; it holds \['x'\]"),
+    ("arc-easy", lettered(["sun", None], ["A", "B"]), "field 'choices.text' should be .*; it holds None"),
+    ("arc-easy", lettered(["sun"], ["A"]), r"field 'choices.text' has one choice alone \('sun'\)"),
+    ("openbookqa", lettered(["sun", "wind"], [{}, []]), "field 'answerKey' is 'A', but .* labelled {}, "),
+    (
+        "arc-easy",
+        {"question": "What? Answer: wind power"},
+        r"field 'question' already ends in its answer \('wind power'\)",
+    ),
+    ("arc-easy", {"question": "What? Answer: B."}, r"field 'question' already ends in its answer \('b.'\)"),
+    ("boolq", {"passage": "A mill.\nAnswer: no"}, r"field 'passage' already ends in its answer \('no'\)"),
+    ("snli", {"hypothesis": "A mill. Answer: contradiction"}, "field 'hypothesis' already ends in its answer"),
+    ("gsm8k", {"question": "How many? Answer: $1,002"}, r"field 'question' already ends in its answer \('\$1,002'\)"),
+    ("svamp", {"Question": "How many? Answer: 3.0"}, r"field 'Question' already ends in its answer \('3.0'\)"),
+    ("snli", {"premise": 5}, "field 'premise' should be a text; got 5"),
+    ("snli", {"premise": {"a": 1}}, "field 'premise' should be a text; got {'a': 1}"),
+    ("snli", {"premise": "\ud800"}, "half a surrogate pair"),
+    ("snli", {"label": int("9" * 4200)}, "field 'label' should be a whole number; got inf"),
+    ("gsm8k", {"answer": 5}, "field 'answer' should be a text; got 5"),
+    ("own", {"answer": 5}, "field 'answer' should be a text; got 5"),
+    ("svamp", {"Body": 1}, "field 'Body' should be a text; got 1"),
+    ("mbpp", {"code": ["x"]}, r"field 'code' should be a text; got \['x'\]"),
+    ("humaneval", {"entry_point": "a.b"}, "field 'entry_point' should be the name of a function; got 'a.b'"),
+    ("humaneval", {"entry_point": ""}, "field 'entry_point' should be the name of a function; got ''"),
     ("gsm8k", {"question": None}, "field 'question' is null"),
     ("boolq", {"passage": None}, "field 'passage' is null"),
     ("hellaswag", {"endings": []}, "field 'endings' is empty"),
@@ -414,6 +453,12 @@ def test_a_missing_field_is_named(name, row, tmp_path):
         without = {key: value for key, value in row.items() if key != field}
         with pytest.raises(ValueError, match=rf"rows.jsonl:2: task '{name}' needs .*; missing {field}\."):
             load(name, tmp_path, row, without)
+
+
+def test_json_nested_too_deeply(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "answer": "a"}) + "\n" + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: JSON nested too deeply"):
+        load_dataset("own", source=str(tmp_path / "rows.jsonl"))
 
 
 def test_a_worked_example_with_the_same_answer_is_no_answer(tmp_path):

@@ -64,6 +64,9 @@ def test_set_values_are_yaml():
         ("optimiser.samples=3", r"unknown setting 'optimiser'. Did you mean 'optimizer'\?"),
         ("model.lora.rr=3", r"unknown setting 'model.lora.rr'.*Known here: r, lora_alpha"),
         ("optimizer.samples=0", r"setting 'optimizer.samples': input should be greater than or equal to 1; got 0"),
+        ("optimizer.learning_rate=.inf", r"setting 'optimizer.learning_rate': .*finite number; got inf"),
+        ("scalenet.base_rates=[.nan]", r"setting 'scalenet.base_rates.0': .*finite number; got nan"),
+        ("scalenet.base_rates=[-1]", r"setting 'scalenet.base_rates.0': .*greater than or equal to 0; got -1"),
         ("model.dtype=float16", r"setting 'model.dtype': .*'float32' or 'bfloat16'; got 'float16'"),
         ("optimizer.samples", r"--set takes key=value.*got 'optimizer.samples'"),
         ("output.name=3", r"--set 'output.name=3': output is a single value, it has no parts"),
@@ -93,6 +96,9 @@ def test_unreadable_files(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1\n")
     with pytest.raises(ValueError, match=r"bad.yaml is not valid YAML"):
         load_config(Evaluate, str(tmp_path / "bad.yaml"))
+    (tmp_path / "wide.yaml").write_bytes("output: a".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"config .*wide.yaml is not text in UTF-8"):
+        load_config(Evaluate, str(tmp_path / "wide.yaml"))
     (tmp_path / "empty.yaml").write_text("")
     assert load_config(Evaluate, str(tmp_path / "empty.yaml")) == Evaluate()
 

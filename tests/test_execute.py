@@ -121,6 +121,8 @@ assert open('sub/b').read() == 'x'
         "shutil.rmtree({folder!r})",
         "os.symlink('x', {path!r} + '2')",
         "os.mkdir({path!r} + '2')",
+        "os.fchmod(os.open({path!r}, os.O_RDONLY), 0)",
+        "os.utime(os.open({path!r}, os.O_RDONLY), (1, 1))",
     ],
 )
 def test_writing_outside_its_folder_is_refused(statement, tmp_path, monkeypatch):
@@ -134,6 +136,14 @@ def test_writing_outside_its_folder_is_refused(statement, tmp_path, monkeypatch)
     assert "refused to generated code" in outcome.reason
     assert [p.name for p in folder.iterdir()] == ["file"]
     assert (folder / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", ["mkfifo", "mknod"])
+def test_special_files_cannot_be_made(name, tmp_path):
+    for module in ("os", "posix"):
+        outcome = run_program(f"import {module}; {module}.{name}({str(tmp_path / 'x')!r})")
+        assert outcome.reason.startswith("AttributeError: "), outcome
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

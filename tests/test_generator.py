@@ -390,10 +390,20 @@ def test_corrupt_folders(tmp_path):
     def other_source(folder):
         changed(folder, source="first")
 
+    def no_description(folder):
+        changed(folder, trained_for={})
+
+    def no_targets(folder):
+        changed(folder, target_modules=5)
+
+    def no_alpha(folder):
+        changed(folder, lora_alpha="x")
+
     backbone = tiny_backbone(dtype=torch.float32)
     for spoil in (
         *(cut_weights, no_weights, cut_config, no_object),
         *(no_projections, other_size, other_key, other_source),
+        *(no_description, no_targets, no_alpha),
     ):
         folder = tmp_path / spoil.__name__
         stored(folder, backbone)

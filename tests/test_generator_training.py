@@ -457,6 +457,18 @@ def test_other_settings_are_not_resumed(material, finished):
         train_generator(settings(material, finished, "optimizer.batch_size=2"), resume=True)
 
 
+def test_settings_that_cannot_be_read_again(material, finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"--resume: .*config.json holds no settings of such a run"):
+        train_generator(settings(material, tmp_path / "run"), resume=True)
+
+
+def test_layers_are_not_silently_ignored(material, tmp_path):
+    with pytest.raises(ValueError, match=r"model.lora.layers=first-1 has no effect on this training"):
+        train_generator(settings(material, tmp_path, "model.lora.layers=first-1"))
+
+
 def test_a_run_goes_on_from_a_trained_generator(material, finished, tmp_path):
     more = [
         f"start={finished / 'network'}",

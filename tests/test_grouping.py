@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,21 @@ def test_pca_is_that_of_the_flattened_updates(llama):
     _, s_C, Vh_CP = torch.linalg.svd(flat_NP - flat_NP.mean(0), full_matrices=False)
     close(places["PCA"].abs(), ((flat_NP - flat_NP.mean(0)) @ Vh_CP[:2].T).abs(), 1e-6)
     close(torch.tensor(shares), (s_C**2 / (s_C**2).sum()), 1e-6)
+
+
+def test_umap_is_drawn_from_three_prompts_on(llama, monkeypatch):
+    class Reducer:
+        def __init__(self, n_neighbors: int, **_):
+            if n_neighbors < 2:
+                raise ValueError("n_neighbors must be greater than 1")  # as umap-learn 0.5 says
+
+        def fit_transform(self, rows):
+            return rows[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Reducer, __version__="0"))
+    for count in (2, 3):
+        places, _, used = embed(update_products(random_lora(llama, count))[1], seed=0)
+        assert ("UMAP" in places) == ("umap-learn" in used) == (count > 2)
 
 
 def test_without_scikit_learn_there_is_pca_and_a_word(llama, monkeypatch, capsys):

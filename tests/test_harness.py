@@ -3,7 +3,10 @@
 import json
 import runpy
 import sys
+import tomllib
 from functools import partial
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 import torch
@@ -298,6 +301,23 @@ def test_mistakes_are_named(llama_folder, base):
             base.generate_until(ask("generate_until", [("The mill", gen_kwargs)]))
     assert make(rate=RATE).steps == 3
     assert make().steps == 0
+
+
+def test_the_entry_point_names_the_model():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    target = project["entry-points"]["lm_eval.models"]["ephemera"]
+    assert EntryPoint("ephemera", target, "lm_eval.models").load() is EphemeraLM
+    assert get_model("ephemera") is EphemeraLM
+
+
+def test_run_as_a_program_there_is_one_model_class(monkeypatch):
+    # Where lm-eval knows the entry point already, a second class under its name (__main__'s) would be refused.
+    models = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: models.append(get_model("ephemera")))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("ephemera.evaluation.harness", run_name="__main__")
+    assert stop.value.code == 0
+    assert models == [EphemeraLM]
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch):

@@ -278,6 +278,18 @@ def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
     return norms[:1] + norms[-1:]
 
 
+def _device(given: torch.device | str | None) -> torch.device:
+    """The device asked for, else CUDA where there is one; ValueError where torch has no such device here."""
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # meta has no numbers
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {str(given)!r} cannot be used here: {str(error).splitlines()[0]}. Give cpu, or cuda on a machine that has it."
+        ) from error
+    return device
+
+
 def load_backbone(
     name: str,
     *,
@@ -295,7 +307,7 @@ def load_backbone(
     is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
     transformers (`quantization_config`, `attn_implementation`, ...).
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(device)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype

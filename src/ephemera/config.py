@@ -83,7 +83,7 @@ class ObjectiveSettings(Settings):
 
 class ScaleNetSettings(Settings):
     granularity: Literal["layer", "step"] = Field(default="layer", description="a rate per projection, or one per step")
-    base_rates: list[float] | None = Field(
+    base_rates: list[Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="eta of each step, where s = 1; default: searched on validation rows"
     )
     max_steps: int = Field(default=MAX_STEPS, ge=1, description="Kmax (LDTTA 4.1)")
@@ -297,6 +297,10 @@ class Variant(Settings):
     def _rate_for_steps(self) -> Variant:
         if self.steps and self.rate is None:
             raise ValueError(f"variant {self.name!r} has steps but no rate")
+        if self.rate is not None and not self.steps:
+            raise ValueError(
+                f"variant {self.name!r} has a rate but takes no steps with it: give steps, or leave the rate out"
+            )
         return self
 
 

@@ -226,6 +226,12 @@ def load_generator(spec: str | Path) -> LoraGenerator:
 
 def _make(config: dict[str, Any], state: dict[str, Tensor]) -> LoraGenerator:
     projections = [Projection(f"{i}", *shape) for i, shape in enumerate(config.pop("projections"))]
+    trained_for, targets = config.get("trained_for"), config.get("target_modules")
+    if trained_for is not None and not {"name", "fingerprint", "projections"} <= set(trained_for):
+        raise ValueError("trained_for describes no model")
+    if not isinstance(targets, str | list):
+        raise ValueError(f"target_modules is {targets!r}")
+    config["lora_alpha"] = float(config["lora_alpha"])
     generator = LoraGenerator(projections=projections, **config)
     generator.load_state_dict({key: t.float() for key, t in state.items()})
     return generator.eval().requires_grad_(False)

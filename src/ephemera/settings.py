@@ -12,7 +12,7 @@ from ephemera.errors import nearest
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 Config = TypeVar("Config", bound=Settings)
@@ -60,6 +60,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ValueError(f"cannot read config {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path} is not text in UTF-8: {error.reason}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if values is not None and not isinstance(values, dict):

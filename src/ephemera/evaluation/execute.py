@@ -116,6 +116,9 @@ def _child() -> None:
     finish = _finish(report, given.pop("mark"))
     program = given.pop("program")
     _limit(**given)
+    for unseen in ("mkfifo", "mknod"):  # the hook is not told of these
+        delattr(os, unseen)
+        delattr(sys.modules["posix"], unseen)
     sys.addaudithook(_guard(os.getcwd()))
     namespace = sys.modules["program"] = type(sys)("program")
     try:
@@ -162,9 +165,7 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
     realpath, fsdecode, isdir = os.path.realpath, os.fsdecode, os.path.isdir
 
     def outside(path: Any) -> bool:
-        if isinstance(path, int):  # a file that is open already
-            return False
-        path = realpath(fsdecode(path))
+        path = realpath(f"/proc/self/fd/{path}" if isinstance(path, int) else fsdecode(path))
         return path != folder and not path.startswith(f"{folder}/")
 
     def guard(event: str, args: tuple[Any, ...]) -> None:
@@ -172,8 +173,8 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
             raise PermissionError(f"{event} is refused to generated code")
         if event == "open":
             path, mode, flags = args
-            # A folder's descriptor would make other paths relative to it.
-            if outside(path) and (flags & WRITES or (mode is None and isdir(path))):
+            # A file that is open already was looked at then; a folder's descriptor would make other paths relative to it.
+            if not isinstance(path, int) and outside(path) and (flags & WRITES or (mode is None and isdir(path))):
                 raise PermissionError(f"writing outside its folder is refused to generated code: {path}")
         elif event in CHANGED_PATHS and any(outside(path) for path in args[: CHANGED_PATHS[event]]):
             raise PermissionError(f"{event} outside its folder is refused to generated code")

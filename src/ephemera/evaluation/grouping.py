@@ -160,7 +160,9 @@ def embed(gram_NN: Tensor, *, seed: int) -> tuple[dict[str, Tensor], list[float]
     except ImportError:
         pass
     else:
-        reducer = umap.UMAP(n_neighbors=min(15, len(scaled) - 1), init="random", random_state=seed)
-        found["UMAP"] = torch.from_numpy(reducer.fit_transform(scaled))
-        used["umap-learn"] = umap.__version__
+        if len(scaled) > 2:  # it needs two neighbours
+            neighbours = min(15, len(scaled) - 1)
+            reducer = umap.UMAP(n_neighbors=neighbours, init="random", random_state=seed, n_jobs=1)
+            found["UMAP"] = torch.from_numpy(reducer.fit_transform(scaled))
+            used["umap-learn"] = umap.__version__
     return found, shares, used

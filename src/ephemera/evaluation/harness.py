@@ -1,8 +1,9 @@
 """lm-evaluation-harness's view of an adaptive model: adapt to a request's context, score its continuations, forget.
 
-lm-eval 0.4.13 finds a model by name only once some import has registered it, and imports nothing of others' by
-itself. So `python -m ephemera.evaluation.harness` is lm-eval's own command line with `--model ephemera` known to it;
-from Python, import this module before `lm_eval.simple_evaluate(model="ephemera", ...)`.
+Releases of lm-eval up to 0.4.13 find a model by name only once some import has registered it, and import nothing of
+others' by themselves. So `python -m ephemera.evaluation.harness` is lm-eval's own command line with `--model ephemera`
+known to it; from Python, import this module before `lm_eval.simple_evaluate(model="ephemera", ...)`. Later ones read
+the entry points `lm_eval.models` (lm-evaluation-harness pull request 4013), where pyproject.toml names this class.
 
 Adapters see the context alone, never a continuation. Tokens are split as lm-eval's own `HFLM` splits them, so that
 with `steps=0` the numbers are that model's.
@@ -48,6 +49,12 @@ except ModuleNotFoundError as missing:
     if __name__ == "__main__":
         raise SystemExit(f"ephemera: {MISSING}") from None
     raise ModuleNotFoundError(MISSING) from missing
+
+if __name__ == "__main__":  # as the module that the entry point names: two classes of one model would be refused
+    from ephemera.evaluation.harness import main as of_the_module
+
+    of_the_module()
+    raise SystemExit(0)
 
 MAX_GEN_TOKS = 256  # HFLM's default
 TRIAL = "Question: what is this?\nAnswer:"
@@ -342,7 +349,3 @@ def main() -> None:
         logger.debug("where it came from", exc_info=True)  # LMEVAL_LOG_LEVEL=DEBUG shows it
         print(f"ephemera: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

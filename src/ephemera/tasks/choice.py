@@ -31,6 +31,9 @@ def texts(values: Any, field: str) -> list[str]:
     """A row's list of texts, e.g. its choices; ValueError where there are none, or one is empty."""
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise ValueError(f"field {field!r} should be a list of texts; got {values!r}.")
+    for value in values:
+        if not isinstance(value, str | int | float) or isinstance(value, bool):
+            raise ValueError(f"field {field!r} should be a list of texts; it holds {value!r}.")
     found = [str(v).strip() for v in values]
     if not found or not all(found):
         raise ValueError(f"field {field!r} {'holds an empty text' if found else 'is empty'}: {list(values)!r}.")
@@ -49,11 +52,14 @@ def lettered_answer(row: Row) -> str:
 
 
 def lettered_choices(row: Row) -> list[str]:
+    given = row["choices"]
+    if not isinstance(given, Mapping) or not isinstance(given.get("label"), Sequence) or "text" not in given:
+        raise ValueError(f"field 'choices' should be {{'text': [...], 'label': [...]}}; got {given!r}.")
     found = texts(row["choices"]["text"], "choices.text")
     labels = list(row["choices"]["label"])
     if len(found) != len(labels):
         raise ValueError(f"field 'choices' has {len(found)} texts and {len(labels)} labels.")
-    if len(set(labels)) < len(labels):
+    if any(labels.count(label) > 1 for label in labels):
         raise ValueError(f"field 'choices' has two choices with one label: {', '.join(map(str, labels))}.")
     return found
 

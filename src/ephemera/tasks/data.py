@@ -21,7 +21,7 @@ from ephemera.tasks.arc import ARC
 from ephemera.tasks.boolq import BOOLQ
 from ephemera.tasks.commonsenseqa import COMMONSENSEQA
 from ephemera.tasks.example import Example, Row, Task
-from ephemera.tasks.gsm8k import GSM8K
+from ephemera.tasks.gsm8k import GSM8K, NUMBER
 from ephemera.tasks.hellaswag import HELLASWAG
 from ephemera.tasks.humaneval import HUMANEVAL
 from ephemera.tasks.mbpp import MBPP
@@ -45,6 +45,7 @@ TASKS: dict[str, Task] = {
 # A prompt that already ends in the answer it asks for would teach, and measure, copying.
 ANSWERED = re.compile(r".*(?:answer|response)s?:\s*(\S.*)$", re.IGNORECASE | re.DOTALL)
 SUFFIXES = (".jsonl", ".jsonl.gz")
+NO_TEXTS = ("choices", "endings", "options", "option1", "option2", "test_list")  # lists, which their tasks check
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,11 @@ def load_dataset(
         _check_fields(task, row, place)
         try:
             answer = task.answer(row)
-            if not isinstance(answer, str) or not answer.strip():
+            if answer is None or (isinstance(answer, str) and not answer.strip()):
                 dropped += 1
                 continue
+            if not isinstance(answer, str):
+                raise ValueError(f"field {task.fields[-1]!r} should be a text; got {answer!r}.")
             prompt = task.prompt(row)
             choices = tuple(task.choices(row)) if task.choices else ()
             tests = task.tests(row) if task.tests else ""
@@ -100,19 +103,45 @@ def load_dataset(
             raise ValueError(f"{place}: the prompt should be a text; got {prompt!r}.")
         if not prompt.strip():
             raise ValueError(f"{place}: the prompt is empty.")
-        last = ANSWERED.match(prompt)
-        if last and last[1].strip().lower() == answer.strip().lower():
+        if len(choices) == 1:
             raise ValueError(
-                f"{place}: the prompt already ends in its answer ({answer.strip()[:60]!r}); it belongs in field "
-                f"{task.fields[-1]!r} alone."
+                f"{place}: field {task.choices_field!r} has one choice alone ({answer!r}): nothing to choose."
             )
-        examples.append(Example(_identity(prompt, answer), prompt, answer, choices, tests, place))
+        try:
+            example = Example(_identity(prompt, answer), prompt, answer, choices, tests, place)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{place}: half a surrogate pair, which is no text ({error.reason}).") from error
+        _check_answered(task, row, example)
+        examples.append(example)
     if not examples:
         raise ValueError(f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).")
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[i] for i in chosen]
     return Dataset(task, examples, where, dropped)
+
+
+def _check_answered(task: Task, row: Row, example: Example) -> None:
+    """ValueError where the prompt, or one of the texts that it is made of, ends in `Answer:` and the gold answer."""
+    golds = {example.answer.strip().lower(), str(row[task.fields[-1]]).strip().lower()}
+    texts = {"the prompt": example.prompt} | {
+        f"field {field!r}": row[field] for field in task.fields[:-1] if isinstance(row[field], str)
+    }
+    for what, text in texts.items():
+        last = ANSWERED.match(text)
+        said = last[1].strip().lower() if last else ""
+        # "Answer: 5" gives a worked solution away too
+        if said and (
+            said in golds or said.rstrip(".") in golds or (NUMBER.fullmatch(said) and _is_right(task, said, example))
+        ):
+            raise ValueError(
+                f"{example.place}: {what} already ends in its answer ({said[:60]!r}); it belongs in field "
+                f"{task.fields[-1]!r} alone."
+            )
+
+
+def _is_right(task: Task, said: str, example: Example) -> bool:
+    return not example.choices and task.correct is not None and task.correct(said, example)
 
 
 def _identity(prompt: str, answer: str) -> str:
@@ -129,6 +158,8 @@ def _check_fields(task: Task, row: Any, place: str) -> None:
     for field in task.fields[:-1]:
         if field in row and row[field] is None:
             raise ValueError(f"{place}: field {field!r} is null.")
+        if field in row and field not in NO_TEXTS and not isinstance(row[field], str):
+            raise ValueError(f"{place}: field {field!r} should be a text; got {row[field]!r}.")
     for field in missing:
         row[field] = {"text": []} if task.name == SQUAD.name else ""
 
@@ -178,13 +209,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield f"{path}:{number}", json.loads(line)
+                    yield f"{path}:{number}", json.loads(line, parse_int=_whole)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line."
         ) from error
     except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable {path.suffix} file: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}:{number}: JSON nested too deeply; expected one JSON object per line.") from error
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number; one of more digits than Python reads is as good as infinite."""
+    return int(digits) if len(digits) < 4000 else float(digits)
 
 
 def _wheel_rows(task: Task, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:

@@ -5,8 +5,14 @@ import re
 from ephemera.tasks.example import Example, Row, Task
 
 TOLERANCE = 1e-4  # relative, and absolute near zero
-# The sign of 10-5 is no minus, and neither is that of 5-10.
-NUMBER = re.compile(r"(?:(?<!\w)-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+# The sign of 10-5 is no minus, and neither is that of 5-10. Commas are for thousands: 12,15 is two numbers.
+NUMBER = re.compile(r"(?:(?<!\w)[-\u2212])?\$?(?:(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+)(?:\.\d+)?|\.\d+)")
+# Where a text says which number is its answer: GSM8K's own mark, or words. Markup, units of money and the terms of a sum
+# ("the answer is 2 + 3 = **$5**") may stand between.
+SAID = re.compile(
+    rf"(?:####|answer is:?)(?:(?:[\d ,$+*/x\u00d7()-]|\.\d)+=)?[\s*_$\u20ac\u00a3\\(\[{{]*(?:boxed{{)?({NUMBER.pattern})",
+    re.IGNORECASE,
+)
 SYSTEM = "You solve word problems step by step."
 
 
@@ -17,6 +23,8 @@ def prompt(row: Row) -> str:
 def answer(row: Row) -> str:
     """The worked solution, without the calculator's notes, ending in `The answer is N.`"""
     text = row["answer"]
+    if not isinstance(text, str):
+        raise ValueError(f"field 'answer' should be a text; got {text!r}.")
     if not text.strip():
         return ""
     steps, mark, number = text.partition("####")
@@ -26,10 +34,9 @@ def answer(row: Row) -> str:
 
 
 def number_in(text: str) -> float | None:
-    """The number after "the answer is" where that stands, else the last one."""
-    said = re.findall(rf"answer is:?\s*({NUMBER.pattern})", text, flags=re.IGNORECASE)
-    found = said[:1] or NUMBER.findall(text)[-1:]
-    return float(found[0].replace("$", "").replace(",", "")) if found else None
+    """The first number after "the answer is" or "####" where one stands, else the last of all."""
+    found = SAID.findall(text)[:1] or NUMBER.findall(text)[-1:]
+    return float(re.sub("[$,]", "", found[0]).replace("\N{MINUS SIGN}", "-")) if found else None
 
 
 def correct(text: str, example: Example) -> bool:

@@ -15,6 +15,8 @@ def answer(row: Row) -> str:
 
 
 def tests(row: Row) -> str:
+    if not row["entry_point"].isidentifier():
+        raise ValueError(f"field 'entry_point' should be the name of a function; got {row['entry_point']!r}.")
     return f"{row['test'].strip()}\n\ncheck({row['entry_point']})\n"
 
 

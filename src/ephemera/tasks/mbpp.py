@@ -11,7 +11,10 @@ def prompt(row: Row) -> str:
 
 
 def answer(row: Row) -> str:
-    return row["code"].replace("\r\n", "\n")
+    code = row["code"]
+    if code is not None and not isinstance(code, str):
+        raise ValueError(f"field 'code' should be a text; got {code!r}.")
+    return (code or "").replace("\r\n", "\n")
 
 
 def tests(row: Row) -> str:

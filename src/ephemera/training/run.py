@@ -33,9 +33,13 @@ def open_run(
 ) -> tuple[Accelerator, Backbone]:
     """The accelerator, with its trackers, and the frozen model on its device."""
     if not isinstance(config, TrainScaleNet):  # no setting is silently ignored
-        unused = {"optimizer.clip_prompt": (config.optimizer.clip_prompt, OptimizerSettings().clip_prompt)}
+        unused: dict[str, tuple[Any, Any]] = {
+            "optimizer.clip_prompt": (config.optimizer.clip_prompt, OptimizerSettings().clip_prompt)
+        }
         if isinstance(config, TrainTaskLora):  # PEFT starts A in its own way
             unused["model.lora.init_std"] = (config.model.lora.init_std, LoraSettings().init_std)
+        if not isinstance(config, TrainLens):  # generators and task LoRAs sit on all layers
+            unused["model.lora.layers"] = (config.model.lora.layers, LoraSettings().layers)
         for key, (given, default) in unused.items():
             if given != default:
                 raise ValueError(f"{key}={given} has no effect on this training; leave it at {default}.")
@@ -76,7 +80,12 @@ def kept_settings(config: Settings, folder: Path) -> Settings | None:
     saved = folder / "config.json"
     if not saved.exists():
         return None
-    kept = check_config(type(config), json.loads(saved.read_text()))
+    try:
+        kept = check_config(type(config), json.loads(saved.read_text()))
+    except ValueError as error:
+        raise ValueError(
+            f"--resume: {saved} holds no settings of such a run ({error}). Give another output."
+        ) from error
     old, new = kept.model_dump(exclude={"output"}), config.model_dump(exclude={"output"})
     searched = old.get("scalenet") and new.get("scalenet")
     if searched and new["scalenet"]["base_rates"] is None:  # searched by the first run, and kept
