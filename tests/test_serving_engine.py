@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
+from ephemera.decode import Prepared
 from ephemera.inits import ZeroInit
 from ephemera.lora import attach
+from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
 from ephemera.serving import batch as batch_module
 from ephemera.serving import methods
@@ -88,8 +90,6 @@ def test_what_is_reported(llama):
     steps = [e for e in events if isinstance(e, Adapting)]
     assert steps == [Adapting(1, 2), Adapting(2, 2)]
     (report,) = [e for e in events if isinstance(e, Report)]
-    from ephemera.model import AdaptiveLM
-
     lm = AdaptiveLM(llama, init=method.init, rate=method.rate)
     adaptation = lm.adapt(PROMPTS[0], steps=2)
     after = lm.adapt(PROMPTS[0], steps=2 + 1).prompt_nll_BK  # K changes the rates: only the first steps compare
@@ -108,10 +108,34 @@ def test_the_last_loss_is_that_of_the_adapted_model(llama):
     with running(Engine(llama)) as engine:
         (one,), (two,) = (
             [e for e in events if isinstance(e, Report)]
-            for events in collect([job_for(llama, method, PROMPTS[0], steps=k, n=0) for k in (1, 2)], engine)
+            for events in collect(
+                [job_for(llama, method, PROMPTS[0], steps=k, n=0, trace=True) for k in (1, 2)], engine
+            )
         )
     # with a fixed rate, what step 2 saw is what step 1 left
     assert one.facts["prompt_nll"][1] == pytest.approx(two.facts["prompt_nll"][1], rel=1e-9)
+
+
+def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):
+    """The head sees a prompt's last token and each answer's, once; adapters are laid out when rows come or go."""
+    method, through, laid_out = methods.find(tiny_methods(llama), "tiny-llama:generated"), [], []
+    prepare = Prepared.of
+    monkeypatch.setattr(Prepared, "of", lambda *args: laid_out.append(1) or prepare(*args))
+    engine = Engine(llama)
+    hook = llama.head.register_forward_hook(lambda _m, _x, logits: through.append(logits.shape[:-1].numel()))
+    try:
+        with running(engine):
+            (events,) = collect([job_for(llama, method, PROMPTS[0], tokens=8)], engine)
+            assert sum(e.tokens for e in events if isinstance(e, Text)) == 8
+            assert sum(through) == 8
+            assert len(laid_out) == 1
+            (report,) = [e for e in events if isinstance(e, Report)]
+            assert report.facts["prompt_nll"] == []
+            through.clear()
+            collect([job_for(llama, method, PROMPTS[0], tokens=8, trace=True)], engine)
+            assert sum(through) == 8 + len(AdaptiveLM(llama).encode(PROMPTS[0])) - 1
+    finally:
+        hook.remove()
 
 
 def test_several_answers_share_an_adaptation(llama):

@@ -21,7 +21,7 @@ import torch
 
 from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone
-from ephemera.objective import batch_tokens, length_batches, pad
+from ephemera.objective import TokenBatch, batch_tokens, length_batches, mean_nll, pad
 from ephemera.prefill import Prefill, prefill
 from ephemera.serving.adapter import zipped
 from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
@@ -189,8 +189,8 @@ class Engine:
         self._part([a for a in answers if a.reason is not None])
 
     def _report(self, group: list[Job], trace: Trace | None, read: Prefill, seconds: float, first: float) -> None:
-        """The `ephemera` object of each response. The last loss is computed after the first tokens are out."""
-        last_B = self._last_nll(read)
+        """The `ephemera` object of each response."""
+        last_B = self._last_nll(read, group)
         fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
         nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
         for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
@@ -199,7 +199,7 @@ class Engine:
                 "method": job.method.name,
                 "steps": job.steps,
                 "note": note,
-                "prompt_nll": [_number(x) for x in (*nll_BK[row], last)],
+                "prompt_nll": [_number(x) for x in (*nll_BK[row], *last)],
                 "adapt_seconds": seconds if trace else 0.0,
                 "first_token_seconds": first - job.arrived,
                 "trace": self._trace(trace, row) if job.trace else None,
@@ -216,14 +216,26 @@ class Engine:
             else:
                 self.observer.ended(job, "complete", 0)
 
-    def _last_nll(self, read: Prefill) -> list[float]:
-        """A figure for the report; no answer is lost where memory is too short for it."""
+    def _last_nll(self, read: Prefill, group: list[Job]) -> list[list[float]]:
+        """The loss that the last step left, for the rows whose trace was asked for: their head is a fifth of a prefill.
+
+        Computed when the first tokens are out; no answer is lost where memory is too short for it.
+        """
+        rows = [row for row, job in enumerate(group) if job.trace]
+        found: list[list[float]] = [[] for _ in group]
+        if not rows:
+            return found
         try:
-            return read.prompt_nll().tolist()
+            batch = TokenBatch(read.batch.ids_BT[rows], read.batch.mask_BT[rows])
+            with torch.no_grad():
+                last = mean_nll(read.hidden_BTD[rows], batch, self.backbone.logits).tolist()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            return [math.nan] * len(read.fallback_B)
+            last = [math.nan] * len(rows)
+        for row, nll in zip(rows, last, strict=True):
+            found[row] = [nll]
+        return found
 
     def _trace(self, trace: Trace | None, row: int) -> dict[str, Any]:
         projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in self.backbone.projections]
