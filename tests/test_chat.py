@@ -43,8 +43,14 @@ def test_the_conversation_goes_on(talk, llama_folder):
 
 
 def test_mistakes_are_said_and_survived(talk):
-    done = talk("/why\n/base\n/steps x\n/frob\nThe mill\n")
+    done = talk("/why\n/base\n/steps x\n/frob\n/help\nThe mill\n")
     assert done.exit_code == 0
-    for words in ("nothing was answered yet", "nothing was asked yet", "/steps takes a number", "no command /frob"):
+    for words in (
+        "nothing was answered yet",
+        "nothing was asked yet",
+        "/steps takes a number",
+        "no command /frob",
+        "\n/base: the last",
+    ):
         assert words in done.stderr
     assert done.stdout.strip()

@@ -195,6 +195,19 @@ def test_streams_piece_by_piece(visit: Visit):
         assert len(partial) > 3
 
 
+def test_the_caret_shows_before_the_first_word(visit: Visit):
+    """Answers often begin with empty lines, which the page leaves out."""
+    page = visit.ready()
+    heights = page.evaluate("""["empty", "streaming"].map((state) => {
+      const column = document.getElementById("base");
+      column.dataset.state = state;
+      column.querySelector(".text").replaceChildren();
+      return column.querySelector(".text").getBoundingClientRect().height;
+    })""")
+    assert heights[0] == 0
+    assert heights[1] > 10
+
+
 def test_curve_and_map_are_the_api_s_numbers(visit: Visit):
     visit.ask()
     page = visit.finished()

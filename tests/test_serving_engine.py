@@ -9,8 +9,10 @@ import time
 import pytest
 import torch
 
+from ephemera.decode import Prepared
 from ephemera.inits import ZeroInit
 from ephemera.lora import attach
+from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
 from ephemera.serving import batch as batch_module
 from ephemera.serving import methods
@@ -88,8 +90,6 @@ def test_what_is_reported(llama):
     steps = [e for e in events if isinstance(e, Adapting)]
     assert steps == [Adapting(1, 2), Adapting(2, 2)]
     (report,) = [e for e in events if isinstance(e, Report)]
-    from ephemera.model import AdaptiveLM
-
     lm = AdaptiveLM(llama, init=method.init, rate=method.rate)
     adaptation = lm.adapt(PROMPTS[0], steps=2)
     after = lm.adapt(PROMPTS[0], steps=2 + 1).prompt_nll_BK  # K changes the rates: only the first steps compare
@@ -108,10 +108,66 @@ def test_the_last_loss_is_that_of_the_adapted_model(llama):
     with running(Engine(llama)) as engine:
         (one,), (two,) = (
             [e for e in events if isinstance(e, Report)]
-            for events in collect([job_for(llama, method, PROMPTS[0], steps=k, n=0) for k in (1, 2)], engine)
+            for events in collect(
+                [job_for(llama, method, PROMPTS[0], steps=k, n=0, trace=True) for k in (1, 2)], engine
+            )
         )
     # with a fixed rate, what step 2 saw is what step 1 left
     assert one.facts["prompt_nll"][1] == pytest.approx(two.facts["prompt_nll"][1], rel=1e-9)
+
+
+def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):
+    """The head sees a prompt's last token and each answer's, once; adapters are laid out when rows come or go."""
+    method, through, laid_out = methods.find(tiny_methods(llama), "tiny-llama:generated"), [], []
+    prepare = Prepared.of
+    monkeypatch.setattr(Prepared, "of", lambda *args: laid_out.append(1) or prepare(*args))
+    engine = Engine(llama)
+    hook = llama.head.register_forward_hook(lambda _m, _x, logits: through.append(logits.shape[:-1].numel()))
+    try:
+        with running(engine):
+            (events,) = collect([job_for(llama, method, PROMPTS[0], tokens=8)], engine)
+            assert sum(e.tokens for e in events if isinstance(e, Text)) == 8
+            assert sum(through) == 8
+            assert len(laid_out) == 1
+            (report,) = [e for e in events if isinstance(e, Report)]
+            assert report.facts["prompt_nll"] == []
+            through.clear()
+            collect([job_for(llama, method, PROMPTS[0], tokens=8, trace=True)], engine)
+            assert sum(through) == 8 + len(AdaptiveLM(llama).encode(PROMPTS[0])) - 1
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_a_plain_prompt_need_not_wait_for_an_adaptation(llama, rows):
+    """It begins after the step under way, unless a row would then be missing for someone who came before it."""
+    fixed = methods.find(tiny_methods(llama), "tiny-llama:fixed")
+    plain = methods.find(tiny_methods(llama), "tiny-llama")
+    jobs = [job_for(llama, m, PROMPTS[0], steps=k) for m, k in ((fixed, 3), (fixed, 2), (plain, 0))]
+    order: list[tuple[int, object]] = []
+    left = threading.Semaphore(0)
+
+    def heard(i, event):
+        order.append((i, event))
+        if i == 0 and event == Adapting(1, 3):  # the others come while the first is adapted to
+            engine.submit(jobs[1:])
+        if isinstance(event, Finished):
+            left.release()
+
+    for i, job in enumerate(jobs):
+        job.emit = lambda event, i=i: heard(i, event)
+    with running(Engine(llama, max_rows=rows)) as engine:
+        engine.submit(jobs[:1])
+        for _ in jobs:
+            assert left.acquire(timeout=30)
+    first = [next(n for n, (j, e) in enumerate(order) if j == i and isinstance(e, Text)) for i in range(3)]
+    if rows == 3:
+        assert first[2] < order.index((0, Adapting(3, 3)))
+    else:
+        assert first[0] < first[1] < first[2]
+    for i, job in enumerate(jobs):
+        told = [e for j, e in order if j == i]
+        assert text_of(told) == solo(llama, job.method, PROMPTS[0], steps=job.steps)
 
 
 def test_several_answers_share_an_adaptation(llama):
@@ -221,6 +277,17 @@ def test_a_diverging_adaptation_is_answered_unadapted_and_says_so(llama):
             assert "non-finite" in report.facts["note"]
             assert None in report.facts["prompt_nll"]  # JSON has no NaN
             assert text_of(events) == solo(llama, Method("none", "none", None, None, 0), prompt, steps=0)
+
+
+def test_steps_that_raise_the_loss_are_said_to(llama):
+    bold, calm = (Method("m", "m", ZeroInit(), FixedRate(rate), 8) for rate in (300.0, 0.05))
+    jobs = [job_for(llama, method, PROMPTS[1], steps=2, trace=True) for method in (bold, calm)]
+    with running(Engine(llama)) as engine:
+        reports = [next(e for e in events if isinstance(e, Report)) for events in collect(jobs, engine)]
+    first, *_, last = reports[0].facts["prompt_nll"]
+    assert last > first
+    assert f"raised the prompt's loss ({first:.2f} to {last:.2f} nats" in reports[0].facts["note"]
+    assert reports[1].facts["note"] is None
 
 
 def test_out_of_memory_splits_groups_then_refuses(llama, monkeypatch):

@@ -6,6 +6,7 @@ from ephemera.inits import ZeroInit
 from ephemera.rates import AveragedRate, FixedRate, ScaleNet
 from ephemera.serving import methods
 from ephemera.store import DEFAULT_MODEL
+from serving_fixtures import tiny_generator
 from tiny import random_scalenet
 
 
@@ -36,6 +37,13 @@ def test_ids(llama):
         ("tiny-llama:layerwise", 3),
         ("tiny-llama:fixed", 3),
     ]
+
+
+def test_learned_rates_from_another_start_are_served_where_asked_for(llama):
+    rates, start = [random_scalenet(llama), FixedRate(0.1)], tiny_generator(llama)
+    names = [m.name for m in methods.build(llama, start, rates, joined=False)]
+    assert names == ["none", "layerwise", "fixed", "generated", "generated+fixed"]
+    assert "generated+layerwise" in [m.name for m in methods.build(llama, start, rates)]
 
 
 def test_two_rates_of_one_kind(llama):

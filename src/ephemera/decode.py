@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -89,31 +90,51 @@ def merged(model: nn.Module, lora: LoraBatch, row: int = 0) -> Iterator[None]:
             module.weight = own
 
 
-@contextmanager
-def prepared(model: nn.Module, lora: LoraBatch) -> Iterator[None]:
-    """Every row with its own factors, as `lora.attach` has it, laid out for one token a row."""
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    groups: dict[str, list[tuple[Tensor | None, Tensor, Tensor]]] = {}
-    for projection, A_BRI, B_BOR in zip(lora.projections, lora.A, lora.B, strict=True):
-        weight = model.get_submodule(projection.module).get_parameter("weight")
-        # A CPU's small bfloat16 products are several times slower than float32 ones and the casts around them;
-        # an accelerator pays by the kernel instead.
-        dtype = A_BRI.dtype if weight.device.type == "cpu" or not weight.is_floating_point() else weight.dtype
-        rows = None if projection.rows is None else projection.rows.to(A_BRI.device)
-        # B^T contiguous: three times faster than as a view of B
-        factors = A_BRI.detach().to(dtype).mT, (B_BOR.detach() * lora.scaling).to(dtype).mT.contiguous()
-        groups.setdefault(projection.module, []).append((rows, *factors))
-    try:
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Adapters laid out for one token a row, not yet in the model: for whoever decodes many tokens between other passes.
+
+    Each place is (parent, name of the child, the module that is there, what stands there while attached).
+    """
+
+    places: tuple[tuple[nn.Module, str, nn.Module, DecodeLinear], ...]
+
+    @staticmethod
+    def of(model: nn.Module, lora: LoraBatch) -> Prepared:
+        groups: dict[str, list[tuple[Tensor | None, Tensor, Tensor]]] = {}
+        for projection, A_BRI, B_BOR in zip(lora.projections, lora.A, lora.B, strict=True):
+            weight = model.get_submodule(projection.module).get_parameter("weight")
+            # A CPU's small bfloat16 products are several times slower than float32 ones and the casts around them;
+            # an accelerator pays by the kernel instead.
+            dtype = A_BRI.dtype if weight.device.type == "cpu" or not weight.is_floating_point() else weight.dtype
+            rows = None if projection.rows is None else projection.rows.to(A_BRI.device)
+            # B^T contiguous: three times faster than as a view of B
+            factors = A_BRI.detach().to(dtype).mT, (B_BOR.detach() * lora.scaling).to(dtype).mT.contiguous()
+            groups.setdefault(projection.module, []).append((rows, *factors))
+        places = []
         for path, factors in groups.items():
             parent_path, _, child = path.rpartition(".")
             parent = model.get_submodule(parent_path)
             base = parent.get_submodule(child)
-            setattr(parent, child, DecodeLinear(base, factors))
-            replaced.append((parent, child, base))
+            places.append((parent, child, base, DecodeLinear(base, factors)))
+        return Prepared(tuple(places))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        try:
+            for parent, child, _, adapted in self.places:
+                setattr(parent, child, adapted)
+            yield
+        finally:
+            for parent, child, base, _ in self.places:
+                setattr(parent, child, base)
+
+
+@contextmanager
+def prepared(model: nn.Module, lora: LoraBatch) -> Iterator[None]:
+    """Every row with its own factors, as `lora.attach` has it, laid out for one token a row."""
+    with Prepared.of(model, lora).attached():
         yield
-    finally:
-        for parent, child, base in replaced:
-            setattr(parent, child, base)
 
 
 class GrowingLayer(DynamicLayer):

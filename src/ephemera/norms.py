@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # transformers' classes with one and the same forward: weight * (x / rms(x)) in float32, cast before the weight
@@ -49,6 +50,9 @@ def write_out_norms(model: nn.Module) -> None:
 
 def _forward(weight: nn.Parameter, eps: float):
     def forward(hidden_states: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and hidden_states.dtype == torch.float32 and hidden_states.device.type == "cpu":
+            # torch's own, the same bits there: half the time of the above at one token, 2 % of decoding
+            return F.rms_norm(hidden_states, weight.shape, weight, eps)
         return _RmsNorm.apply(hidden_states, weight, eps)  # pyright: ignore[reportReturnType]
 
     return forward

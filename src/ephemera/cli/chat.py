@@ -89,6 +89,8 @@ class _Talk:
             self.why()
         elif word == "/base":
             self.again()
+        elif word == "/help":
+            _say(HELP)
         elif word.startswith("/"):
             raise ValueError(f"no command {word}. {HELP}")
         else:
@@ -119,7 +121,7 @@ class _Talk:
         for k, loss in enumerate(nll, 1):
             shown = f"{loss:.4f}" if loss is not None else "not finite"
             if k > len(rates):
-                _say(f"after {len(rates)} steps: prompt NLL {shown}")
+                _say(f"after {len(rates)} step{'s' * (len(rates) != 1)}: prompt NLL {shown}")
                 continue
             means = []
             for kind in dict.fromkeys(kinds):

@@ -88,7 +88,7 @@ def serve(
     quiet()
     rates, start = methods.specs(model, rate or [], init)
     lm = AdaptiveLM.from_pretrained(model, init=start, rate=methods.trained(rates), dtype=dtype, device=device)
-    known = methods.build(lm.backbone, lm.init, rates, most_steps=max_steps)
+    known = methods.build(lm.backbone, lm.init, rates, most_steps=max_steps, joined=init is not None)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
     metrics = Metrics()
     engine = Engine(

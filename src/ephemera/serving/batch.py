@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ephemera.backbone import Backbone
+from ephemera.decode import Prepared
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill
@@ -104,13 +106,14 @@ class DecodeBatch:
         self.rows = Rows()
         self.lora: LoraBatch | None = None
         self.adapted: list[bool] = []
+        self._prepared: Prepared | None = None  # of `lora`, made when it is first decoded with
 
     def join(self, answers: Sequence[Answer], read: Prefill, sources: Sequence[int]) -> None:
         """Take in answers; `sources[i]` is the row of the prefill that answer i goes on from."""
         lora = read.lora.rows(sources) if read.lora is not None else None
         together = joined(self.lora, len(self.answers), lora, len(answers))
         self.rows.join(read.cache, sources, [len(a.job.ids) for a in answers])
-        self.lora = together
+        self.lora, self._prepared = together, None
         self.answers += answers
         self.adapted += [lora is not None] * len(answers)
 
@@ -125,6 +128,7 @@ class DecodeBatch:
             _last_to(order, row)
         if not leaving or self.lora is None:
             return
+        self._prepared = None
         if not any(self.adapted):
             self.lora = None
         else:
@@ -142,16 +146,13 @@ class DecodeBatch:
         """Rows lo..hi in one forward; halves of them where memory runs out."""
         device = self.backbone.device
         ids_B1 = torch.tensor([[a.token] for a in self.answers[lo:hi]], device=device)
-        lora = self.lora
-        if lora is not None and (lo, hi) != (0, len(self.answers)):
-            lora = lora.with_tensors([t[lo:hi] for t in lora.tensors])
         try:
-            out = self.backbone.forward(
-                TokenBatch(ids_B1, torch.ones_like(ids_B1).bool()),
-                lora,
-                cache=self.rows.cache(lo, hi),
-                past_mask_BT=self.rows.past_mask_BT(lo, hi, device),
-            )
+            with self._adapters(lo, hi):
+                out = self.backbone.forward(
+                    TokenBatch(ids_B1, torch.ones_like(ids_B1).bool()),
+                    cache=self.rows.cache(lo, hi),
+                    past_mask_BT=self.rows.past_mask_BT(lo, hi, device),
+                )
             return list(self.backbone.logits(out.hidden_BTD[:, -1]))
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -160,6 +161,17 @@ class DecodeBatch:
             return [None]
         middle = (lo + hi) // 2
         return self._pass(lo, middle) + self._pass(middle, hi)
+
+    def _adapters(self, lo: int, hi: int) -> AbstractContextManager[None]:
+        """Rows lo..hi decode with their adapters; those of all rows are laid out once, until one joins or leaves."""
+        if self.lora is None:
+            return nullcontext()
+        if (lo, hi) != (0, len(self.answers)):
+            some = self.lora.with_tensors([t[lo:hi] for t in self.lora.tensors])
+            return Prepared.of(self.backbone.model, some).attached()
+        if self._prepared is None:
+            self._prepared = Prepared.of(self.backbone.model, self.lora)
+        return self._prepared.attached()
 
     def step(self) -> list[Answer]:
         """One token for every row; the answers that are complete, or failed, have left and are returned."""

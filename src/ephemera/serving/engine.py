@@ -2,8 +2,8 @@
 
 A turn takes one group of waiting prompts (same start, rate and steps; bounded tokens), adapts, reads the prompts and
 lets their answers join the decode batch; then every answer gets one token. Between two adaptation steps the answers
-already under way get one token too: nobody waits longer for a token than one adaptation step takes, and new prompts
-never wait for old answers to end.
+already under way get one token too, and prompts that ask for no adaptation begin: nobody waits longer for a token than
+one adaptation step takes, and new prompts never wait for old answers to end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone
-from ephemera.objective import batch_tokens, length_batches, pad
+from ephemera.objective import TokenBatch, batch_tokens, length_batches, mean_nll, pad
 from ephemera.prefill import Prefill, prefill
 from ephemera.serving.adapter import zipped
 from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
@@ -125,12 +125,27 @@ class Engine:
                     free -= job.rows
             if first not in alike:
                 return []  # no room for the oldest: the younger must not overtake it for ever
-            lengths = [len(j.ids) for j in alike]
-            batches = length_batches(lengths, batch_size=GROUP, max_tokens=self.tokens)
-            group = [alike[i] for i in next(b for b in batches if 0 in b)]
-            for job in group:
-                self.waiting.remove(job)
-            return group
+            return self._taken(alike)
+
+    def _next_plain_group(self, reserved: int) -> list[Job]:
+        """Waiting prompts without an adaptation, as long as a row stays free for each who came before them."""
+        with self._wake:
+            free, plain = self.max_rows - len(self.batch.answers) - reserved, []
+            for job in self.waiting:
+                free -= job.rows
+                if free < 0:
+                    break
+                if not (job.method.adapts(job.steps) or job.cancelled or job.late):
+                    plain.append(job)
+            return self._taken(plain) if plain else []
+
+    def _taken(self, jobs: list[Job]) -> list[Job]:
+        """The first of some waiting jobs and those of similar length, out of the queue."""
+        batches = length_batches([len(j.ids) for j in jobs], batch_size=GROUP, max_tokens=self.tokens)
+        group = [jobs[i] for i in next(b for b in batches if 0 in b)]
+        for job in group:
+            self.waiting.remove(job)
+        return group
 
     def _guarded(self, group: list[Job]) -> None:
         """Whatever goes wrong with a group ends its jobs, and nothing else."""
@@ -203,19 +218,23 @@ class Engine:
         self._part([a for a in answers if a.reason is not None])
 
     def _report(self, group: list[Job], trace: Trace | None, read: Prefill, seconds: float, first: float) -> None:
-        """The `ephemera` object of each response. The last loss is computed after the first tokens are out."""
-        last_B = self._last_nll(read)
+        """The `ephemera` object of each response."""
+        last_B = self._last_nll(read, group)
         fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
         nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
         taken_B = trace.steps_B.tolist() if trace else [0] * len(group)
         for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
             note = job.method.note(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
+            seen_K = nll_BK[row][: taken_B[row]]
+            nll_K = (*seen_K, *last)
+            rule = job.method.rate  # an early exit's loss is another than the whole model's
+            alike_K = nll_K if rule is None or rule.objective.describe() is None else seen_K
             facts = {
                 "method": job.method.name,
                 "steps": job.steps,
                 "steps_taken": taken_B[row],
-                "note": note,
-                "prompt_nll": [_number(x) for x in (*nll_BK[row][: taken_B[row]], last)],
+                "note": note or risen(alike_K),
+                "prompt_nll": [_number(x) for x in nll_K],
                 "adapt_seconds": seconds if trace else 0.0,
                 "first_token_seconds": first - job.arrived,
                 "trace": self._trace(trace, row) if job.trace else None,
@@ -232,14 +251,26 @@ class Engine:
             else:
                 self.observer.ended(job, "complete", 0)
 
-    def _last_nll(self, read: Prefill) -> list[float]:
-        """A figure for the report; no answer is lost where memory is too short for it."""
+    def _last_nll(self, read: Prefill, group: list[Job]) -> list[list[float]]:
+        """The loss that the last step left, for the rows whose trace was asked for: their head is a fifth of a prefill.
+
+        Computed when the first tokens are out; no answer is lost where memory is too short for it.
+        """
+        rows = [row for row, job in enumerate(group) if job.trace]
+        found: list[list[float]] = [[] for _ in group]
+        if not rows:
+            return found
         try:
-            return read.prompt_nll().tolist()
+            batch = TokenBatch(read.batch.ids_BT[rows], read.batch.mask_BT[rows])
+            with torch.no_grad():
+                last = mean_nll(read.hidden_BTD[rows], batch, self.backbone.logits).tolist()
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            return [math.nan] * len(read.fallback_B)
+            last = [math.nan] * len(rows)
+        for row, nll in zip(rows, last, strict=True):
+            found[row] = [nll]
+        return found
 
     def _trace(self, trace: Trace | None, row: int) -> dict[str, Any]:
         projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in self.backbone.projections]
@@ -247,7 +278,7 @@ class Engine:
         return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
 
     def _between(self, group: list[Job], k: int, steps: int) -> None:
-        """After an adaptation step: who waits hears of it, and the answers under way get a token."""
+        """After an adaptation step: who waits hears of it, plain prompts begin, and the answers under way get a token."""
         if all(job.cancelled or job.late for job in group):
             for job in group:
                 job.tell(LATE)
@@ -255,6 +286,9 @@ class Engine:
         if k < steps:
             for job in group:
                 job.tell(Adapting(k + 1, steps))
+        plain = self._next_plain_group(reserved=sum(job.rows for job in group))
+        if plain:
+            self._guarded(plain)
         self._decode()
 
     def _decode(self) -> None:
@@ -294,6 +328,16 @@ class Engine:
     def _release(self) -> None:
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def risen(nll_K: Sequence[float]) -> str | None:
+    """Words where steps made the prompt less likely: rates that were trained from another start, or are too bold."""
+    if len(nll_K) < 2 or not nll_K[-1] > nll_K[0]:
+        return None
+    return (
+        f"the steps raised the prompt's loss ({nll_K[0]:.2f} to {nll_K[-1]:.2f} nats per token), so the answer may be "
+        "worse than without them; take fewer steps or another method"
+    )
 
 
 def end_tokens(backbone: Backbone) -> frozenset[int]:

@@ -67,8 +67,14 @@ def kind_of(rate: Rate) -> str:
     return "layerwise" if rate.config["granularity"] == "layer" else "stepwise"
 
 
-def build(backbone: Backbone, init: str | Init, rates: Sequence[Rate], *, most_steps: int = 8) -> list[Method]:
-    """Every model id that these make, the unadapted model first. ValueError where one does not fit the model."""
+def build(
+    backbone: Backbone, init: str | Init, rates: Sequence[Rate], *, most_steps: int = 8, joined: bool = True
+) -> list[Method]:
+    """Every model id that these make, the unadapted model first. ValueError where one does not fit the model.
+
+    `joined`: also learned rates from a start other than zero. Those that ship were trained from zero, and from the
+    shipped generator their first step ruins the answer: together they are only served where that start was asked for.
+    """
     started = AdaptiveLM(backbone, init=init).init
     name = "generated" if isinstance(started, LoraGenerator) else "peft"
     starts: list[tuple[str, Init]] = [] if isinstance(started, ZeroInit) else [(name, started)]
@@ -94,7 +100,8 @@ def build(backbone: Backbone, init: str | Init, rates: Sequence[Rate], *, most_s
     for start_name, start in starts:
         add(start_name, start, None)
         for kind, rule in moves.items():
-            add(f"{start_name}+{kind}", start, rule)
+            if joined or isinstance(rule, FixedRate):
+                add(f"{start_name}+{kind}", start, rule)
     return methods
 
 

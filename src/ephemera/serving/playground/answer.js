@@ -3,7 +3,7 @@
 import { count, el, secondsText } from "./dom.js";
 
 const TITLES = { 400: "The request was refused", 401: "An API key is needed", 403: "The request was refused", 404: "No such model",
-  413: "The prompt is too long", 422: "The request was refused", 429: "The server is busy", 503: "The server is not ready", 504: "The request took too long" };
+  413: "Too long for this server", 422: "The request was refused", 429: "The server is busy", 503: "The server cannot answer now", 504: "The request took too long" };
 const KIND_TITLES = { network: "No connection", broken: "The answer broke off" };
 
 // What went wrong, what the server said, the field it named, and a way to try again that waits as long as it asks.

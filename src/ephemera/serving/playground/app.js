@@ -106,7 +106,7 @@ function request(model) {
     temperature: 0,
     stream: true,
     stream_options: { include_usage: true },
-    ...(isBase(model) ? {} : { adapt }),
+    adapt: isBase(model) ? { trace: true } : adapt, // with the trace comes the loss after the last step
   };
   return { path: chat ? "/v1/chat/completions" : "/v1/completions", body };
 }
