@@ -39,10 +39,11 @@ def chat(
     from ephemera.model import AdaptiveLM
     from ephemera.serving.engine import Engine
     from ephemera.serving.methods import BASE, Method
+    from ephemera.serving.threads import in_passing_thread
 
     quiet()
     rule = rate or (DEFAULT_RATE if steps or init == "zero" else None)
-    lm = AdaptiveLM.from_pretrained(model, init=init, rate=rule, dtype=dtype, device=device)
+    lm = in_passing_thread(lambda: AdaptiveLM.from_pretrained(model, init=init, rate=rule, dtype=dtype, device=device))
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000
     adapted, base = Method(model, "adapted", lm.init, lm.rate, most), Method(model, BASE, None, None, 0)
     engine = Engine(lm.backbone).start()

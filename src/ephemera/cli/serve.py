@@ -84,11 +84,16 @@ def serve(
     from ephemera.serving.engine import Engine
     from ephemera.serving.metrics import Metrics
     from ephemera.serving.prompts import Limits, Reader
+    from ephemera.serving.threads import in_passing_thread
 
     quiet()
-    rates, start = methods.specs(model, rate or [], init)
-    lm = AdaptiveLM.from_pretrained(model, init=start, rate=methods.trained(rates), dtype=dtype, device=device)
-    known = methods.build(lm.backbone, lm.init, rates, most_steps=max_steps, joined=init is not None)
+
+    def load() -> tuple[AdaptiveLM, list[methods.Method]]:
+        rates, start = methods.specs(model, rate or [], init)
+        lm = AdaptiveLM.from_pretrained(model, init=start, rate=methods.trained(rates), dtype=dtype, device=device)
+        return lm, methods.build(lm.backbone, lm.init, rates, most_steps=max_steps, joined=init is not None)
+
+    lm, known = in_passing_thread(load)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
     metrics = Metrics()
     engine = Engine(

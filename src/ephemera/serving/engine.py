@@ -26,6 +26,7 @@ from ephemera.prefill import Prefill, prefill
 from ephemera.serving.adapter import zipped
 from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
 from ephemera.serving.cache import check_cache
+from ephemera.serving.threads import in_passing_thread
 from ephemera.serving.work import Adapting, Busy, Failed, Job, Observer, Report
 
 log = logging.getLogger("ephemera.serving")
@@ -63,7 +64,7 @@ class Engine:
         self._seconds = 1.0  # running mean of how long a prompt takes
         self._thread = threading.Thread(target=self._run, name="ephemera-engine", daemon=True)
         probe = pad([[1, 2]], pad_id=backbone.pad_id).to(backbone.device)
-        check_cache(prefill(backbone, probe, None).cache, backbone.name)
+        check_cache(in_passing_thread(lambda: prefill(backbone, probe, None)).cache, backbone.name)
         self.tokens = CPU_TOKENS if backbone.device.type == "cpu" else batch_tokens(backbone.device)
 
     @property
