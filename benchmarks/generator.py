@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import transformers
 
-from ephemera.backbone import encode_prompt, load_backbone
+from ephemera.backbone import load_backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import machine, spread
+from ephemera.encoding import encode_prompt
 from ephemera.generator import LoraGenerator
 from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad

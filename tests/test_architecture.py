@@ -22,6 +22,7 @@ LAYERS = (
         "checkpoint",
         "depth",
         "projections",
+        "encoding",
         "backbone",
         "artifact",
         "lens",

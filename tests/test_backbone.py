@@ -6,7 +6,8 @@ import torch
 from tokenizers import processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from ephemera.backbone import describe, encode_answer, encode_prompt, load_backbone
+from ephemera.backbone import describe, load_backbone
+from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.objective import TokenBatch, mean_nll, pad
 from ephemera.projections import find_projections
 from tiny import (

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ephemera import Adaptation, AdaptiveLM, FixedRate, ZeroInit
-from ephemera.backbone import Backbone, encode_answer, encode_prompt
+from ephemera.backbone import Backbone
+from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.lora import LoraLinear
 from ephemera.model import BATCH_SIZE, FELL_BACK, UNCHANGED
 from ephemera.prefill import prefill

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ephemera import hardest as hardest_module
 from ephemera.adapt import adapt
-from ephemera.backbone import encode_prompt
+from ephemera.encoding import encode_prompt
 from ephemera.objective import TokenBatch, pad
 from ephemera.rates import AveragedRate, FixedRate
 from ephemera.readout import Objective, load_objective

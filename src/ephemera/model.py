@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.backbone import Backbone, encode_answer, encode_prompt, load_backbone
+from ephemera.backbone import Backbone, load_backbone
 from ephemera.depth import Lower
+from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.errors import unknown
 from ephemera.export import export_peft
 from ephemera.generator import load_init, lora_of, place_init, targets_of

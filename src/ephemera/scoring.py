@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, encode_answer, encode_prompt
+from ephemera.backbone import Backbone
+from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, batch_tokens, length_batches, pad

@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, encode_answer, encode_prompt
+from ephemera.backbone import Backbone
 from ephemera.bench.prompts import examples
+from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import batch_tokens, length_batches, pad

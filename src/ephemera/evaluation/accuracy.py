@@ -15,8 +15,9 @@ from rich.progress import track
 
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
-from ephemera.backbone import Backbone, encode_answer, load_backbone
+from ephemera.backbone import Backbone, load_backbone
 from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
+from ephemera.encoding import encode_answer
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json

@@ -8,7 +8,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from ephemera.backbone import Backbone, encode_prompt
+from ephemera.backbone import Backbone
+from ephemera.encoding import encode_prompt
 from ephemera.serving.errors import ApiError
 from ephemera.serving.methods import Method, find
 from ephemera.serving.sampling import Sampling
