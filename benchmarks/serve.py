@@ -61,7 +61,7 @@ class Request:
 def load(url: str, body_of: Callable[[int], dict[str, Any]], clients: int, seconds: float) -> tuple[list[Request], int]:
     """`clients` threads that each ask again as soon as they are answered, until the time is over; (answered, failed).
 
-    A client whose request failed asks no more in this window.
+    Everyone asks at least once; a client whose request failed asks no more in this window.
     """
     found: list[Request] = []
     failed = [0]
@@ -71,9 +71,9 @@ def load(url: str, body_of: Callable[[int], dict[str, Any]], clients: int, secon
         begun = time.perf_counter()
 
         def client(number: int) -> None:
-            for question in questions_of(number):
+            for nth, question in enumerate(questions_of(number)):
                 start, seen, count = time.perf_counter() - begun, None, 0
-                if start >= seconds:
+                if nth and start >= seconds:
                     return
                 with https[number].stream("POST", "/v1/chat/completions", json=body_of(question)) as response:
                     for line in response.iter_lines():
@@ -103,7 +103,7 @@ def questions_of(client: int) -> Iterator[int]:
 
 def inside(request: Request, seconds: float) -> float:
     """The share of a request that lies in its window."""
-    return min(1.0, (seconds - request.begun) / (request.ended - request.begun))
+    return min(1.0, max(0.0, seconds - request.begun) / (request.ended - request.begun))
 
 
 def summary(requests: Sequence[Request], failed: int, seconds: float, turns: int, cpu_seconds: float) -> dict[str, Any]:
