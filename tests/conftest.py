@@ -34,6 +34,6 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data sets beside the checkout."""
-    if not SHARED_DATA.is_dir():
+    if not SHARED_DATA.is_dir():  # real rows have licences of their own and are not in the repository
         pytest.skip(f"real data sets are not at {SHARED_DATA}")
     return SHARED_DATA

@@ -175,6 +175,7 @@ def test_the_network_and_other_processes_are_refused(statement):
 
 def test_it_sees_no_network_where_the_kernel_permits():
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-Un", "true"], check=False).returncode:
+        # Then the audit hook alone refuses sockets, which the test above sees on every machine
         pytest.skip("this machine makes no network namespace for an unprivileged process")
     outcome = run_program(
         "names = [line.split(':')[0].strip() for line in open('/proc/self/net/dev') if ':' in line]\n"

@@ -54,9 +54,9 @@ def adapt(
     loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph;
     `second_order` builds the graph through every step instead (Eq. 18; tiny models, and attention without a fused
     kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate takes neither that
-    step nor a later one; when all rows have stopped the loop ends, before that step's loss and backward pass. Only then
-    does the loop wait for the device. `after_step` is called with k when step k is done; no adapter is attached then, so it may run the
-    model, and what it raises ends the loop.
+    step nor a later one; when all rows have stopped the loop ends, before that step's loss and backward pass. Only with
+    it does the loop wait for the device. `after_step` is called with k when step k is done; no adapter is attached
+    then, so it may run the model, and what it raises ends the loop.
     """
     if stop_below is not None and not 0 <= stop_below < float("inf"):
         raise ValueError(f"stop_below={stop_below}: give a share of the base rate, 0 or more (e.g. 0.01), or none.")
@@ -99,10 +99,9 @@ def adapt(
             grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
             grads = normalized(grads, rate.normalize)
         with torch.set_grad_enabled(second_order):
-            moved = current.step(grads, rates_BM if second_order else rates_BM.detach())
-        lora = moved
+            lora = current.step(grads, rates_BM if second_order else rates_BM.detach())
         if stop_below is not None:
-            lora, steps_B = moved.where(moving_B, current), steps_B + moving_B
+            lora, steps_B = lora.where(moving_B, current), steps_B + moving_B
         nlls.append(nll_B.detach())
         rates.append(rates_BM)
         if keep_grads:
@@ -132,9 +131,7 @@ def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:
     if not columns:
         return zero_BK
     taken = torch.stack(list(columns), 1)
-    return (
-        torch.cat([taken, zero_BK[:, len(columns) :].to(taken.dtype)], 1) if len(columns) < zero_BK.shape[1] else taken
-    )
+    return torch.cat([taken, zero_BK[:, len(columns) :].to(taken.dtype)], 1)
 
 
 def normalized(grads: Sequence[Tensor], by: Normalize) -> tuple[Tensor, ...]:

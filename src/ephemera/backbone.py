@@ -68,7 +68,10 @@ class Backbone:
         packs: bool = True,
         checkpoint: bool = False,
     ):
-        """`checkpoint`: passes that a gradient is taken of keep each layer's input alone (checkpoint.py). `packs`: whether passes without a cache may leave out padding, with attention of ephemera's own (packed.py)."""
+        """`checkpoint`: passes that a gradient is taken of keep each layer's input alone (checkpoint.py).
+
+        `packs`: whether passes without a cache may leave out padding, with attention of ephemera's own (packed.py).
+        """
         self.model = model.eval().requires_grad_(False)
         self.packs = packs
         self.checkpoint = checkpoint

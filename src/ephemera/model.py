@@ -113,7 +113,8 @@ class AdaptiveLM:
         was trained for. `chat`: put prompts in the model's chat template. `truncate="left"`: cut prompts longer
         than the model's window instead of refusing them. `stop_below`: a prompt takes no further step once all of its rates
         are below this share of the rate's base rate. `checkpoint`: steps keep each layer's input alone and run the layer
-        again in the backward pass: less memory, more time, the same adapters. Further keywords go to transformers. ValueError names what
+        again in the backward pass: less memory, more time, the same adapters. Further keywords go to transformers.
+        ValueError names what
         is wrong and what is allowed.
         """
         settings = dict(lora or {})
