@@ -16,6 +16,8 @@ LAYERS = (
         "packed",
         "norms",
         "lora",
+        "llama",
+        "head",
         "objective",
         "subset",
         "hardest",

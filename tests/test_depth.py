@@ -1,7 +1,5 @@
 """Passes through some layers alone are equal to passes through all of them, and run only what is needed."""
 
-from collections import Counter
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from ephemera.readout import Objective
 from tiny import (
     ARCHITECTURES,
     close,
+    count_layers,
     left,
     merged_model,
     merged_weights,
@@ -30,14 +29,6 @@ LENGTHS = [11, 4, 8]  # sliding windows of 6 see the difference
 
 def upper_half(architecture: str) -> Backbone:
     return tiny_backbone(architecture, depth=DEPTH, layers="last-2")
-
-
-def count_passes(backbone: Backbone) -> Counter:
-    """How often each layer runs from now on."""
-    counts: Counter = Counter()
-    for i, layer in enumerate(backbone.decoder.layers):
-        layer.register_forward_hook(lambda *_, i=i: counts.update([i]))
-    return counts
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -81,18 +72,18 @@ def test_a_prefill_on_kept_layers_equals_a_fresh_one(architecture):
 
 
 @pytest.mark.parametrize("K", [1, 3])
-def test_layers_below_the_adapted_ones_run_once(K):
+def test_layers_below_the_adapted_ones_run_once(K, monkeypatch):
     backbone = upper_half("llama")
-    counts = count_passes(backbone)
+    counts = count_layers(backbone, monkeypatch)
     batch = left(random_ids(LENGTHS))
     trace = adapt(backbone, batch, random_lora(backbone, 3), FixedRate(0.1), K)
     prefill(backbone, batch, trace.lora, lower=trace.lower)
     assert counts == {0: 1, 1: 1, 2: K + 1, 3: K + 1}
 
 
-def test_no_layer_above_the_exit_runs():
+def test_no_layer_above_the_exit_runs(monkeypatch):
     backbone = tiny_backbone("llama", depth=DEPTH, layers="1-2")
-    counts = count_passes(backbone)
+    counts = count_layers(backbone, monkeypatch)
     batch = left(random_ids(LENGTHS))
     adapt(backbone, batch, random_lora(backbone, 3), FixedRate(0.1, Objective(exit_layer=3)), 2)
     assert counts == {0: 1, 1: 2, 2: 2}
@@ -108,12 +99,12 @@ def test_h_of_x_stays(monkeypatch):
     close(have.lora.tensors, want.lora.tensors)
 
 
-def test_a_model_that_cannot_be_cut_takes_the_full_pass():
+def test_a_model_that_cannot_be_cut_takes_the_full_pass(monkeypatch):
     backbone = upper_half("llama")
     batch, lora = left(random_ids(LENGTHS)), random_lora(backbone, 3)
     want = adapt(backbone, batch, lora, FixedRate(0.3), 2)
     backbone.final_norm = None
-    counts = count_passes(backbone)
+    counts = count_layers(backbone, monkeypatch)
     have = adapt(backbone, batch, lora, FixedRate(0.3), 2)
     assert have.lower is None
     close(have.lora.tensors, want.lora.tensors)

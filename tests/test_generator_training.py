@@ -19,6 +19,7 @@ from torch import nn
 
 from ephemera.config import JointSettings, MixtureSettings, MixtureTask, OptimizerSettings, TrainGenerator, load_config
 from ephemera.generator import LoraGenerator, load_generator
+from ephemera.head import Head
 from ephemera.rates import ScaleNet, load_rate
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.training.generator import GeneratorTrainee, train_generator
@@ -219,12 +220,12 @@ def test_a_diverged_row_gives_no_gradient(llama):
     # A row's loss is spoilt where its first answer token is to be predicted from
     bad = rows[1].answer[0]
 
-    def spoilt(h):
-        out = logits(h)
-        return out.index_fill(-1, torch.tensor([bad]), float("-inf"))
+    class Spoilt(nn.Module):
+        def forward(self, h):
+            return logits(h).index_fill(-1, torch.tensor([bad]), float("-inf"))
 
     assert all(bad not in row.answer for row in rows[:1] + rows[2:])
-    llama.logits = spoilt
+    llama.logits = Head(Spoilt())
     report = trainee.backward(rows, 0)
     have = [p.grad.clone() for p in generator.parameters() if p.grad is not None]
     assert report["non_finite"] == 1

@@ -1,18 +1,22 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ephemera import objective
-from ephemera.objective import TokenBatch, length_batches, mean_nll, pad, token_nll
-from tiny import close, random_ids, tiny_backbone
+from ephemera import head as head_module
+from ephemera.head import Head, token_nll
+from ephemera.objective import TokenBatch, length_batches, mean_nll, pad
+from tiny import close, random_ids
 
 D, V = 6, 11
 
 
-@pytest.fixture(params=[1, 3, 7, 512])
-def chunk(request, monkeypatch) -> int:
-    monkeypatch.setattr(objective, "CHUNK_TOKENS", request.param)
+@pytest.fixture(params=[(1, 1), (3, 4), (7, 11), (512, 2048)])
+def block(request, monkeypatch) -> tuple[int, int]:
+    """Tokens and words at a time."""
+    monkeypatch.setattr(head_module, "CPU_BLOCK", request.param)
     return request.param
 
 
@@ -21,7 +25,7 @@ def example(side: str, lengths=(15, 1, 18, 9)):  # more tokens than any block of
     batch = pad(sequences, side=side, pad_id=3)
     torch.manual_seed(1)
     hidden = torch.randn(*batch.ids_BT.shape, D, dtype=torch.float64, requires_grad=True)
-    head = nn.Linear(D, V, dtype=torch.float64)
+    head = Head(nn.Linear(D, V, dtype=torch.float64))
     return sequences, batch, hidden, head
 
 
@@ -39,7 +43,7 @@ def slow(sequences, batch: TokenBatch, hidden, head, first=1) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("twice", [False, True])
-def test_mean_nll_and_its_gradient(chunk, side, twice):
+def test_mean_nll_and_its_gradient(block, side, twice):
     sequences, batch, hidden, head = example(side)
     have = mean_nll(hidden, batch, head, twice_differentiable=twice)
     want = slow(sequences, batch, hidden, head)
@@ -52,7 +56,7 @@ def test_mean_nll_and_its_gradient(chunk, side, twice):
     )
 
 
-def test_without_gradient(chunk):
+def test_without_gradient(block):
     sequences, batch, hidden, head = example("left")
     close(mean_nll(hidden.detach(), batch, head), slow(sequences, batch, hidden, head))
 
@@ -82,8 +86,8 @@ def test_the_head_gets_no_gradient():
     _, batch, hidden, head = example("left")
     mean_nll(hidden, batch, head).sum().backward()
     assert hidden.grad is not None
-    assert head.weight.grad is None
-    assert head.bias.grad is None
+    assert head.module.get_parameter("weight").grad is None
+    assert head.module.get_parameter("bias").grad is None
 
 
 def test_second_derivative():
@@ -92,7 +96,7 @@ def test_second_derivative():
 
 
 def test_nll_is_float32_for_a_bfloat16_model():
-    h, head = torch.randn(4, D).bfloat16().requires_grad_(), nn.Linear(D, V).bfloat16()
+    h, head = torch.randn(4, D).bfloat16().requires_grad_(), Head(nn.Linear(D, V).bfloat16())
     nll = token_nll(h, head, torch.tensor([1, 2, 3, 4]))
     assert nll.dtype == torch.float32
     want = F.cross_entropy(head(h).float(), torch.tensor([1, 2, 3, 4]), reduction="none")
@@ -101,16 +105,44 @@ def test_nll_is_float32_for_a_bfloat16_model():
     assert gradient.dtype == torch.bfloat16
 
 
-def test_a_capped_head():
+def test_a_capped_head(block):
     """Gemma 2's soft cap is part of the logits, and of their gradient."""
-    backbone = tiny_backbone("llama")
-    backbone.softcap = 2.0
-    h = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([3, 4, 5, 6, 7])
-    want = F.cross_entropy(2 * torch.tanh(backbone.model.lm_head(h) / 2), targets, reduction="none")
-    have = token_nll(h, backbone.logits, targets)
+    linear = nn.Linear(D, V, dtype=torch.float64)
+    h = (4 * torch.randn(5, D, dtype=torch.float64)).requires_grad_()
+    targets = torch.tensor([3, 4, 5, 6, 10])
+    want = F.cross_entropy(2 * torch.tanh(linear(h) / 2), targets, reduction="none")
+    have = token_nll(h, Head(linear, 2.0), targets)
     close(have, want)
     close(torch.autograd.grad(have.sum(), h)[0], torch.autograd.grad(want.sum(), h)[0])
+
+
+def test_a_head_that_is_more_than_linear():
+    module = nn.Sequential(nn.Linear(D, V, dtype=torch.float64), nn.Tanh())
+    h = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([3, 4, 5, 6, 10])
+    want, have = F.cross_entropy(module(h), targets, reduction="none"), token_nll(h, Head(module), targets)
+    close(have, want)
+    close(torch.autograd.grad(have.sum(), h)[0], torch.autograd.grad(want.sum(), h)[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_and_in_its_row(bad):
+    head = Head(nn.Linear(D, V))
+    h = torch.randn(3, D)
+    h[1, 2] = bad
+    nll = token_nll(h, head, torch.tensor([1, 2, 3]))
+    assert nll.isfinite().tolist() == [True, False, True]
+
+
+def test_logits_far_apart_and_of_any_size(monkeypatch):
+    """The highest logit comes in the last block, 2,000 above the first; neither end overflows."""
+    linear = nn.Linear(1, 6, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([-1000.0, -999, 0, 1, 998, 1000])[:, None])
+    monkeypatch.setattr(head_module, "CPU_BLOCK", (8, 2))
+    nll = token_nll(torch.ones(3, 1), Head(linear), torch.tensor([5, 4, 0]))
+    more = math.log1p(math.exp(-2))
+    torch.testing.assert_close(nll, torch.tensor([more, 2 + more, 2000 + more]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ephemera import llama as llama_module
 from ephemera import packed
 from ephemera.backbone import load_backbone
 from ephemera.inits import ZeroInit
 from ephemera.objective import mean_nll, pad
 from ephemera.packed import Packing, attention, can_pack
-from tiny import ARCHITECTURES, tiny_backbone
+from tiny import ARCHITECTURES, random_lora, tiny_backbone
 
 LENGTHS = (3, 7, 1, 5)
 
@@ -110,23 +111,22 @@ def test_packed_and_padded_passes_agree(monkeypatch, architecture, side):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
-def test_the_model_attends_as_before_after_an_error(llama):
+@pytest.mark.parametrize("writes_out", [False, True])
+def test_the_model_is_as_before_after_an_error(llama, writes_out, monkeypatch):
+    llama.writes_out = writes_out
+    modules = dict(llama.model.named_modules())
     before = llama.decoder.config._attn_implementation
     batch = pad([[1, 2, 3], [1, 2]])
-    with pytest.raises(RuntimeError, match="broken"):
-        _break(llama, batch)
-    assert llama.decoder.config._attn_implementation == before
 
-
-def _break(backbone, batch):
     def broken(*_args):
         raise RuntimeError("broken")
 
-    hook = backbone.model.get_submodule(backbone.projections[-1].module).register_forward_hook(broken)
-    try:
-        backbone.forward(batch)
-    finally:
-        hook.remove()
+    for module in (packed, llama_module):  # each has its own name for it
+        monkeypatch.setattr(module, "attend", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        llama.forward(batch, random_lora(llama, 2))
+    assert llama.decoder.config._attn_implementation == before
+    assert dict(llama.model.named_modules()) == modules
 
 
 def test_an_attention_that_was_asked_for_is_taken(llama_folder):
@@ -134,8 +134,7 @@ def test_an_attention_that_was_asked_for_is_taken(llama_folder):
     for asked in (None, "eager"):
         backbone = load_backbone(str(llama_folder), attn_implementation=asked)
         with torch.no_grad():
-            module = backbone.model.get_submodule(backbone.projections[0].module)
-            handle = module.register_forward_hook(lambda _m, args, _y: seen.append(args[0].shape))
+            handle = backbone.embedding.register_forward_hook(lambda _m, _args, y: seen.append(y.shape))
             backbone.forward(pad([[1, 2, 3], [1, 2]]))
             handle.remove()
     assert [tuple(shape[:2]) for shape in seen] == [(1, 5), (2, 3)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone
+from ephemera.head import Head
 from ephemera.lens import Lens
 from ephemera.objective import pad
 from ephemera.rates import FixedRate
@@ -58,8 +59,8 @@ def slow_loss(backbone: Backbone, objective: Objective, ids: list[int], weights:
         if lens is not None:
             h = h + lens.weight_EDD[0] @ (h / lens.scale_ED[0]) + lens.bias_ED[0]
         logits = backbone.head(norm(h))
-        if backbone.softcap:
-            logits = torch.tanh(logits / backbone.softcap) * backbone.softcap
+        if backbone.logits.softcap:
+            logits = torch.tanh(logits / backbone.logits.softcap) * backbone.logits.softcap
         if objective.vocabulary is not None:
             outside = [i for i in range(objective.vocabulary, VOCABULARY) if i != ids[t]]
             logits = logits.index_fill(0, torch.tensor(outside), -torch.inf)
@@ -119,7 +120,7 @@ def test_an_exit_after_the_last_layer_is_the_prompt_loss(llama):
 
 
 def test_softcapped_heads(llama):
-    llama.softcap = 3.0
+    llama.logits = Head(llama.head, 3.0)
     objective = Objective(vocabulary=VOCABULARY)
     batch, start = left(random_ids(LENGTHS)), random_lora(llama, 3)
     have = adapt(llama, batch, start, FixedRate(0.3, objective), 1)

@@ -22,7 +22,7 @@ from ephemera.serving.methods import Method
 from ephemera.serving.sampling import Sampling
 from ephemera.serving.work import Adapting, Busy, Failed, Finished, Report, Text
 from serving_fixtures import PROMPTS, collect, job_for, running, solo, text_of, tiny_generator, tiny_methods
-from tiny import ARCHITECTURES, SomeRowsWild, close, random_lora, tiny_backbone
+from tiny import ARCHITECTURES, SomeRowsWild, close, count_head, random_lora, tiny_backbone
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -122,6 +122,7 @@ def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):
     prepare = Prepared.of
     monkeypatch.setattr(Prepared, "of", lambda *args: laid_out.append(1) or prepare(*args))
     engine = Engine(llama)
+    scored = count_head(monkeypatch)
     hook = llama.head.register_forward_hook(lambda _m, _x, logits: through.append(logits.shape[:-1].numel()))
     try:
         with running(engine):
@@ -131,9 +132,9 @@ def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):
             assert len(laid_out) == 1
             (report,) = [e for e in events if isinstance(e, Report)]
             assert report.facts["prompt_nll"] == []
-            through.clear()
             collect([job_for(llama, method, PROMPTS[0], tokens=8, trace=True)], engine)
-            assert sum(through) == 8 + len(AdaptiveLM(llama).encode(PROMPTS[0])) - 1
+            assert sum(through) == 16
+            assert scored == [len(AdaptiveLM(llama).encode(PROMPTS[0])) - 1]
     finally:
         hook.remove()
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ephemera import hardest as hardest_module
 from ephemera.adapt import adapt
 from ephemera.encoding import encode_prompt
+from ephemera.head import Head
 from ephemera.objective import TokenBatch, pad
 from ephemera.rates import AveragedRate, FixedRate
 from ephemera.readout import Objective, load_objective
@@ -38,11 +38,9 @@ def highest(percent: int):
     return places
 
 
-@pytest.mark.parametrize("chunk", [512, 12, 3])  # all rows together, row by row, rows longer than a chunk
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("percent", [50, 1, 100])
-def test_steps_on_the_hardest_tokens_equal_a_slow_loop(llama, percent, side, chunk, monkeypatch):
-    monkeypatch.setattr(hardest_module, "CHUNK_TOKENS", chunk)
+def test_steps_on_the_hardest_tokens_equal_a_slow_loop(llama, percent, side):
     prompts, start = random_ids(LENGTHS), random_lora(llama, 3)
     objective = Objective(tokens=f"hardest-{percent}%")
     trace = adapt(llama, pad(prompts, side=side), start, FixedRate(0.3, objective), 2)
@@ -57,7 +55,7 @@ def test_a_one_token_prompt_and_a_softcapped_head(llama):
     prompts, start = random_ids([1, 7]), random_lora(llama, 2)
     rate = FixedRate(0.3, Objective(tokens="hardest-50%"))
     close(adapt(llama, left(prompts), start, rate, 1).lora.rows([0]).tensors, start.rows([0]).tensors, 0)
-    llama.softcap = 3.0  # takes the way without the head's weight; all of the hardest are all
+    llama.logits = Head(llama.head, 3.0)  # all of the hardest are all
     every = adapt(llama, left(prompts), start, FixedRate(0.3, Objective(tokens="hardest-100%")), 2)
     close(every.lora.tensors, adapt(llama, left(prompts), start, FixedRate(0.3), 2).lora.tensors)
 

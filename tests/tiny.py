@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
+from ephemera import head, llama
 from ephemera.backbone import Backbone
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
@@ -93,11 +96,35 @@ class ExactNorm(nn.Module):
     def __init__(self, norm: nn.Module):
         super().__init__()
         # Gemma's weight counts from one
-        self.gain = norm.weight.detach() + 1 if "Gemma" in type(norm).__name__ else norm.weight.detach()
-        self.eps = norm.eps if "Gemma" in type(norm).__name__ else norm.variance_epsilon
+        self.weight = norm.weight.detach() + 1 if "Gemma" in type(norm).__name__ else norm.weight.detach()
+        self.variance_epsilon = norm.eps if "Gemma" in type(norm).__name__ else norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.gain * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+
+def count_layers(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each layer runs from now on, as transformers has it or written out."""
+    counts: Counter[int] = Counter()
+    layers = list(backbone.decoder.get_submodule("layers").children())
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, i=i: counts.update([i]))
+    run = llama._Written.forward
+
+    def counted(self, *args, **kwargs):
+        counts.update([layers.index(self.layer)])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(llama._Written, "forward", counted)
+    return counts
+
+
+def count_head(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each walk over the vocabulary from now on."""
+    seen: list[int] = []
+    walk = head._walk
+    monkeypatch.setattr(head, "_walk", lambda h_ND, *rest: seen.append(len(h_ND)) or walk(h_ND, *rest))
+    return seen
 
 
 def make_exact(model: nn.Module) -> None:

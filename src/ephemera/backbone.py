@@ -20,10 +20,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from ephemera.checkpoint import checkpointed
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
 from ephemera.errors import nearest, unknown
+from ephemera.head import Head
+from ephemera.llama import Pass, can_write_out, written_out
 from ephemera.lora import LoraBatch, attach
 from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
-from ephemera.packed import Packing, can_pack, packed
+from ephemera.packed import Packing, can_pack, packed, writes_out
 from ephemera.projections import count_layers, find_projections
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
@@ -37,6 +39,7 @@ class Forward:
     hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm; or H(E), without it, where it stopped
     embedded_BTD: Tensor | None  # H(0): the embedding's output, where it was asked for
     cache: Cache | None
+    shared: int = 0  # with so many tokens all rows begin, and those were run once: their states are the same
 
     def representation_BH(self, batch: TokenBatch) -> Tensor:
         """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached.
@@ -91,10 +94,11 @@ class Backbone:
         if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
             raise ValueError(f"{name} has no vocabulary head: ephemera needs a causal language model.")
         self.head, self.embedding = head, embedding
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.logits = Head(head, getattr(model.config.get_text_config(), "final_logit_softcapping", None))
         self.vocabulary_VD: Tensor = embedding.get_parameter("weight")
         self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        self.writes_out = packs  # passes on a CPU through layers of a known kind: see llama.py
         self._check_head()
         if checkpoint and self.final_norm is None:
             raise ValueError(
@@ -134,11 +138,6 @@ class Backbone:
             if isinstance(special, int):
                 return special
         return 0
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Vocabulary logits of final hidden states [...,D] -> [...,V]."""
-        logits = self.head(h)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def forward(
         self,
@@ -194,9 +193,14 @@ class Backbone:
         if lower is not None:
             lower = replace(lower, hidden_BTD=batch.real(lower.hidden_BTD)[None])
         again = self.checkpoint and torch.is_grad_enabled()
+        written = self.writes_out and not self.checkpoint and writes_out(packing, self.dtype)
+        written = written and can_write_out(self.decoder)
+        about = self._about(batch, lora, lower) if written else None
+        prefix = f"{self.model.base_model_prefix}.layers"
         with (
-            attach(self.model, None if again else lora, packing),
+            attach(self.model, None if again or written else lora, packing),
             self._checkpointed(lora, packing) if again else nullcontext(),
+            nullcontext() if about is None else written_out(self.decoder, prefix, lora, about),
             _outputs_of(self.embedding, kept if embedded else None),
             some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
             packed(self.decoder),
@@ -208,7 +212,14 @@ class Backbone:
                 packing=packing,
             )
         embedded_BTD = batch.back(kept[0][0]) if embedded else None
-        return Forward(batch.back(output.last_hidden_state[0]), embedded_BTD, None)
+        shared = 0 if about is None or about.shared is None else batch.beginning
+        return Forward(batch.back(output.last_hidden_state[0]), embedded_BTD, None, shared)
+
+    def _about(self, batch: TokenBatch, lora: LoraBatch | None, lower: Lower | None) -> Pass:
+        """What the written-out layers of a pass have in common; rows share their beginning while no adapter does anything."""
+        flat = lora is None or not any(bool(B_BOR.any()) for B_BOR in lora.B)
+        shared = batch.shared if flat and lower is None else None
+        return Pass(batch.packing, 1.0 if lora is None else lora.scaling, shared, flat)
 
     def _checkpointed(self, lora: LoraBatch | None, packing: Packing | None = None) -> AbstractContextManager[None]:
         prefix = f"{self.model.base_model_prefix}.layers"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ephemera.packed import Packing
+from ephemera.head import Head, token_nll
+from ephemera.packed import Packing, Shared, beginning, share
 
-CHUNK_TOKENS = 512  # logits held at once: 512 x 49,152 float32 are 100 MB
-CPU_SOFTMAX_TOKENS = 16  # rows turned into probabilities at once on a CPU: few enough to stay in its cache
+LEAST_SHARED = 8  # tokens that need not be computed again; fewer are not worth the gathering
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +40,17 @@ class TokenBatch:
     def packing(self) -> Packing:
         """The real tokens alone, in the order of `ids_BT[mask_BT]`."""
         return Packing(tuple(self.lengths_B.tolist()), self.ids_BT.device)
+
+    @cached_property
+    def beginning(self) -> int:
+        """With how many tokens all rows begin; 0 of a single row, or of so few that nothing is gained by it."""
+        rows = self.ids_BT.shape[0]
+        tokens = beginning(self.real(self.ids_BT), self.packing) if rows > 1 else 0
+        return tokens if tokens * (rows - 1) >= LEAST_SHARED else 0
+
+    @cached_property
+    def shared(self) -> Shared | None:
+        return share(self.packing, self.beginning) if self.beginning else None
 
     @cached_property
     def _places_N(self) -> Tensor:
@@ -94,70 +104,6 @@ def length_batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int |
     return batches
 
 
-class _ChunkedNll(torch.autograd.Function):
-    """NLL of targets [N] from hidden states [N,D], with logits and their gradient made chunk by chunk.
-
-    No [N,V] float32 tensor exists beyond one chunk, and the head gets no gradient. The gradient of a
-    token's NLL by its hidden state is computed with the forward, while the chunk's logits are there.
-    """
-
-    @staticmethod
-    def forward(ctx, h_ND: Tensor, logits_of: Callable[[Tensor], Tensor], targets_N: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        nll_N = torch.empty(h_ND.shape[0], dtype=wide_of(h_ND.dtype), device=h_ND.device)
-        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        for start in range(0, h_ND.shape[0], CHUNK_TOKENS):
-            chunk = slice(start, start + CHUNK_TOKENS)
-            if dh_ND is None:
-                nll_N[chunk] = _nll(logits_of(h_ND[chunk]), targets_N[chunk])
-                continue
-            h_CD = h_ND[chunk].detach().requires_grad_()
-            with torch.enable_grad():
-                logits_CV = logits_of(h_CD)
-            dlogits_CV = nll_and_dlogits(logits_CV.detach(), targets_N[chunk], nll_N[chunk])
-            (dh_ND[chunk],) = torch.autograd.grad(logits_CV, h_CD, dlogits_CV)
-        ctx.dh_ND = dh_ND
-        return nll_N
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dnll_N: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.dh_ND * dnll_N[:, None].to(ctx.dh_ND.dtype), None, None
-
-
-def nll_and_dlogits(logits_CV: Tensor, targets_C: Tensor, nll_C: Tensor) -> Tensor:
-    """Write the NLL to `nll_C`, and over the logits its gradient by them: softmax minus one-hot.
-
-    In place, and on a CPU a few rows at a time: passes over a whole chunk go through memory and take three
-    times as long. An accelerator would lose more to the extra kernel launches.
-    """
-    size = CPU_SOFTMAX_TOKENS if logits_CV.device.type == "cpu" else CHUNK_TOKENS
-    for start in range(0, len(targets_C), size):
-        rows = slice(start, start + size)
-        target_S1 = targets_C[rows, None]
-        p_SV = logits_CV[rows].log_softmax(-1, dtype=nll_C.dtype)
-        nll_C[rows] = -p_SV.gather(1, target_S1)[:, 0]
-        p_SV.exp_().scatter_add_(1, target_S1, p_SV.new_full((1, 1), -1.0).expand_as(target_S1))
-        logits_CV[rows] = p_SV
-    return logits_CV
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    return F.cross_entropy(logits_NV.to(wide_of(logits_NV.dtype)), targets_N, reduction="none")
-
-
-def token_nll(
-    h_ND: Tensor, logits_of: Callable[[Tensor], Tensor], targets_N: Tensor, *, twice_differentiable: bool = False
-) -> Tensor:
-    """NLL [N] in nats of each target given its hidden state, in float32 (float64 for a float64 model)."""
-    if twice_differentiable:
-        return _nll(logits_of(h_ND), targets_N)
-    return _ChunkedNll.apply(h_ND, logits_of, targets_N)  # pyright: ignore[reportReturnType]
-
-
 @dataclass(frozen=True, eq=False)
 class Predicted:
     """The tokens [N] that a loss counts: their rows, the places they are predicted from, and what they are."""
@@ -169,6 +115,13 @@ class Predicted:
 
     def states(self, hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD[self.rows_N, self.places_N]
+
+    def repeated(self, batch: TokenBatch, shared: int) -> Shared:
+        """Of every token that a row predicts: those that the first row predicts from the same state are its."""
+        place_N = batch.position_ids_BT[self.rows_N, self.places_N]
+        again_N = (self.rows_N > 0) & (place_N < shared - 1)  # the last shared token predicts words of the row's own
+        own_N = (~again_N).long().cumsum(0) - 1
+        return Shared((~again_N).nonzero()[:, 0], torch.where(again_N, place_N, own_N))
 
     def means(self, nll_N: Tensor, keep_N: Tensor | None = None, counts_B: Tensor | None = None) -> Tensor:
         """Each row's mean [B] over its tokens, or over those that are kept (`counts_B` of each row); 0 where none is."""
@@ -192,16 +145,23 @@ def predicted(batch: TokenBatch, scored_BT: Tensor | None = None) -> Predicted:
 def mean_nll(
     hidden_BTD: Tensor,
     batch: TokenBatch,
-    logits_of: Callable[[Tensor], Tensor],
+    head: Head,
     *,
     scored_BT: Tensor | None = None,
+    shared: int = 0,
     twice_differentiable: bool = False,
 ) -> Tensor:
     """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
 
-    Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
+    `shared`: with so many tokens all rows begin, and have the same states there. Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
     neighbours.
     """
     tokens = predicted(batch, scored_BT)
-    nll_N = token_nll(tokens.states(hidden_BTD), logits_of, tokens.targets_N, twice_differentiable=twice_differentiable)
+    nll_N = token_nll(
+        tokens.states(hidden_BTD),
+        head,
+        tokens.targets_N,
+        shared=tokens.repeated(batch, shared) if shared > 1 and scored_BT is None else None,
+        twice_differentiable=twice_differentiable,
+    )
     return tokens.means(nll_N)

@@ -7,7 +7,7 @@ in place of its own attention while `packed` holds; it also folds grouped querie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -132,6 +132,25 @@ class Packing:
             self._kept_places[key] = from_Z, z_PH[real_P].flatten(), z_PH[~real_P].flatten()
         return self._kept_places[key]
 
+    def joint_places(self, heads: int, groups: int, block: int) -> tuple[Tensor, Tensor]:
+        """For queries, keys and values that stand side by side, [N, heads + 2 groups, C], to be gathered by one index: from
+        which (token, head) each place of `heads` comes, queries first, then keys, then values; and the way back."""
+        key = (heads, groups, block)
+        if key not in self._kept_joints:
+            width = heads + 2 * groups
+            froms, tos, first, offset = [], [], 0, 0
+            for count, size in ((heads, block), (groups, self.T), (groups, self.T)):
+                from_Z, to_Z, _ = self._head_places(count, groups, size)
+                froms.append(from_Z // count * width + first + from_Z % count)
+                tos.append(to_Z.view(-1, count) + offset)
+                first, offset = first + count, offset + len(from_Z)
+            self._kept_joints[key] = torch.cat(froms), torch.cat(tos, 1).flatten()
+        return self._kept_joints[key]
+
+    @cached_property
+    def _kept_joints(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
+        return {}
+
     @cached_property
     def _kept_places(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]]:
         return {}
@@ -140,6 +159,34 @@ class Packing:
     def later_TT(self) -> Tensor:
         """True where a place comes after the one that looks."""
         return torch.ones(self.T, self.T, dtype=torch.bool, device=self.device).triu(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Rows that begin with the same tokens: which of all N tokens to compute once [U], and where each finds itself [N]."""
+
+    tokens_U: Tensor
+    from_N: Tensor
+
+    def once(self, x_ND: Tensor) -> Tensor:
+        return x_ND.index_select(0, self.tokens_U)
+
+    def again(self, x_UD: Tensor) -> Tensor:
+        return x_UD.index_select(0, self.from_N)
+
+
+def beginning(ids_N: Tensor, packing: Packing) -> int:
+    """With how many tokens all rows begin."""
+    ids_BP = packing.rows(ids_N)[:, : min(packing.lengths)]
+    return int((ids_BP == ids_BP[:1]).all(0).long().cumprod(0).sum())
+
+
+def share(packing: Packing, tokens: int) -> Shared:
+    """All rows find their first `tokens` tokens in the first row."""
+    place_N = packing.positions_1N[0]
+    again_N = (packing.place_of_N >= packing.T) & (place_N < tokens)
+    own_N = (~again_N).long().cumsum(0) - 1
+    return Shared((~again_N).nonzero()[:, 0], torch.where(again_N, place_N, own_N))
 
 
 @contextmanager
@@ -173,15 +220,23 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each prompt: [1,H,N,C] queries, G heads of keys and values -> [1,N,H,C]."""
     scaling = q_1HNC.shape[-1] ** -0.5 if scaling is None else scaling
-    fused = q_1HNC.device.type != "cpu" or (q_1HNC.dtype == torch.float32 and packing.T >= FUSED_FROM)
-    if not fused:
-        block = BLOCK.get(q_1HNC.dtype, OTHER_BLOCK)
+    if writes_out(packing, q_1HNC.dtype):
+        block = block_of(q_1HNC.dtype)
         return _CausalAttention.apply(q_1HNC, k_1GNC, v_1GNC, packing, scaling, block), None  # pyright: ignore[reportReturnType]
     q_BHTC, k_BGTC, v_BGTC = (packing.rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q_1HNC, k_1GNC, v_1GNC))
     y_BHTC = F.scaled_dot_product_attention(
         q_BHTC, k_BGTC, v_BGTC, is_causal=True, scale=scaling, enable_gqa=q_BHTC.shape[1] != k_BGTC.shape[1]
     )
     return packing.tokens(y_BHTC.transpose(1, 2))[None], None
+
+
+def writes_out(packing: Packing, dtype: torch.dtype) -> bool:
+    """Whether attention is written out, and not left to torch's fused kernel."""
+    return packing.device.type == "cpu" and (dtype != torch.float32 or packing.T < FUSED_FROM)
+
+
+def block_of(dtype: torch.dtype) -> int:
+    return BLOCK.get(dtype, OTHER_BLOCK)
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -205,17 +260,9 @@ class _CausalAttention(torch.autograd.Function):
         k_XTC, v_XTC = (
             packing.heads(x[0].transpose(0, 1), G, packing.T).view(X, packing.T, -1) for x in (k_1GNC, v_1GNC)
         )
-        y_ZC = v_XTC.new_empty(len(q_ZC), v_XTC.shape[-1])
-        kept: list[Tensor] = []
-        for span, q_XSC, y_XSC in zip(
-            packing.spans(block), *(packing.view_blocks(x, H, G, block) for x in (q_ZC, y_ZC)), strict=True
-        ):
-            p_XST = _probabilities(q_XSC, k_XTC, packing, span)
-            torch.bmm(p_XST, v_XTC[:, : span[1]], out=y_XSC)
-            kept.append(p_XST)
-        bytes_kept = sum(p.numel() * p.element_size() for p in kept)
+        y_ZC, kept = attend(q_ZC, k_XTC, v_XTC, packing, H, block)
         # Saved as autograd saves, not beside it: under checkpointing they are then dropped and made anew
-        ctx.save_for_backward(q_ZC, k_XTC, v_XTC, *(kept if bytes_kept <= KEPT_BYTES else ()))
+        ctx.save_for_backward(q_ZC, k_XTC, v_XTC, *kept)
         ctx.packing, ctx.scaling, ctx.block, ctx.H, ctx.G = packing, scaling, block, H, G
         return packing.tokens_of_heads(y_ZC, H, G, block)[None]
 
@@ -225,32 +272,66 @@ class _CausalAttention(torch.autograd.Function):
         q_ZC, k_XTC, v_XTC, *kept = ctx.saved_tensors
         packing: Packing = ctx.packing
         H, G, block = ctx.H, ctx.G, ctx.block
+        dq_ZC, dk_XTC, dv_XTC = torch.empty_like(q_ZC), torch.empty_like(k_XTC), torch.empty_like(v_XTC)
         dy_ZC = packing.heads_or_zero(dy_1NHC[0], G, block)
-        dq_ZC = torch.empty_like(q_ZC)
-        dk_XTC, dv_XTC = torch.empty_like(k_XTC), torch.empty_like(v_XTC)
-        blocks = zip(
-            packing.spans(block),
-            kept or [None] * len(packing.spans(block)),
-            *(packing.view_blocks(x, H, G, block) for x in (q_ZC, dy_ZC, dq_ZC)),
-            strict=True,
-        )
-        for span, kept_XST, q_XSC, dy_XSC, dq_XSC in reversed(list(blocks)):
-            end = span[1]
-            p_XST = _probabilities(q_XSC, k_XTC, packing, span) if kept_XST is None else kept_XST
-            dp_XST = torch.bmm(dy_XSC, v_XTC[:, :end].mT)
-            ds_XST = torch.ops.aten._softmax_backward_data(dp_XST, p_XST, -1, p_XST.dtype)
-            torch.bmm(ds_XST, k_XTC[:, :end], out=dq_XSC)
-            for d_XTC, left_XST, right_XSC in ((dv_XTC, p_XST, dy_XSC), (dk_XTC, ds_XST, q_XSC)):
-                if end == packing.T:  # the last block comes first and sees every key
-                    torch.bmm(left_XST.mT, right_XSC, out=d_XTC)
-                else:
-                    d_XTC[:, :end].baddbmm_(left_XST.mT, right_XSC)
+        attend_backward(dy_ZC, q_ZC, k_XTC, v_XTC, kept, packing, H, block, into=(dq_ZC, dk_XTC, dv_XTC))
         back = ((dq_ZC.mul_(ctx.scaling), H, block), (dk_XTC, G, packing.T), (dv_XTC, G, packing.T))
         dq, dk, dv = (
             packing.tokens_of_heads(d.view(-1, d.shape[-1]), heads, G, block).transpose(0, 1)[None]
             for d, heads, block in back
         )
         return dq, dk, dv, None, None, None
+
+
+def attend(
+    q_ZC: Tensor, k_XTC: Tensor, v_XTC: Tensor, packing: Packing, heads: int, block: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Scaled queries, keys and values as `Packing.heads` lays them out: what is read [Z,C], as the queries stand, and each
+    block's probabilities, or none where they are too large to keep."""
+    groups = len(k_XTC) // len(packing.lengths)
+    y_ZC = v_XTC.new_empty(len(q_ZC), v_XTC.shape[-1])
+    kept: list[Tensor] = []
+    for span, q_XSC, y_XSC in zip(
+        packing.spans(block), *(packing.view_blocks(x, heads, groups, block) for x in (q_ZC, y_ZC)), strict=True
+    ):
+        p_XST = _probabilities(q_XSC, k_XTC, packing, span)
+        torch.bmm(p_XST, v_XTC[:, : span[1]], out=y_XSC)
+        kept.append(p_XST)
+    return y_ZC, kept if sum(p.numel() * p.element_size() for p in kept) <= KEPT_BYTES else []
+
+
+def attend_backward(
+    dy_ZC: Tensor,
+    q_ZC: Tensor,
+    k_XTC: Tensor,
+    v_XTC: Tensor,
+    kept: Sequence[Tensor],
+    packing: Packing,
+    heads: int,
+    block: int,
+    *,
+    into: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Write the gradients by the scaled queries, the keys and the values. `dy_ZC` is zero at padded places."""
+    groups = len(k_XTC) // len(packing.lengths)
+    dq_ZC, dk_XTC, dv_XTC = into
+    blocks = zip(
+        packing.spans(block),
+        kept or [None] * len(packing.spans(block)),
+        *(packing.view_blocks(x, heads, groups, block) for x in (q_ZC, dy_ZC, dq_ZC)),
+        strict=True,
+    )
+    for span, kept_XST, q_XSC, dy_XSC, dq_XSC in reversed(list(blocks)):
+        end = span[1]
+        p_XST = _probabilities(q_XSC, k_XTC, packing, span) if kept_XST is None else kept_XST
+        dp_XST = torch.bmm(dy_XSC, v_XTC[:, :end].mT)
+        ds_XST = torch.ops.aten._softmax_backward_data(dp_XST, p_XST, -1, p_XST.dtype)
+        torch.bmm(ds_XST, k_XTC[:, :end], out=dq_XSC)
+        for d_XTC, left_XST, right_XSC in ((dv_XTC, p_XST, dy_XSC), (dk_XTC, ds_XST, q_XSC)):
+            if end == packing.T:  # the last block comes first and sees every key
+                torch.bmm(left_XST.mT, right_XSC, out=d_XTC)
+            else:
+                d_XTC[:, :end].baddbmm_(left_XST.mT, right_XSC)
 
 
 def _probabilities(q_XSC: Tensor, k_XTC: Tensor, packing: Packing, span: tuple[int, int]) -> Tensor:

@@ -15,8 +15,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from ephemera.backbone import Backbone
 from ephemera.decode import decoding, make_room
 from ephemera.depth import Lower
+from ephemera.head import token_nll
 from ephemera.lora import LoraBatch
-from ephemera.objective import CHUNK_TOKENS, TokenBatch, mean_nll, pad, token_nll
+from ephemera.objective import TokenBatch, mean_nll, pad
+
+LOGITS = 512  # tokens whose whole logits are held at once: 512 x 49,152 float32 are 100 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Prefill:
         """
         states_ND, targets_N, of_N = self._answer_states(answers, rows)
         logp, missed = [], []
-        for h_CD, targets_C in zip(states_ND.split(CHUNK_TOKENS), targets_N.split(CHUNK_TOKENS), strict=True):
+        for h_CD, targets_C in zip(states_ND.split(LOGITS), targets_N.split(LOGITS), strict=True):
             logits_CV = self.backbone.logits(h_CD)
             wide_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
             logp.append(-F.cross_entropy(wide_CV, targets_C, reduction="none"))

@@ -75,10 +75,8 @@ class Objective:
             return common_nll(backbone, hidden_BTD, batch, scored_BT, self.vocabulary, percent)
         kwargs = {"scored_BT": scored_BT, "twice_differentiable": twice_differentiable}
         if percent is None:
-            return mean_nll(hidden_BTD, batch, backbone.logits, **kwargs)
-        plain = isinstance(backbone.head, nn.Linear) and backbone.softcap is None
-        weight_VD = backbone.head.get_parameter("weight") if plain else None
-        return mean_hardest_nll(hidden_BTD, batch, backbone.logits, percent, weight_VD=weight_VD, **kwargs)
+            return mean_nll(hidden_BTD, batch, backbone.logits, shared=out.shared, **kwargs)
+        return mean_hardest_nll(hidden_BTD, batch, backbone.logits, percent, **kwargs)
 
     def states(self, backbone: Backbone, h: Tensor) -> Tensor:
         """States [...,D] after E layers -> what the head takes: through the lens and the model's final norm."""
@@ -154,8 +152,9 @@ def common_nll(
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     common_NV = F.linear(h_ND, weight_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]).to(wide)
     own_N = (h_ND.to(wide) * weight_VD[targets_N].to(wide)).sum(1) + (0 if bias_V is None else bias_V[targets_N])
-    if backbone.softcap is not None:
-        common_NV, own_N = (torch.tanh(x / backbone.softcap) * backbone.softcap for x in (common_NV, own_N))
+    cap = backbone.logits.softcap
+    if cap is not None:
+        common_NV, own_N = (torch.tanh(x / cap) * cap for x in (common_NV, own_N))
     total_N = common_NV.logsumexp(1)
     total_N = torch.where(targets_N < vocabulary, total_N, torch.logaddexp(total_N, own_N))
     nll_N = total_N - own_N
