@@ -36,9 +36,16 @@ def table(details: dict[str, Any]) -> str:
                 f"{seconds['max']:.3g}] | {cell[who]['prompts_per_second']:.2f} | {ratios[0]} | {ratios[1]} | {peak} |"
             )
         apart = ", ".join(f"{who}'s by {cell[who]['max_relative_difference']:.1e}" for who in peers)
+        exact = cell.get("exact", {})
         notes.append(
             f"{cell['length']} {cell['dtype']}: adapters differ at most from {apart}; floor {cell['floor']['gflop']:.0f} GFLOP at "
             f"{cell['floor']['gflop_per_second']:.0f} GFLOP/s"
+            + (
+                f"; from a float64 PEFT loop's, on {exact['prompts']} of the prompts: ephemera's by {exact['ephemera']:.1e}, "
+                f"PEFT's by {exact['peft']:.1e}"
+                if exact
+                else ""
+            )
             + (
                 f"; training ScaleNet peaks at {memory['scalenet'] / 1e6:.0f} MB, {memory['scalenet_ratio']:.2f} times "
                 "one step and its stored gradients"

@@ -13,6 +13,7 @@ LAYERS = (
     *(
         "errors",
         "store",
+        "precision",
         "packed",
         "norms",
         "lora",

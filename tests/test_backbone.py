@@ -1,11 +1,13 @@
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
 from tokenizers import processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
+from ephemera import backbone as backbone_module
 from ephemera.backbone import describe, load_backbone
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.objective import TokenBatch, mean_nll, pad
@@ -344,3 +346,13 @@ def test_truncated_weights(llama_folder, tmp_path):
 def test_a_device_that_is_not_there_is_named(device, llama_folder):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here: .* Give cpu, or cuda"):
         load_backbone(str(llama_folder), device=device)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_on_a_cpu_without_it_is_said(llama_folder, monkeypatch, native):
+    monkeypatch.setattr(backbone_module, "multiplies_bfloat16", lambda: native)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load_backbone(str(llama_folder), dtype="bfloat16", device="cpu")
+        load_backbone(str(llama_folder), dtype="float32", device="cpu")
+    assert sum("no instructions for bfloat16" in str(w.message) for w in said) == (not native)

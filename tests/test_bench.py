@@ -68,6 +68,7 @@ def test_the_verdict_says_what_the_numbers_say():
         "steps": 1,
         "batch": 8,
         "dtypes": {"float32": slow, "bfloat16": fast},
+        "left_out": [],
     }
     lines = verdict(results)
     # 8 rows at 80 tokens/s: 0.1 s for a token of each, so a second is ten tokens
@@ -84,6 +85,8 @@ def test_the_verdict_says_what_the_numbers_say():
     busy = verdict({**results, "machine": {"load_average": 1.9}, "dtypes": alike})
     assert "float32 and bfloat16 adapt about equally fast" in busy[3]
     assert "load average 1.9" in busy[-1]
+    alone = verdict({**results, "dtypes": {"float32": slow}, "left_out": ["bfloat16"]})
+    assert "no instructions for bfloat16 products" in alone[3]
     assert not any("PEFT" in line for line in busy)
 
 
@@ -91,7 +94,7 @@ def test_a_short_run_on_a_tiny_model(llama_folder: Path):
     result = CliRunner().invoke(app, ["bench", "--model", str(llama_folder), "--minutes", "0", "--json"])
     assert result.exit_code == 0
     results = json.loads(result.stdout)
-    assert set(results["dtypes"]) == {"float32", "bfloat16"}
+    assert set(results["dtypes"]) | set(results["left_out"]) == {"float32", "bfloat16"}
     for found in results["dtypes"].values():
         assert found["rounds"] == 2
         assert found["vs_peft"] > 0

@@ -12,11 +12,14 @@ import torch
 from benchmarks.memory import run
 
 from ephemera.backbone import load_backbone
+from ephemera.bench import timing
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.prompts import examples
+from ephemera.precision import multiplies_bfloat16
 from tiny import tiny_backbone
 
+NATIVE = multiplies_bfloat16()
 KEYS = {"vs_peft_float32", "vs_peft_bfloat16", "vs_floor_float32", "vs_floor_bfloat16"}
 
 
@@ -39,10 +42,12 @@ def test_the_last_line_is_one_json_object(llama_folder: Path, tmp_path: Path, ca
     results = json.loads(out.splitlines()[-1])
     assert set(results) == {"short", "details"}
     assert set(results["short"]) == KEYS
-    assert all(value > 0 for value in results["short"].values())
+    assert all(value > 0 for key, value in results["short"].items() if key.endswith("float32") or NATIVE)
     float32 = results["details"]["cells"][0]
     assert (float32["dtype"], len(float32["tokens"])) == ("float32", 3)
     assert float32["max_relative_difference"] < 1e-4
+    assert 0 < float32["exact"]["ephemera"] < 1e-4
+    assert float32["exact"]["prompts"] == 2
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert "ephemera against it" in err  # the table stays out of the way of the JSON
     assert (tmp_path / "results.md").read_text().strip() in err
@@ -63,7 +68,7 @@ def test_another_peer_that_moves_otherwise_is_an_error(
 ):
     monkeypatch.setattr(benchmarks.peers, "RATE", 0.04)
     assert bench(llama_folder, "--batch", "2", "--dtypes", "float32", "--peers", "einsum") == 1
-    assert "from those of einsum on short prompts (" in capsys.readouterr().err.splitlines()[-1]
+    assert "differ from those of einsum on short prompts (" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -76,9 +81,21 @@ def test_other_adapters_than_pefts_are_an_error(
     monkeypatch.setattr(benchmarks.adapt, "adapt_batched", one_step_short)
     assert bench(llama_folder, "--batch", "2", "--dtypes", "float32") == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(
-        "error: float32 adapters of ephemera differ by more than 0.0001 from those of peft on short prompts ("
-    )
+    assert last.startswith("error: float32 adapters of ephemera differ from those of peft on short prompts (")
+    assert "and a float64 loop's on short prompts (" in last
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_cpu_without_bfloat16_is_not_measured_in_it(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(timing, "multiplies_bfloat16", lambda: False)
+    assert bench(llama_folder, "--json", "--batch", "2") == 0
+    out, err = capsys.readouterr()
+    results = json.loads(out.splitlines()[-1])
+    assert set(results["short"]) == KEYS
+    assert results["short"]["vs_peft_bfloat16"] is None
+    assert "without bfloat16, for which this CPU has no instructions" in err
 
 
 def test_rows_keep_their_order_and_move_as_in_peft(llama_folder: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -26,10 +27,11 @@ from ephemera.lora import LoraBatch, attach
 from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
 from ephemera.packed import Packing, can_pack, packed, writes_out
+from ephemera.precision import DTYPES, multiplies_bfloat16
 from ephemera.projections import count_layers, find_projections
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+SLOW_BFLOAT16 = "this CPU has no instructions for bfloat16 products: they will take tens of times as long as float32's."
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,6 +328,8 @@ def load_backbone(
         raise unknown("dtype", dtype, DTYPES)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16():
+        warnings.warn(SLOW_BFLOAT16, stacklevel=2)
     path, kwargs = _resolve(name), dict(kwargs)
     packs = kwargs.get("attn_implementation") is None  # who asks for an attention gets it in every pass
     if packs:

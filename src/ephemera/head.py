@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ephemera.packed import Shared
+from ephemera.precision import wide_of
 
 # Tokens and words whose logits are held at once. A CPU's cache likes few: 1,024 x 2,048 float32 are 8 MB
 CPU_BLOCK = (1024, 2048)
@@ -30,10 +31,6 @@ class Head:
     def plain(self) -> bool:
         """Whether it is a linear map and no more, whose words can be taken some at a time."""
         return type(self.module) is nn.Linear
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class _BlockNll(torch.autograd.Function):

@@ -12,12 +12,11 @@ from typing import Any
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora
 from ephemera.bench.floor import Floor, count
-from ephemera.bench.timing import machine, spread, timed, turns
+from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed, turns
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import prefill
 
-DTYPES = ("float32", "bfloat16")
 BATCH = 8
 TOKENS = 16  # decoded by each turn
 ROUNDS = 20  # the time ends them
@@ -27,15 +26,17 @@ LOADING_S = 10.0  # of a dtype's models, warm-up included: not there for rounds
 
 
 def bench(model: str, *, steps: int, minutes: float) -> dict[str, Any]:
-    """Both dtypes on the CPU, a batch of short prompts: reading, adapting, decoding, a PEFT loop, the floor."""
+    """Each dtype that the CPU multiplies, a batch of short prompts: reading, adapting, decoding, a PEFT loop, the floor."""
     facts = machine()
     results: dict[str, Any] = {"machine": facts, "model": model, "steps": steps, "batch": BATCH, "dtypes": {}}
     start = time.perf_counter()
-    for place, dtype in enumerate(DTYPES):
+    dtypes = native_dtypes()
+    results["left_out"] = [dtype for dtype in DTYPES if dtype not in dtypes]
+    for place, dtype in enumerate(dtypes):
         print(f"{dtype} ...", file=sys.stderr)
         backbone = load_backbone(model, dtype=dtype, device="cpu")
         left_s = 60 * minutes - (time.perf_counter() - start)
-        share_s = left_s / (len(DTYPES) - place) - LOADING_S
+        share_s = left_s / (len(dtypes) - place) - LOADING_S
         results["dtypes"][dtype] = _measure(backbone, steps, share_s)
     return results
 
@@ -107,7 +108,9 @@ def verdict(results: dict[str, Any]) -> list[str]:
             f"Decoding with adapters keeps {100 * best['adapted_decode_vs_plain']:.0f} % of the unadapted speed"
             + ("." if best["adapted_decode_vs_plain"] >= 0.9 else ", less than the 90 % it should.")
         ),
-        (
+        "This CPU has no instructions for bfloat16 products, which would take tens of times as long: stay with float32."
+        if results["left_out"]
+        else (
             f"Use --dtype {fastest}: it adapts {gain:.1f} times as fast as {slowest} here."
             if gain >= 1.1
             else f"{fastest} and {slowest} adapt about equally fast here; float32 is the more exact."

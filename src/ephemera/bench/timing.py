@@ -14,6 +14,14 @@ import peft
 import torch
 
 from ephemera.evaluation.grid import commit, versions
+from ephemera.precision import multiplies_bfloat16
+
+DTYPES = ("float32", "bfloat16")
+
+
+def native_dtypes() -> list[str]:
+    """Those that a CPU is measured in: without instructions for bfloat16 that one would take hours."""
+    return [dtype for dtype in DTYPES if dtype == "float32" or multiplies_bfloat16()]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
