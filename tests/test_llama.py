@@ -176,8 +176,8 @@ def test_beginnings(prompts, common):
 
 def test_short_beginnings_and_single_prompts_are_left_alone():
     assert pad([[5] * 9]).beginning == 0
-    assert pad([[5] * 7 + [6], [5] * 7 + [8]]).beginning == 0  # seven tokens saved
-    assert pad([[5] * 8 + [6], [5] * 8 + [8]]).beginning == 8
+    assert pad([[5, *range(20, 30)], [5, *range(40, 50)]]).beginning == 0  # one of 22 tokens saved
+    assert pad([[5, 6, 7, *range(20, 30)], [5, 6, 7, *range(40, 50)]]).beginning == 3
 
 
 def test_bfloat16_rounds_as_well_as_transformers_layers(llama_folder):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ephemera.head import Head, token_nll
 from ephemera.packed import Packing, Shared, beginning, share
 
-LEAST_SHARED = 8  # tokens that need not be computed again; fewer are not worth the gathering
+LEAST_SHARED = 0.1  # of all tokens need not be computed again; fewer are not worth the gathering
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class TokenBatch:
         """With how many tokens all rows begin; 0 of a single row, or of so few that nothing is gained by it."""
         rows = self.ids_BT.shape[0]
         tokens = beginning(self.real(self.ids_BT), self.packing) if rows > 1 else 0
-        return tokens if tokens * (rows - 1) >= LEAST_SHARED else 0
+        return tokens if tokens * (rows - 1) >= LEAST_SHARED * sum(self.packing.lengths) else 0
 
     @cached_property
     def shared(self) -> Shared | None:
