@@ -15,6 +15,7 @@ LAYERS = (
         "store",
         "precision",
         "packed",
+        "beginnings",
         "norms",
         "lora",
         "llama",

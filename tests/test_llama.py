@@ -6,12 +6,15 @@ import peft
 import pytest
 import torch
 
+from ephemera import head
 from ephemera.adapt import adapt
 from ephemera.backbone import load_backbone
+from ephemera.beginnings import Beginnings, in_first_row
+from ephemera.beginnings import common as common_beginning
 from ephemera.inits import ZeroInit
 from ephemera.llama import LAYERS, can_write_out
 from ephemera.objective import mean_nll, pad
-from ephemera.packed import Packing, beginning, share
+from ephemera.packed import Packing
 from ephemera.rates import FixedRate
 from ephemera.readout import Objective
 from tiny import ARCHITECTURES, VOCABULARY, close, count_head, random_ids, random_lora, random_scalenet, tiny_backbone
@@ -166,12 +169,73 @@ def test_steps_from_a_shared_beginning_equal_each_prompt_alone(objective):
 def test_beginnings(prompts, common):
     packing = Packing(tuple(map(len, prompts)), torch.device("cpu"))
     ids_N = torch.tensor([i for ids in prompts for i in ids])
-    assert beginning(ids_N, packing) == common
-    shared = share(packing, common)
+    assert common_beginning(ids_N, packing) == common
+    shared = in_first_row(packing.place_of_N // packing.T, packing.positions_1N[0], common)
     assert len(shared.tokens_U) == len(ids_N) - common * (len(prompts) - 1)
-    assert torch.equal(shared.again(shared.once(ids_N[:, None]))[:, 0], ids_N)
-    first = shared.again(shared.once(torch.arange(len(ids_N))[:, None]))[:, 0].split(packing.lengths)
+    assert torch.equal(shared.again(shared.once(ids_N[:, None]), "ids")[:, 0], ids_N)
+    first = shared.again(shared.once(torch.arange(len(ids_N))[:, None]), "ids")[:, 0].split(packing.lengths)
     assert all(x[:common].tolist() == list(range(common)) for x in first)
+
+
+@pytest.mark.parametrize("target_modules", ["qv", ALL], ids=["qv", "all"])
+@pytest.mark.parametrize("architecture", WRITTEN)
+def test_a_known_beginning_is_run_once_for_all_that_come(architecture, target_modules, monkeypatch):
+    backbone = tiny_backbone(architecture, target_modules=target_modules)
+    backbone.decoder.config.sliding_window = 32
+    first = starting((12,), 12)[0]
+    batches = [starting(lengths, 12) for lengths in ((15,), (16,), (20, 14, 13), (17, 17))]
+    others = [[5, *first], first[:11]]  # begin otherwise, or end too soon
+    network, scored = random_scalenet(backbone), count_head(monkeypatch)
+
+    def steps(prompts):
+        start = ZeroInit(r=2)(backbone, pad(prompts), [0] * len(prompts))
+        scored.clear()
+        trace = adapt(backbone, pad(prompts), start, network, 2)
+        return trace, list(scored)
+
+    want = [steps(prompts)[0] for prompts in (*batches, others)]
+    backbone.beginnings = Beginnings([first, [7, 8]])
+    found = [steps(prompts) for prompts in (*batches, others)]
+    for (have, _), plain in zip(found, want, strict=True):
+        close(have.lora.tensors, plain.lora.tensors)
+        close(have.prompt_nll_BK, plain.prompt_nll_BK)
+        close(have.rates_BKM, plain.rates_BKM)
+    # Of each row the first step scores what stands after the beginning; the second step every token
+    assert [counts for _, counts in found] == [[14, 14], [4, 15], [47 - 36, 44], [10, 32], [22, 22]]
+
+
+def test_a_beginning_recorded_beside_rows_that_share_it():
+    backbone = tiny_backbone("llama")
+    batches = [starting(lengths, 12) for lengths in ((15, 20), (16,), (13, 14, 17))]
+    start = [ZeroInit(r=2)(backbone, pad(prompts), [0] * len(prompts)) for prompts in batches]
+    want = [adapt(backbone, pad(p), s, FixedRate(0.5), 2) for p, s in zip(batches, start, strict=True)]
+    backbone.beginnings = Beginnings([batches[0][0][:12]])
+    for prompts, s, plain in zip(batches, start, want, strict=True):
+        close(adapt(backbone, pad(prompts), s, FixedRate(0.5), 2).lora.tensors, plain.lora.tensors)
+
+
+def test_an_exit_keeps_a_beginning_of_its_own():
+    backbone = tiny_backbone("llama", depth=4, layers="first-2")
+    prompts = starting((15, 12, 20), 12)
+    rates = [FixedRate(0.5, Objective(exit_layer=2)), FixedRate(0.5), FixedRate(0.5, Objective(exit_layer=3))] * 2
+    start = ZeroInit(r=2)(backbone, pad(prompts[:1]), [0])
+    want = [adapt(backbone, pad(prompts[:1]), start, rate, 2).lora for rate in rates]
+    backbone.beginnings = Beginnings([prompts[0][:12]])
+    for rate, plain in zip(rates, want, strict=True):
+        close(adapt(backbone, pad(prompts[:1]), start, rate, 2).lora.tensors, plain.tensors)
+
+
+def test_a_pass_that_fails_leaves_no_beginning(monkeypatch):
+    backbone, prompts = tiny_backbone("llama"), starting((15,), 12)
+    start = ZeroInit(r=2)(backbone, pad(prompts), [0])
+    want = adapt(backbone, pad(prompts), start, FixedRate(0.5), 2).lora
+    backbone.beginnings = Beginnings([prompts[0][:12]])
+    with monkeypatch.context() as broken:
+        broken.setattr(head, "_walk", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapt(backbone, pad(prompts), start, FixedRate(0.5), 2)
+    for _ in range(3):
+        close(adapt(backbone, pad(prompts), start, FixedRate(0.5), 2).lora.tensors, want.tensors)
 
 
 def test_short_beginnings_and_single_prompts_are_left_alone():

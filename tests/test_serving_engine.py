@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ephemera.decode import Prepared
+from ephemera.encoding import chat_beginning, encode_prompt
 from ephemera.inits import ZeroInit
 from ephemera.lora import attach
 from ephemera.model import AdaptiveLM
@@ -20,7 +21,7 @@ from ephemera.serving.batch import DecodeBatch, folded, joined
 from ephemera.serving.engine import Engine
 from ephemera.serving.methods import Method
 from ephemera.serving.sampling import Sampling
-from ephemera.serving.work import Adapting, Busy, Failed, Finished, Report, Text
+from ephemera.serving.work import Adapting, Busy, Failed, Finished, Job, Report, Text
 from serving_fixtures import PROMPTS, collect, job_for, running, solo, text_of, tiny_generator, tiny_methods
 from tiny import ARCHITECTURES, SomeRowsWild, close, count_head, random_lora, tiny_backbone
 
@@ -114,6 +115,22 @@ def test_the_last_loss_is_that_of_the_adapted_model(llama):
         )
     # with a fixed rate, what step 2 saw is what step 1 left
     assert one.facts["prompt_nll"][1] == pytest.approx(two.facts["prompt_nll"][1], rel=1e-9)
+
+
+def test_the_chat_templates_words_are_run_once(llama, monkeypatch):
+    """Of the second chat's first step only what follows the template goes through the head; answers stay as they were."""
+    method = methods.find(tiny_methods(llama), "tiny-llama:fixed")
+    chats = [encode_prompt(llama.tokenizer, prompt, chat=True) for prompt in PROMPTS[:3]]
+    beginning = chat_beginning(llama.tokenizer)
+    assert len(beginning) >= 5
+    assert all(chat[: len(beginning)] == beginning for chat in chats)
+    want = [solo(llama, method, prompt, steps=1, tokens=6, chat=True) for prompt in PROMPTS[:3]]
+    scored = count_head(monkeypatch)
+    jobs = [Job(ids, method, 1, lambda event: None, sampling=Sampling(max_tokens=6)) for ids in chats]
+    with running(Engine(llama)) as engine:
+        found = [text_of(collect([job], engine)[0]) for job in jobs]
+    assert found == want
+    assert scored == [len(chats[0]) - 1, *(len(chat) - len(beginning) for chat in chats[1:])]
 
 
 def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):

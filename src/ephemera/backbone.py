@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
+from ephemera.beginnings import Beginnings, Shared
 from ephemera.checkpoint import checkpointed
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
 from ephemera.errors import nearest, unknown
-from ephemera.head import Head
+from ephemera.head import HEAD_GRADIENT, Head
 from ephemera.llama import Pass, can_write_out, written_out
 from ephemera.lora import LoraBatch, attach
 from ephemera.norms import write_out_norms
@@ -42,6 +43,7 @@ class Forward:
     embedded_BTD: Tensor | None  # H(0): the embedding's output, where it was asked for
     cache: Cache | None
     shared: int = 0  # with so many tokens all rows begin, and those were run once: their states are the same
+    beginning: Shared | None = None  # what was kept of these prompts' first tokens, or is to be left for later ones
 
     def representation_BH(self, batch: TokenBatch) -> Tensor:
         """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached.
@@ -100,6 +102,7 @@ class Backbone:
         self.vocabulary_VD: Tensor = embedding.get_parameter("weight")
         self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        self.beginnings: Beginnings | None = None  # that many prompts are known to have, for who serves those
         self.writes_out = packs  # passes on a CPU through layers of a known kind: see llama.py
         self._check_head()
         if checkpoint and self.final_norm is None:
@@ -197,7 +200,7 @@ class Backbone:
         again = self.checkpoint and torch.is_grad_enabled()
         written = self.writes_out and not self.checkpoint and writes_out(packing, self.dtype)
         written = written and can_write_out(self.decoder)
-        about = self._about(batch, lora, lower) if written else None
+        about = self._about(batch, lora, lower, stop) if written else None
         prefix = f"{self.model.base_model_prefix}.layers"
         with (
             attach(self.model, None if again or written else lora, packing),
@@ -214,14 +217,23 @@ class Backbone:
                 packing=packing,
             )
         embedded_BTD = batch.back(kept[0][0]) if embedded else None
-        shared = 0 if about is None or about.shared is None else batch.beginning
-        return Forward(batch.back(output.last_hidden_state[0]), embedded_BTD, None, shared)
+        hidden_BTD = batch.back(output.last_hidden_state[0])
+        if about is None:
+            return Forward(hidden_BTD, embedded_BTD, None)
+        shared = batch.beginning if about.shared.from_N is not None and about.shared.kept is None else 0
+        return Forward(hidden_BTD, embedded_BTD, None, shared, about.shared)
 
-    def _about(self, batch: TokenBatch, lora: LoraBatch | None, lower: Lower | None) -> Pass:
+    def _about(self, batch: TokenBatch, lora: LoraBatch | None, lower: Lower | None, stop: int | None) -> Pass:
         """What the written-out layers of a pass have in common; rows share their beginning while no adapter does anything."""
         flat = lora is None or not any(bool(B_BOR.any()) for B_BOR in lora.B)
-        shared = batch.shared if flat and lower is None else None
-        return Pass(batch.packing, 1.0 if lora is None else lora.scaling, shared, flat)
+        shared = None
+        if flat and lower is None:
+            shared = batch.shared
+            if self.beginnings is not None and lora is not None:
+                key = (stop, tuple(p.name for p in lora.projections))
+                last = HEAD_GRADIENT if stop is None else (stop - 1, "silu")
+                shared = self.beginnings.meet(key, batch.real(batch.ids_BT), batch.packing, last, shared)
+        return Pass(batch.packing, 1.0 if lora is None else lora.scaling, shared or Shared(), flat)
 
     def _checkpointed(self, lora: LoraBatch | None, packing: Packing | None = None) -> AbstractContextManager[None]:
         prefix = f"{self.model.base_model_prefix}.layers"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 
@@ -45,3 +48,14 @@ def encode_answer(
         return whole[len(prompt_ids) :]
     alone: list[int] = tokenizer(joint, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
     return alone
+
+
+def chat_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that every chat of one user message begins with: its template's own. Empty without a template."""
+    if not tokenizer.chat_template:
+        return []
+    try:
+        chats = [encode_prompt(tokenizer, words, chat=True) for words in ("a", "The mill", "7 - 3")]
+    except TemplateError:  # it wants other messages
+        return []
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*chats, strict=False))]

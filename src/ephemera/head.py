@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ephemera.packed import Shared
+from ephemera.beginnings import Shared
 from ephemera.precision import wide_of
 
 # Tokens and words whose logits are held at once. A CPU's cache likes few: 1,024 x 2,048 float32 are 8 MB
 CPU_BLOCK = (1024, 2048)
 DEVICE_BLOCK = (2048, 16_384)
+LOSS, HEAD_GRADIENT = "loss", "gradient at the head"  # places in a pass (beginnings.py), the last ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +50,12 @@ class _BlockNll(torch.autograd.Function):
             walk(h_CD, head, targets_C, words, ctx.needs_input_grad[0])
             for h_CD, targets_C in zip(h_ND.split(size), targets_N.split(size), strict=True)
         ]
+        nll_N = torch.cat([nll_C for nll_C, _ in parts])
+        nll_N = nll_N if shared is None else shared.again(nll_N, LOSS)
         if ctx.needs_input_grad[0]:
             dh_ND = torch.cat([dh_CD for _, dh_CD in parts if dh_CD is not None])
-            ctx.dh_ND = dh_ND if shared is None else shared.again(dh_ND)
-        nll_N = torch.cat([nll_C for nll_C, _ in parts])
-        return nll_N if shared is None else shared.again(nll_N)
+            ctx.dh_ND = dh_ND if shared is None else shared.again(dh_ND, HEAD_GRADIENT)
+        return nll_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable

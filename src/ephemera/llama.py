@@ -2,7 +2,7 @@
 
 What autograd would keep, copy and add for each small operation, this does once: sums go into the products, rotary positions
 and both gathers of attention take queries, keys and values together, adapters on one input are one product. Prompts that
-begin with the same words run those once while no adapter does anything yet (`Shared`).
+begin with the same words run those once while no adapter does anything yet (beginnings.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from ephemera.beginnings import Shared
 from ephemera.lora import LoraBatch
-from ephemera.packed import Packing, Shared, attend, attend_backward, block_of
+from ephemera.packed import Packing, attend, attend_backward, block_of
 
 # transformers' classes with one and the same forward: norm, attention, sum, norm, gated MLP, sum
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -60,7 +61,7 @@ class Pass:
 
     packing: Packing
     scaling: float
-    shared: Shared | None
+    shared: Shared
     flat: bool  # every B is zero: adapters change nothing yet, and only B has a gradient
 
     @cached_property
@@ -90,7 +91,7 @@ def written_out(decoder: nn.Module, prefix: str, lora: LoraBatch | None, about: 
         own = [(path, places[name]) for path in LINEARS if (name := f"{prefix}.{i}.{path}") in places]
         pairs = [Pair(path, n, len(own) + n) for n, (path, _) in enumerate(own)]
         mine = [factors[m] for _, m in own] + [factors[len(places) + m] for _, m in own]
-        written.append(_Written(layer, pairs, mine, about))
+        written.append(_Written(i, layer, pairs, mine, about))
     try:
         decoder.register_module("layers", nn.ModuleList(written))
         yield
@@ -101,14 +102,16 @@ def written_out(decoder: nn.Module, prefix: str, lora: LoraBatch | None, about: 
 class _Written(nn.Module):
     """Stands where a decoder layer stood."""
 
-    def __init__(self, layer: nn.Module, pairs: Sequence[Pair], factors: Sequence[Tensor], about: Pass):
+    def __init__(self, place: int, layer: nn.Module, pairs: Sequence[Pair], factors: Sequence[Tensor], about: Pass):
         super().__init__()
-        self.layer, self.pairs, self.factors, self.about = layer, pairs, factors, about
+        self.place, self.layer, self.pairs, self.factors, self.about = place, layer, pairs, factors, about
 
     def forward(
         self, hidden_states: Tensor, *_args: Any, position_embeddings: tuple[Tensor, Tensor], **_kwargs: Any
     ) -> Tensor:
-        return _Layer.apply(hidden_states, self.layer, self.pairs, self.about, *position_embeddings, *self.factors)  # pyright: ignore[reportReturnType]
+        return _Layer.apply(  # pyright: ignore[reportReturnType]
+            hidden_states, self.place, self.layer, self.pairs, self.about, *position_embeddings, *self.factors
+        )  # pyright: ignore[reportReturnType]
 
 
 class _Layer(torch.autograd.Function):
@@ -118,6 +121,7 @@ class _Layer(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx,
         x_1ND: Tensor,
+        place: int,
         layer: Any,
         pairs: Sequence[Pair],
         about: Pass,
@@ -126,8 +130,12 @@ class _Layer(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         attention, mlp, packing = layer.self_attn, layer.mlp, about.packing
-        once, again = (_same, _same) if about.shared is None else (about.shared.once, about.shared.again)
-        assert about.shared is None or about.flat, "rows with adapters of their own have nothing in common"
+        once, shared = about.shared.once, about.shared
+        assert shared.tokens_U is None or about.flat, "rows with adapters of their own have nothing in common"
+
+        def again(x: Tensor, name: str) -> Tensor:
+            return shared.again(x, (place, name))
+
         adapters = _Adapters(pairs, factors, about)
         x_ND = x_1ND[0]
         C = attention.head_dim
@@ -135,8 +143,8 @@ class _Layer(torch.autograd.Function):
 
         x1_ND = once(x_ND)
         h1_ND, r1_N1 = _norm(x1_ND, layer.input_layernorm)
-        qkv_NE = again(_side_by_side(h1_ND, (attention.q_proj, attention.k_proj, attention.v_proj)))
-        h1_ND, r1_N1 = again(h1_ND), again(r1_N1)
+        qkv_NE = again(_side_by_side(h1_ND, (attention.q_proj, attention.k_proj, attention.v_proj)), "qkv")
+        h1_ND, r1_N1 = again(h1_ND, "h1"), again(r1_N1, "r1")
         q_NO, k_NO, v_NO = qkv_NE.split([H * C, G * C, G * C], 1)
         adapters.add(h1_ND, {"self_attn.q_proj": q_NO, "self_attn.k_proj": k_NO, "self_attn.v_proj": v_NO})
         heads_NWC = qkv_NE.view(-1, H + 2 * G, C)
@@ -170,12 +178,14 @@ class _Layer(torch.autograd.Function):
         a_NF = silu_NF * up_NF
         out_ND = _linear_plus(x2_ND, a_NF, mlp.down_proj)
         adapters.add(a_NF, {"mlp.down_proj": out_ND})
-        out_ND, x2_ND, r2_N1, gate_NF, up_NF, silu_NF = (
-            again(x) for x in (out_ND, x2_ND, r2_N1, gate_NF, up_NF, silu_NF)
-        )
-        rows = [  # inputs of adapted maps; the first two are of all tokens already
-            to_all(x) if any(pair.path in paths for pair in pairs) else None
-            for x, to_all, paths in zip((h1_ND, y_NO, h2_ND, a_NF), (_same, _same, again, again), _INPUTS, strict=True)
+        out_ND, x2_ND, r2_N1 = again(out_ND, "out"), again(x2_ND, "x2"), again(r2_N1, "r2")
+        gate_NF, up_NF, silu_NF = again(gate_NF, "gate"), again(up_NF, "up"), again(silu_NF, "silu")
+        needed = [any(pair.path in paths for pair in pairs) for paths in _INPUTS]
+        rows = [  # inputs of adapted maps
+            h1_ND if needed[0] else None,
+            y_NO if needed[1] else None,
+            again(h2_ND, "h2") if needed[2] else None,
+            again(a_NF, "a") if needed[3] else None,
         ]
         ctx.save_for_backward(
             *(x_ND, r1_N1, q_ZC, k_XTC, v_XTC, x2_ND, r2_N1, gate_NF, up_NF, silu_NF, cos_N1C, sin_N1C),
@@ -232,7 +242,7 @@ class _Layer(torch.autograd.Function):
         adapters.backward(rows[0], douts, dh1_ND)
         if dh1_ND is not None:
             dx_1ND = _norm_backward(dh1_ND, x_ND, r1_N1, layer.input_layernorm, dx2_ND)[None]
-        return dx_1ND, None, None, None, None, None, *adapters.gradients
+        return dx_1ND, None, None, None, None, None, None, *adapters.gradients
 
 
 # Linear maps that read the same input, in the order of a layer
@@ -288,10 +298,6 @@ class _Adapters:
     def _joint_A(self, pairs: Sequence[Pair], dtype: torch.dtype) -> Tensor:
         As = [self.factors[pair.A] for pair in pairs]
         return (As[0] if len(As) == 1 else torch.cat(As, 1)).to(dtype)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _qkv(attention: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear]:

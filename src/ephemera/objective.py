@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ephemera.beginnings import LEAST, Beginning, Shared, common, in_first_row, in_kept
 from ephemera.head import Head, token_nll
-from ephemera.packed import Packing, Shared, beginning, share
-
-LEAST_SHARED = 0.1  # of all tokens need not be computed again; fewer are not worth the gathering
+from ephemera.packed import Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +44,14 @@ class TokenBatch:
     def beginning(self) -> int:
         """With how many tokens all rows begin; 0 of a single row, or of so few that nothing is gained by it."""
         rows = self.ids_BT.shape[0]
-        tokens = beginning(self.real(self.ids_BT), self.packing) if rows > 1 else 0
-        return tokens if tokens * (rows - 1) >= LEAST_SHARED * sum(self.packing.lengths) else 0
+        tokens = common(self.real(self.ids_BT), self.packing) if rows > 1 else 0
+        return tokens if tokens * (rows - 1) >= LEAST * sum(self.packing.lengths) else 0
 
     @cached_property
     def shared(self) -> Shared | None:
-        return share(self.packing, self.beginning) if self.beginning else None
+        if not self.beginning:
+            return None
+        return in_first_row(self.packing.place_of_N // self.packing.T, self.packing.positions_1N[0], self.beginning)
 
     @cached_property
     def _places_N(self) -> Tensor:
@@ -116,12 +117,19 @@ class Predicted:
     def states(self, hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD[self.rows_N, self.places_N]
 
-    def repeated(self, batch: TokenBatch, shared: int) -> Shared:
-        """Of every token that a row predicts: those that the first row predicts from the same state are its."""
+    def repeated(self, batch: TokenBatch, shared: int, beginning: Shared | None) -> Shared | None:
+        """Of every token that a row predicts: those that the first row predicts from the same state are its, or they are
+        known. The last shared token predicts words of the row's own."""
+        kept, record = (None, None) if beginning is None else (beginning.kept, beginning.record)
+        if kept is None and record is None and shared <= 1:
+            return None
         place_N = batch.position_ids_BT[self.rows_N, self.places_N]
-        again_N = (self.rows_N > 0) & (place_N < shared - 1)  # the last shared token predicts words of the row's own
-        own_N = (~again_N).long().cumsum(0) - 1
-        return Shared((~again_N).nonzero()[:, 0], torch.where(again_N, place_N, own_N))
+        if kept is not None:
+            return in_kept(place_N, len(kept.ids) - 1, kept)
+        repeated = in_first_row(self.rows_N, place_N, shared - 1) if shared > 1 else Shared()
+        if record is not None:  # one token less, among the same values
+            record = Beginning(record.ids[:-1], record.values)
+        return replace(repeated, record=record)
 
     def means(self, nll_N: Tensor, keep_N: Tensor | None = None, counts_B: Tensor | None = None) -> Tensor:
         """Each row's mean [B] over its tokens, or over those that are kept (`counts_B` of each row); 0 where none is."""
@@ -149,11 +157,13 @@ def mean_nll(
     *,
     scored_BT: Tensor | None = None,
     shared: int = 0,
+    beginning: Shared | None = None,
     twice_differentiable: bool = False,
 ) -> Tensor:
     """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
 
-    `shared`: with so many tokens all rows begin, and have the same states there. Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
+    `shared`: with so many tokens all rows begin, and have the same states there; `beginning`: what the pass that gave the
+    states knew of them from earlier ones, or should leave for later ones. Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
     neighbours.
     """
     tokens = predicted(batch, scored_BT)
@@ -161,7 +171,7 @@ def mean_nll(
         tokens.states(hidden_BTD),
         head,
         tokens.targets_N,
-        shared=tokens.repeated(batch, shared) if shared > 1 and scored_BT is None else None,
+        shared=None if scored_BT is not None else tokens.repeated(batch, shared, beginning),
         twice_differentiable=twice_differentiable,
     )
     return tokens.means(nll_N)

@@ -161,34 +161,6 @@ class Packing:
         return torch.ones(self.T, self.T, dtype=torch.bool, device=self.device).triu(1)
 
 
-@dataclass(frozen=True, eq=False)
-class Shared:
-    """Rows that begin with the same tokens: which of all N tokens to compute once [U], and where each finds itself [N]."""
-
-    tokens_U: Tensor
-    from_N: Tensor
-
-    def once(self, x_ND: Tensor) -> Tensor:
-        return x_ND.index_select(0, self.tokens_U)
-
-    def again(self, x_UD: Tensor) -> Tensor:
-        return x_UD.index_select(0, self.from_N)
-
-
-def beginning(ids_N: Tensor, packing: Packing) -> int:
-    """With how many tokens all rows begin."""
-    ids_BP = packing.rows(ids_N)[:, : min(packing.lengths)]
-    return int((ids_BP == ids_BP[:1]).all(0).long().cumprod(0).sum())
-
-
-def share(packing: Packing, tokens: int) -> Shared:
-    """All rows find their first `tokens` tokens in the first row."""
-    place_N = packing.positions_1N[0]
-    again_N = (packing.place_of_N >= packing.T) & (place_N < tokens)
-    own_N = (~again_N).long().cumsum(0) - 1
-    return Shared((~again_N).nonzero()[:, 0], torch.where(again_N, place_N, own_N))
-
-
 @contextmanager
 def packed(decoder: nn.Module) -> Iterator[None]:
     """Let a decoder's attention be `attention`, which wants `packing=` in the decoder's keyword arguments."""

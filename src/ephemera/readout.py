@@ -75,7 +75,8 @@ class Objective:
             return common_nll(backbone, hidden_BTD, batch, scored_BT, self.vocabulary, percent)
         kwargs = {"scored_BT": scored_BT, "twice_differentiable": twice_differentiable}
         if percent is None:
-            return mean_nll(hidden_BTD, batch, backbone.logits, shared=out.shared, **kwargs)
+            beginning = out.beginning if self.exit_layer is None else None  # at an exit the loss is another
+            return mean_nll(hidden_BTD, batch, backbone.logits, shared=out.shared, beginning=beginning, **kwargs)
         return mean_hardest_nll(hidden_BTD, batch, backbone.logits, percent, **kwargs)
 
     def states(self, backbone: Backbone, h: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 
 from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone
+from ephemera.beginnings import Beginnings
+from ephemera.encoding import chat_beginning
 from ephemera.objective import TokenBatch, batch_tokens, length_batches, mean_nll, pad
 from ephemera.prefill import Prefill, prefill
 from ephemera.serving.adapter import zipped
@@ -54,6 +56,7 @@ class Engine:
     ):
         """`stop_below`: as in `adapt`; a prompt whose rates are near zero takes no further step."""
         self.backbone = backbone
+        backbone.beginnings = Beginnings([chat_beginning(backbone.tokenizer)])
         self.stop_below = stop_below
         self.max_rows, self.max_queue = max_rows, max_queue
         self.observer = observer or Observer()
