@@ -6,7 +6,7 @@
 
 `quality` fills in what results.json lacks (validation rows of NQ-Open: the best uniform rate of each point on `--search`
 rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, each between two plain
-prefills: its price is the median of its ratios to them. `report` writes table.md and frontier.png. On the CPU, in bfloat16.
+prefills: its price is the median of its ratios to them. `report` writes table.md and frontier.png. On the CPU; quality in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ephemera.adapt import adapt
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.prompts import examples
-from ephemera.bench.timing import machine, spread, timed
+from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.objective import TokenBatch
@@ -209,7 +209,8 @@ def first_token(
 def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
     """Rounds in which every point and two plain prefills take turns; a point's price is its median over theirs."""
     torch.set_num_threads(args.threads)
-    whole = load_backbone(args.model, dtype="bfloat16", device="cpu")
+    dtype = args.dtype or native_dtypes()[-1]
+    whole = load_backbone(args.model, dtype=dtype, device="cpu")
     made = examples("short", args.batch)
     rows, _ = encode_examples(whole, made, chat=False, max_tokens=1024)
     batch = prompt_batch(whole, rows)
@@ -237,6 +238,7 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
         entry["time"] = {"prefills": median(prices), "rounds": prices, "seconds": spread(taken)}
     results["machine"] = machine()
     results["timing"] = {"batch": args.batch, "rounds": args.rounds, "threads": args.threads, "plain": spread(every)}
+    results["timing"]["dtype"] = dtype
     save(args.output, results)
 
 
@@ -273,6 +275,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of a timing (default: %(default)s)")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of a timing (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of a timing (default: bfloat16 where the CPU multiplies it, else float32)"
     )
     parser.add_argument("--only", help="time points whose names hold one of these texts, joined by commas")
     args = parser.parse_args(argv)

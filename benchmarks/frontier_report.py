@@ -82,7 +82,7 @@ def table(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         facts = results["machine"]
         lines += [
             "",
-            f"Timed on {facts['cpu']}, {timing['threads']} threads, batch {timing['batch']}, {timing['rounds']} rounds; a plain "
+            f"Timed in {timing.get('dtype', 'bfloat16')} on {facts['cpu']}, {timing['threads']} threads, batch {timing['batch']}, {timing['rounds']} rounds; a plain "
             f"prefill takes {timing['plain']['median']:.3f} s [{timing['plain']['min']:.3f}, {timing['plain']['max']:.3f}].",
         ]
     if "none" in results:

@@ -1,6 +1,7 @@
 """Decoder layers written out, and beginnings run once: equal to transformers' own layers, in values and gradients."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import peft
 import pytest
@@ -71,6 +72,15 @@ def test_which_models_are_written_out():
     assert not can_write_out(llama.decoder)
     handle.remove()
     assert can_write_out(llama.decoder)
+
+
+def test_an_adapter_elsewhere_is_not_left_out():
+    """On a module that is in no layer, by its name: the pass goes through transformers' layers, and moves it."""
+    backbone = tiny_backbone("llama")
+    stray = replace(backbone.projections[0], module="model.extra.q_proj")
+    lora = random_lora(backbone, 2)
+    assert can_write_out(backbone.decoder, lora)
+    assert not can_write_out(backbone.decoder, replace(lora, projections=(stray, *lora.projections[1:])))
 
 
 @contextmanager

@@ -199,7 +199,7 @@ class Backbone:
             lower = replace(lower, hidden_BTD=batch.real(lower.hidden_BTD)[None])
         again = self.checkpoint and torch.is_grad_enabled()
         written = self.writes_out and not self.checkpoint and writes_out(packing, self.dtype)
-        written = written and can_write_out(self.decoder)
+        written = written and can_write_out(self.decoder, lora)
         about = self._about(batch, lora, lower, stop) if written else None
         prefix = f"{self.model.base_model_prefix}.layers"
         with (

@@ -27,13 +27,19 @@ LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 LINEARS = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
 
 
-def can_write_out(decoder: nn.Module) -> bool:
-    """Whether each layer of `decoder` is one of those now: of plain linear maps, with SiLU, and with nobody's hooks.
+def can_write_out(decoder: nn.Module, lora: LoraBatch | None = None) -> bool:
+    """Whether each layer of `decoder` is one of those now: of plain linear maps, with SiLU, and with nobody's hooks; and all
+    adapters sit on such maps.
 
     Asked before each pass, as others may have put their own modules in (PEFT does).
     """
     layers = dict(decoder.named_children()).get("layers")
-    return isinstance(layers, nn.ModuleList) and all(_is_plain(layer) for layer in layers)
+    adapted = () if lora is None else lora.projections
+    return (
+        isinstance(layers, nn.ModuleList)
+        and all(p.rows is None and ".layers." in p.module and p.module.endswith(LINEARS) for p in adapted)
+        and all(_is_plain(layer) for layer in layers)
+    )
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -111,7 +117,7 @@ class _Written(nn.Module):
     ) -> Tensor:
         return _Layer.apply(  # pyright: ignore[reportReturnType]
             hidden_states, self.place, self.layer, self.pairs, self.about, *position_embeddings, *self.factors
-        )  # pyright: ignore[reportReturnType]
+        )
 
 
 class _Layer(torch.autograd.Function):

