@@ -25,7 +25,7 @@ from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.contenders import INIT, encoded
 from ephemera.bench.prompts import LENGTHS
-from ephemera.bench.timing import machine, machine_lines, spread, timed, turns
+from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
 from ephemera.lora import LoraBatch, attach
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import prefill
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
     parser.add_argument("--batches", default="1,8", help="numbers of prompts (default: %(default)s)")
     parser.add_argument("--lengths", default="short", help=f"of {','.join(LENGTHS)} (default: %(default)s)")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--dtypes", default=",".join(native_dtypes()), help="(default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="at most (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=2.5, help="of rounds in all (default: %(default)s)")

@@ -25,7 +25,7 @@ import transformers
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.contenders import INIT, RATE, encoded
-from ephemera.bench.timing import machine, machine_lines, timed, turns
+from ephemera.bench.timing import machine, machine_lines, native_dtypes, timed, turns
 from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import prefill
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.figure", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--dtypes", default=",".join(native_dtypes()), help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of a point at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="a folder for cost.png, cost.json and cost.md")

@@ -24,7 +24,7 @@ import transformers
 
 from ephemera.backbone import load_backbone
 from ephemera.bench.prompts import examples
-from ephemera.bench.timing import machine, spread
+from ephemera.bench.timing import machine, native_dtypes, spread
 from ephemera.encoding import encode_prompt
 from ephemera.generator import LoraGenerator
 from ephemera.lora import Projection
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.sizes_only:
         print(json.dumps(results["sizes"]) if args.json else sizes_table(results["sizes"]))
         return 0
-    for dtype in ("float32", "bfloat16"):
+    for dtype in native_dtypes():
         results["overhead"].append(overhead(args.model, args.batch, args.repeats, dtype))
         results["call"].append(call(QWEN, args.batch, args.repeats, dtype))
     text = f"{sizes_table(results['sizes'])}\n{times_table(results)}"

@@ -29,7 +29,7 @@ from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, load_backbone
 from ephemera.bench.contenders import INIT, RATE, encoded
 from ephemera.bench.prompts import LENGTHS
-from ephemera.bench.timing import machine, machine_lines, spread, timed, turns
+from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
 from ephemera.config import JointSettings, OptimizerSettings
 from ephemera.generator import LoraGenerator
 from ephemera.objective import batch_tokens, length_batches
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
     parser.add_argument("--networks", default=",".join(NETWORKS), help="of %(default)s")
     parser.add_argument("--lengths", default="short", help=f"of {','.join(LENGTHS)} (default: %(default)s)")
-    parser.add_argument("--dtypes", default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--dtypes", default=native_dtypes()[-1], help="(default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="optimiser steps of a round (default: %(default)s)")
     parser.add_argument(
