@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +55,8 @@ def adapt_batched(backbone: Backbone, prompts: Sequence[Sequence[int]], steps: i
 
 
 class PeftLoop:
-    """Plain PEFT: transformers' own loss, float32 adapter weights, its default attention, one prompt at a time."""
+    """Plain PEFT: transformers' own loss, its default attention, one prompt at a time; adapter weights in float32, in a float64
+    model in float64."""
 
     def __init__(self, backbone: Backbone):
         model = AutoModelForCausalLM.from_pretrained(backbone.path, dtype=backbone.dtype)
@@ -80,9 +82,15 @@ class PeftLoop:
         input_ids = torch.tensor([ids])
         for _ in range(steps):
             optimizer.zero_grad()
-            self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
+            self._loss(input_ids).backward()
             optimizer.step()
         return [p.detach().clone() for p in self.parameters]
+
+    def _loss(self, input_ids: Tensor) -> Tensor:
+        output = self.model(input_ids=input_ids, labels=input_ids, use_cache=False)
+        if output.logits.dtype == torch.float64:  # transformers' own loss goes through float32
+            return F.cross_entropy(output.logits[0, :-1], input_ids[0, 1:])
+        return output.loss
 
     def adapt_all(self, prompts: Sequence[Sequence[int]], initial: LoraBatch, steps: int) -> list[list[Tensor]]:
         starts = [[t[row] for t in initial.tensors] for row in range(len(prompts))]
