@@ -72,6 +72,9 @@ def test_which_models_are_written_out():
     assert not can_write_out(llama.decoder)
     handle.remove()
     assert can_write_out(llama.decoder)
+    linear = llama.decoder.get_submodule("layers.0.mlp.up_proj")
+    linear.forward = lambda x: x  # as accelerate does where weights lie elsewhere
+    assert not can_write_out(llama.decoder)
 
 
 def test_an_adapter_elsewhere_is_not_left_out():

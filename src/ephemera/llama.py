@@ -48,7 +48,7 @@ def _is_plain(layer: nn.Module) -> bool:
     parts = dict(layer.named_modules())
     return (
         isinstance(parts.get("mlp.act_fn"), nn.SiLU | SiLUActivation)
-        and all(type(parts.get(path)) is nn.Linear for path in LINEARS)
+        and all(type(m := parts.get(path)) is nn.Linear and "forward" not in m.__dict__ for path in LINEARS)
         and not any(module._forward_hooks or module._forward_pre_hooks for module in parts.values())
     )
 
