@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
 from ephemera.settings import Settings, check_config, dump_yaml, load_config  # noqa: F401
+
+if TYPE_CHECKING:
+    from ephemera.backbone import Backbone
 
 
 class LoraSettings(Settings):
@@ -36,6 +39,20 @@ class ModelSettings(Settings):
         default=False, description="steps keep each layer's input alone and run it again: less memory, more time"
     )
     lora: LoraSettings = LoraSettings()
+
+    def load(self, **instead: Any) -> Backbone:
+        """The model as set here; `instead` stands in for some of `load_backbone`'s arguments."""
+        from ephemera.backbone import load_backbone
+
+        settings = {
+            "dtype": self.dtype,
+            "device": self.device,
+            "target_modules": self.lora.target_modules,
+            "layers": self.lora.layers,
+            "attn_implementation": self.attn_implementation,
+            "checkpoint": self.checkpoint,
+        }
+        return load_backbone(self.name, **{**settings, **instead})
 
 
 class DataSettings(Settings):

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
 from ephemera.encoding import encode_answer
 from ephemera.evaluation.execute import run_program
@@ -82,15 +82,7 @@ def benchmark(config: Benchmark) -> Path:
     try:
         for settings in config.models:
             for targets, variants in _by_targets(settings, config).items():
-                backbone = load_backbone(
-                    settings.name,
-                    dtype=settings.dtype,
-                    device=settings.device,
-                    target_modules=json.loads(targets),
-                    layers=settings.lora.layers,
-                    attn_implementation=settings.attn_implementation,
-                    checkpoint=settings.checkpoint,
-                )
+                backbone = settings.load(target_modules=json.loads(targets))
                 run["models"][settings.name] = backbone.fingerprint()
                 for found in data.values():
                     rows = Rows(backbone, found, config)

@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.config import Analyse, source_of
 from ephemera.evaluation.accuracy import check_mixture
 from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
@@ -180,15 +180,7 @@ def analyse(config: Analyse) -> Analysis:
         for entry in config.data.tasks
     ]
     model = config.model
-    backbone = load_backbone(
-        model.name,
-        dtype=model.dtype,
-        device=model.device,
-        target_modules=model.lora.target_modules,
-        layers=model.lora.layers,
-        attn_implementation=model.attn_implementation,
-        checkpoint=model.checkpoint,
-    )
+    backbone = model.load()
     print_of_it = _fingerprint(generator)
     placed = place_init(generator, backbone)
     assert isinstance(placed, LoraGenerator)

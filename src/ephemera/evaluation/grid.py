@@ -22,7 +22,7 @@ from rouge_score.rouge_scorer import RougeScorer
 import ephemera
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
 from ephemera.generator import load_init, lora_of, place_init
@@ -169,15 +169,7 @@ def evaluate(config: Evaluate) -> Path:
     init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules", "layers"}))
     brought = config.model.lora.model_copy(update=lora_of(init))  # what is adapted is the init's to say
     config = config.model_copy(update={"model": config.model.model_copy(update={"lora": brought})})
-    backbone = load_backbone(
-        config.model.name,
-        dtype=config.model.dtype,
-        device=config.model.device,
-        target_modules=config.model.lora.target_modules,
-        layers=config.model.lora.layers,
-        attn_implementation=config.model.attn_implementation,
-        checkpoint=config.model.checkpoint,
-    )
+    backbone = config.model.load()
     init = place_init(init, backbone)
     rules = load_rules(config, backbone)
     data = load_dataset(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.config import (
     LoraSettings,
     OptimizerSettings,
@@ -52,14 +52,8 @@ def open_run(
     )
     if config.trackers:
         accelerator.init_trackers("ephemera", config=_flat(config.model_dump(mode="json")))
-    backbone = load_backbone(
-        config.model.name,
-        dtype=config.model.dtype,
-        device=config.model.device or accelerator.device,
-        target_modules=targets,
-        layers=layers,
-        attn_implementation=config.model.attn_implementation,
-        checkpoint=config.model.checkpoint,
+    backbone = config.model.load(
+        device=config.model.device or accelerator.device, target_modules=targets, layers=layers
     )
     return accelerator, backbone
 
