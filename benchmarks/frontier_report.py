@@ -68,16 +68,13 @@ def share(base_N: np.ndarray, nll_N: np.ndarray, full_N: np.ndarray) -> tuple[fl
 
 def table(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     settings, timing = results.get("settings", {}), results.get("timing")
-    lines = [
-        f"NQ-Open validation, {settings.get('rows')} prompts, {settings.get('model')} in {settings.get('dtype')}; "
-    ]
-    lines[0] += (
-        f"rates chosen on {settings.get('search')} others. Gain kept of layer-wise (scalenet-nq-open, K=1) and of "
-    )
-    lines[0] += (
-        "the best uniform rate over all layers (K=1), with 95 % bootstrap intervals; time to first token (steps, "
-    )
-    lines[0] += "prefill, first token) in plain prefills."
+    lines = ["Time to first token (steps, prefill, first token) in plain prefills."]
+    if settings:
+        lines[0] = (
+            f"NQ-Open validation, {settings['rows']} prompts, {settings['model']} in {settings['dtype']}; rates chosen on "
+            f"{settings['search']} others. Gain kept of layer-wise (scalenet-nq-open, K=1) and of the best uniform rate over "
+            "all layers (K=1), with 95 % bootstrap intervals; time to first token (steps, prefill, first token) in plain prefills."
+        )
     if timing is not None:
         facts = results["machine"]
         lines += [
