@@ -36,7 +36,7 @@ def passes(backbone, batch, lora, **kwargs):
         weights_B = torch.arange(1.0, len(nll_B) + 1, dtype=nll_B.dtype)
         grads = torch.autograd.grad(nll_B @ weights_B, leaves.tensors)
         found.append((nll_B.detach(), out.representation_BH(batch), out.hidden_BTD.detach(), *grads))
-        shared = out.shared
+        shared = 0 if out.shared is None else out.shared.tokens
         if written:
             seen = shared
     return *found, seen
@@ -150,8 +150,8 @@ def test_a_shared_beginning_is_run_once_and_changes_nothing(architecture, side, 
 def test_rows_with_adapters_of_their_own_share_nothing():
     backbone = tiny_backbone("llama")
     batch = pad(starting((15, 12, 20), 12), side="left")
-    assert backbone.forward(batch, random_lora(backbone, 3)).shared == 0
-    assert backbone.forward(batch, None).shared == 12
+    assert backbone.forward(batch, random_lora(backbone, 3)).shared.tokens == 0
+    assert backbone.forward(batch, None).shared.tokens == 12
 
 
 @pytest.mark.parametrize(

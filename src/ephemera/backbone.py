@@ -42,8 +42,7 @@ class Forward:
     hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm; or H(E), without it, where it stopped
     embedded_BTD: Tensor | None  # H(0): the embedding's output, where it was asked for
     cache: Cache | None
-    shared: int = 0  # with so many tokens all rows begin, and those were run once: their states are the same
-    beginning: Shared | None = None  # what was kept of these prompts' first tokens, or is to be left for later ones
+    shared: Shared | None = None  # how the rows' first tokens were run once, or not at all; None: each row has its own
 
     def representation_BH(self, batch: TokenBatch) -> Tensor:
         """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached.
@@ -218,10 +217,7 @@ class Backbone:
             )
         embedded_BTD = batch.back(kept[0][0]) if embedded else None
         hidden_BTD = batch.back(output.last_hidden_state[0])
-        if about is None:
-            return Forward(hidden_BTD, embedded_BTD, None)
-        shared = batch.beginning if about.shared.from_N is not None and about.shared.kept is None else 0
-        return Forward(hidden_BTD, embedded_BTD, None, shared, about.shared)
+        return Forward(hidden_BTD, embedded_BTD, None, None if about is None else about.shared)
 
     def _about(self, batch: TokenBatch, lora: LoraBatch | None, lower: Lower | None, stop: int | None) -> Pass:
         """What the written-out layers of a pass have in common; rows share their beginning while no adapter does anything."""

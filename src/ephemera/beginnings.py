@@ -30,13 +30,14 @@ class Beginning:
 class Shared:
     """Which of all N tokens to compute [U], and where each finds itself [N]: among those, or after what `kept` has of P.
 
-    `record`: a beginning whose values this pass leaves for later ones.
+    `record`: a beginning whose values this pass leaves for later ones. `tokens`: of so many all rows look in the first row.
     """
 
     tokens_U: Tensor | None = None  # None: all
     from_N: Tensor | None = None
     kept: Beginning | None = None
     record: Beginning | None = None
+    tokens: int = 0
 
     def once(self, x_ND: Tensor) -> Tensor:
         return x_ND if self.tokens_U is None else x_ND.index_select(0, self.tokens_U)
@@ -60,7 +61,7 @@ def in_first_row(row_N: Tensor, place_N: Tensor, tokens: int) -> Shared:
     """Rows find what stands at their first `tokens` places in row 0, which has all of those."""
     again_N = (row_N > 0) & (place_N < tokens)
     own_N = (~again_N).long().cumsum(0) - 1
-    return Shared((~again_N).nonzero()[:, 0], torch.where(again_N, place_N, own_N))
+    return Shared((~again_N).nonzero()[:, 0], torch.where(again_N, place_N, own_N), tokens=tokens)
 
 
 def in_kept(place_N: Tensor, tokens: int, kept: Beginning) -> Shared:

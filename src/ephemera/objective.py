@@ -117,16 +117,16 @@ class Predicted:
     def states(self, hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD[self.rows_N, self.places_N]
 
-    def repeated(self, batch: TokenBatch, shared: int, beginning: Shared | None) -> Shared | None:
+    def repeated(self, batch: TokenBatch, shared: Shared) -> Shared | None:
         """Of every token that a row predicts: those that the first row predicts from the same state are its, or they are
         known. The last shared token predicts words of the row's own."""
-        kept, record = (None, None) if beginning is None else (beginning.kept, beginning.record)
-        if kept is None and record is None and shared <= 1:
+        kept, record = shared.kept, shared.record
+        if kept is None and record is None and shared.tokens <= 1:
             return None
         place_N = batch.position_ids_BT[self.rows_N, self.places_N]
         if kept is not None:
             return in_kept(place_N, len(kept.ids) - 1, kept)
-        repeated = in_first_row(self.rows_N, place_N, shared - 1) if shared > 1 else Shared()
+        repeated = in_first_row(self.rows_N, place_N, shared.tokens - 1) if shared.tokens > 1 else Shared()
         if record is not None:  # one token less, among the same values
             record = Beginning(record.ids[:-1], record.values)
         return replace(repeated, record=record)
@@ -156,14 +156,12 @@ def mean_nll(
     head: Head,
     *,
     scored_BT: Tensor | None = None,
-    shared: int = 0,
-    beginning: Shared | None = None,
+    shared: Shared | None = None,
     twice_differentiable: bool = False,
 ) -> Tensor:
     """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
 
-    `shared`: with so many tokens all rows begin, and have the same states there; `beginning`: what the pass that gave the
-    states knew of them from earlier ones, or should leave for later ones. Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
+    `shared`: as the pass that gave the states says; what it ran once goes through the head once. Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
     neighbours.
     """
     tokens = predicted(batch, scored_BT)
@@ -171,7 +169,7 @@ def mean_nll(
         tokens.states(hidden_BTD),
         head,
         tokens.targets_N,
-        shared=None if scored_BT is not None else tokens.repeated(batch, shared, beginning),
+        shared=None if scored_BT is not None or shared is None else tokens.repeated(batch, shared),
         twice_differentiable=twice_differentiable,
     )
     return tokens.means(nll_N)

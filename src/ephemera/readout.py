@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,10 @@ class Objective:
             return common_nll(backbone, hidden_BTD, batch, scored_BT, self.vocabulary, percent)
         kwargs = {"scored_BT": scored_BT, "twice_differentiable": twice_differentiable}
         if percent is None:
-            beginning = out.beginning if self.exit_layer is None else None  # at an exit the loss is another
-            return mean_nll(hidden_BTD, batch, backbone.logits, shared=out.shared, beginning=beginning, **kwargs)
+            shared = out.shared
+            if shared is not None and self.exit_layer is not None:  # at an exit the loss is another than the one kept
+                shared = replace(shared, kept=None, record=None)
+            return mean_nll(hidden_BTD, batch, backbone.logits, shared=shared, **kwargs)
         return mean_hardest_nll(hidden_BTD, batch, backbone.logits, percent, **kwargs)
 
     def states(self, backbone: Backbone, h: Tensor) -> Tensor:
