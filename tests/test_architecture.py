@@ -18,6 +18,7 @@ LAYERS = (
         "beginnings",
         "norms",
         "lora",
+        "flat",
         "llama",
         "head",
         "objective",

@@ -34,7 +34,7 @@ def passes(backbone, batch, lora, **kwargs):
         out = backbone.forward(batch, leaves, embedded=True, **kwargs)
         nll_B = mean_nll(out.hidden_BTD, batch, backbone.logits, shared=out.shared)
         weights_B = torch.arange(1.0, len(nll_B) + 1, dtype=nll_B.dtype)
-        grads = torch.autograd.grad(nll_B @ weights_B, leaves.tensors)
+        grads = torch.autograd.grad(nll_B @ weights_B, leaves.tensors, allow_unused=True, materialize_grads=True)
         found.append((nll_B.detach(), out.representation_BH(batch), out.hidden_BTD.detach(), *grads))
         shared = 0 if out.shared is None else out.shared.tokens
         if written:

@@ -134,27 +134,14 @@ def test_fused_rows_move_alone():
     assert not change[..., others].any()
 
 
-def test_step_is_equation_14():
-    lora = small_pair()
-    grads = [draw(*t.shape) for t in lora.tensors]
-    rates = torch.rand(B, 2)
-    after = lora.step(grads, rates)
-    for m in range(2):
-        for b in range(B):
-            rate = rates[b, m].double()
-            close(after.A[m][b], lora.A[m][b] - rate * grads[m][b])
-            close(after.B[m][b], lora.B[m][b] - rate * grads[2 + m][b])
-
-
 def test_an_adapter_is_a_value():
     lora = small_pair()
     before = [t.clone() for t in lora.tensors]
-    lora.step([draw(*t.shape) for t in lora.tensors], torch.ones(B, 2))
     lora.leaves().with_tensors([torch.zeros_like(t) for t in lora.tensors])
     assert all(torch.equal(a, b) for a, b in zip(lora.tensors, before, strict=True))
 
 
-def test_rows_cat_where_and_finite():
+def test_rows_cat_and_where():
     lora, other = small_pair(), small_pair()
     chosen = lora.rows([2, 0])
     assert torch.equal(chosen.A[1], lora.A[1][[2, 0]])
@@ -165,9 +152,6 @@ def test_rows_cat_where_and_finite():
     mixed = lora.where(torch.tensor([True, False, True]), other)
     assert torch.equal(mixed.A[0][1], other.A[0][1])
     assert torch.equal(mixed.B[1][[0, 2]], lora.B[1][[0, 2]])
-    spoilt = [t.clone() for t in lora.tensors]
-    spoilt[0][1, 0, 0], spoilt[3][2, 0, 0] = float("nan"), float("inf")
-    assert lora.with_tensors(spoilt).finite_B().tolist() == [True, False, False]
 
 
 def test_the_model_is_restored_after_an_error_and_after_two_runs(llama):

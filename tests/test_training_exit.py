@@ -141,9 +141,10 @@ def test_a_trained_folder_brings_layers_objective_and_lens(material, lens_folder
         whole.adapt(["The river runs."], steps=1, rate=folder)
 
 
-def test_the_lens_learns_too_where_that_is_asked(material, lens_folder, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_the_lens_learns_too_where_that_is_asked(material, lens_folder, tmp_path, attention):  # noqa: F811
     config = early(material, tmp_path / "run", lens_folder, tune_lens=0.5)
-    config.model.attn_implementation = "eager"
+    config.model.attn_implementation = attention
     rate = load_rate(train_scalenet(config))
     start = scalenet.settled_objective(config.objective)
     moved = (rate.objective.lens.weight_EDD - start.lens.weight_EDD).abs().max()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
+from ephemera.flat import FlatLora
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch
 from ephemera.rates import Normalize, Rate
@@ -22,8 +23,8 @@ class Trace:
     `prompt_nll_BK[:, k-1]` is the prompt NLL (nats per token) seen by step k, before its update.
     `steps_B`: steps that each row took, K where none stopped early; beyond them its rates are 0 and its losses NaN.
     `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
-    `grads` holds each step's gradients in the order of `LoraBatch.tensors`, where they were kept. `lower`: the layers
-    below the lowest adapted one, run once for all steps; `prefill` takes them too.
+    `grads` holds each step's gradients, where they were kept. `lower`: the layers below the lowest adapted one, run once
+    for all steps; `prefill` takes them too.
     """
 
     lora: LoraBatch
@@ -32,7 +33,7 @@ class Trace:
     rates_BKM: Tensor
     steps_B: Tensor
     fallback_B: Tensor
-    grads: list[tuple[Tensor, ...]] = field(default_factory=list)
+    grads: list[FlatLora] = field(default_factory=list)
     lower: Lower | None = None
 
 
@@ -52,8 +53,8 @@ def adapt(
 
     The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the
     loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph;
-    `second_order` builds the graph through every step instead (Eq. 18; tiny models, and attention without a fused
-    kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate takes neither that
+    `second_order` builds the graph through every step instead (Eq. 18; its memory grows with every step, and attention
+    takes no fused kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate takes neither that
     step nor a later one; when all rows have stopped the loop ends, before that step's loss and backward pass. Only with
     it does the loop wait for the device. `after_step` is called with k when step k is done; no adapter is attached
     then, so it may run the model, and what it raises ends the loop.
@@ -61,22 +62,22 @@ def adapt(
     if stop_below is not None and not 0 <= stop_below < float("inf"):
         raise ValueError(f"stop_below={stop_below}: give a share of the base rate, 0 or more (e.g. 0.01), or none.")
     assert stop_below is None or not (keep_grads or second_order), "training takes every step"
-    lora = initial_lora
-    B, M = batch.ids_BT.shape[0], len(lora.projections)
+    start = flat = FlatLora.of(initial_lora)
+    B, M, like = batch.ids_BT.shape[0], len(initial_lora.projections), start.A_BN.detach()
     nlls, rates, grads_of_steps = [], [], []
     first_h_BH: Tensor | None = None
     wants_h = rate is not None and rate.uses_representation != "no"
     lower = backbone.lower(batch) if steps else None
-    moving_B = torch.ones(B, dtype=torch.bool, device=lora.A[0].device)
+    moving_B = torch.ones(B, dtype=torch.bool, device=like.device)
     steps_B = moving_B.long() * (steps if stop_below is None else 0)
     scored_BT = rate.objective.scored_BT(backbone, batch) if rate is not None and steps else None
     for k in range(1, steps + 1):
         assert rate is not None
-        current = lora if second_order and k > 1 else lora.leaves()
+        current = flat if second_order and k > 1 else flat.leaves()
         with torch.enable_grad():
             out = backbone.forward(
                 batch,
-                current,
+                current.lora,
                 embedded=wants_h,
                 lower=lower,
                 stop=rate.objective.exit_layer,
@@ -87,7 +88,7 @@ def adapt(
             first_h_BH = h_BH if first_h_BH is None else first_h_BH
             h_BH = first_h_BH
         with torch.set_grad_enabled(keep_grads or second_order):
-            rates_BM = rate.rates_BM(h_BH, k, steps, like=lora.A[0].detach(), projections=M)
+            rates_BM = rate.rates_BM(h_BH, k, steps, like=like, projections=M)
         if stop_below is not None:
             # Not "any at least": a rate that is no number does not stop a row, it makes it fall back
             moving_B = moving_B & ~(rates_BM < stop_below * rate.base_rate).all(1)
@@ -96,12 +97,16 @@ def adapt(
             rates_BM = torch.where(moving_B[:, None], rates_BM, 0.0)
         with torch.enable_grad():
             nll_B = rate.objective.nll_B(backbone, out, batch, scored_BT, twice_differentiable=second_order)
-            grads = torch.autograd.grad(nll_B.sum(), current.tensors, create_graph=second_order)
+            grads = current.with_tensors(
+                torch.autograd.grad(
+                    nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True
+                )
+            )
             grads = normalized(grads, rate.normalize)
         with torch.set_grad_enabled(second_order):
-            lora = current.step(grads, rates_BM if second_order else rates_BM.detach())
+            flat = current.step(grads, rates_BM if second_order else rates_BM.detach())
         if stop_below is not None:
-            lora, steps_B = lora.where(moving_B, current), steps_B + moving_B
+            flat, steps_B = flat.where(moving_B, current), steps_B + moving_B
         nlls.append(nll_B.detach())
         rates.append(rates_BM)
         if keep_grads:
@@ -109,13 +114,12 @@ def adapt(
         if after_step is not None:
             after_step(k)
     if not second_order:
-        lora = lora.with_tensors([t.detach() for t in lora.tensors])
-    like = lora.A[0]
+        flat = flat.detach()
     taken_BK = torch.arange(steps, device=like.device) < steps_B[:, None]
     nll_BK = _columns(nlls, like.new_zeros(B, steps))
-    finite_B = (nll_BK.isfinite() | ~taken_BK).all(1) & lora.finite_B()
+    finite_B = (nll_BK.isfinite() | ~taken_BK).all(1) & flat.finite_B()
     return Trace(
-        lora=lora.where(finite_B, initial_lora) if steps else lora,
+        lora=flat.where(finite_B, start).lora if steps else initial_lora,
         initial_lora=initial_lora,
         prompt_nll_BK=torch.where(taken_BK, nll_BK, torch.nan),
         rates_BKM=_columns(rates, like.new_zeros(B, steps, M)),
@@ -134,25 +138,19 @@ def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:
     return torch.cat([taken, zero_BK[:, len(columns) :].to(taken.dtype)], 1)
 
 
-def normalized(grads: Sequence[Tensor], by: Normalize) -> tuple[Tensor, ...]:
+def normalized(grads: FlatLora, by: Normalize) -> FlatLora:
     """Each prompt's gradient scaled to length one: over all its projections, or each projection (A and B together)."""
     if by == "none":
-        return tuple(grads)
-    M = len(grads) // 2
-    squares_MB = torch.stack([g.square().flatten(1).sum(1) for g in grads]).unflatten(0, (2, M)).sum(0)
-    norms_MB = (squares_MB if by == "projection" else squares_MB.sum(0).expand(M, -1)).sqrt().clamp(min=1e-12)
-    return tuple(g / norms_MB[i % M][:, None, None] for i, g in enumerate(grads))
+        return grads
+    squares_BM = grads.dot_BM(grads)
+    squares_BM = squares_BM if by == "projection" else squares_BM.sum(1, keepdim=True).expand_as(squares_BM)
+    return grads.scaled(squares_BM.sqrt().clamp(min=1e-12).reciprocal())
 
 
-def meta_gradient(answer_grads: Sequence[Tensor], step_grads: Sequence[Sequence[Tensor]]) -> Tensor:
+def meta_gradient(answer_grads: FlatLora, step_grads: Sequence[FlatLora]) -> Tensor:
     """dL/drate_BKM of first-order training: -< dL_answer/dphi_m at Phi^(K), g_m^(k) > (LDTTA Eq. 17-19).
 
     Prompt gradients count as constants, so Phi^(K) = Phi^(0) - sum_k rate^(k) g^(k), and no graph has
-    to be unrolled. `answer_grads` and each step's gradients are in the order of `LoraBatch.tensors`.
+    to be unrolled.
     """
-    columns = []
-    for grads in step_grads:
-        products = [-(g * a).flatten(1).sum(1) for g, a in zip(grads, answer_grads, strict=True)]
-        M = len(products) // 2
-        columns.append(torch.stack([a + b for a, b in zip(products[:M], products[M:], strict=True)], 1))
-    return torch.stack(columns, 1)
+    return -torch.stack([grads.dot_BM(answer_grads) for grads in step_grads], 1)

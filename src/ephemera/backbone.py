@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -178,8 +179,10 @@ class Backbone:
         elif self.packs and not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
             return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop)
         again = self.checkpoint and cache is None and torch.is_grad_enabled() and not twice_differentiable
+        twice = twice_differentiable and torch.is_grad_enabled()  # fused attention has no second derivative
         with (
             attach(self.model, None if again else lora),  # before layers are left out: it finds modules by their paths
+            sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
             self._checkpointed(lora) if again else nullcontext(),
             _outputs_of(self.embedding, kept if embedded else None),
             some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),

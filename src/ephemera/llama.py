@@ -279,7 +279,7 @@ class _Adapters:
         for pair, xa_BTR in zip(
             pairs, xa_BTS.split_with_sizes([self.factors[p.A].shape[1] for p in pairs], 2), strict=True
         ):
-            delta_BTO = torch.bmm(xa_BTR, self.factors[pair.B].to(x_NI.dtype).mT)
+            delta_BTO = torch.bmm(xa_BTR, self.factors[pair.B].mT.to(x_NI.dtype))
             outputs[pair.path].add_(packing.tokens(delta_BTO), alpha=scaling)
 
     def backward(self, x_NI: Tensor | None, doutputs: dict[str, Tensor], dx_NI: Tensor | None) -> None:
@@ -297,11 +297,8 @@ class _Adapters:
             dy_BTO, B_BOR = packing.rows_or_zero(doutputs[pair.path]), self.factors[pair.B]
             self.gradients[pair.B] = (torch.bmm(xa_BTR.mT, dy_BTO).to(B_BOR.dtype) * scaling).mT
             if not self.about.flat:
-                # B transposed in memory: a product several times faster (docs/findings.md)
-                dxa.append(torch.bmm(dy_BTO, B_BOR.to(dtype).mT.contiguous().mT))
+                dxa.append(torch.bmm(dy_BTO, B_BOR.mT.to(dtype).mT))
         if self.about.flat:  # B is zero: so are the gradients by A, and by x through here
-            for pair in pairs:
-                self.gradients[pair.A] = torch.zeros_like(self.factors[pair.A])
             return
         dxa_BTS = torch.cat(dxa, 2).mul_(scaling)
         for pair, dA_BRI in zip(pairs, torch.bmm(dxa_BTS.mT, rows_BTI).split_with_sizes(ranks, 1), strict=True):

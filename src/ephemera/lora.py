@@ -76,17 +76,6 @@ class LoraBatch:
         """The same values as fresh autograd leaves."""
         return self.with_tensors([t.detach().requires_grad_() for t in self.tensors])
 
-    def step(self, grads: Sequence[Tensor], rates_BM: Tensor) -> LoraBatch:
-        """LDTTA Eq. 14: phi_m <- phi_m - rate_m * grad_m, the same rate for A and B of a projection."""
-        M = len(self.projections)
-        rates_MB11 = rates_BM.T[:, :, None, None].to(self.A[0].dtype).unbind(0)
-        return self.with_tensors(
-            [
-                torch.addcmul(t, g, rates_MB11[i % M], value=-1)
-                for i, (t, g) in enumerate(zip(self.tensors, grads, strict=True))
-            ]
-        )
-
     def rows(self, index: Tensor | Sequence[int]) -> LoraBatch:
         """The adapters of some rows, in the order given."""
         index_N = torch.as_tensor(index, device=self.A[0].device)
@@ -98,10 +87,6 @@ class LoraBatch:
         return self.with_tensors(
             [torch.where(keep_B11, a, b) for a, b in zip(self.tensors, other.tensors, strict=True)]
         )
-
-    def finite_B(self) -> Tensor:
-        """Which rows hold only finite numbers: bool [B]."""
-        return torch.stack([t.isfinite().flatten(1).all(1) for t in self.tensors]).all(0)
 
     def to(self, device: torch.device | str) -> LoraBatch:
         return self.with_tensors([t.to(device) for t in self.tensors])
@@ -154,7 +139,7 @@ class _BatchedLora(torch.autograd.Function):
     """y_BTO + scaling * (x_BTI A_BRI^T) B_BOR^T as two batched products, added to y in place.
 
     Written by hand because autograd's own choice of operand layouts is several times slower on CPU
-    (docs/findings.md). With a `packing`, x and y are [1,N,...]: rows are made of them for the products alone.
+    (docs/findings.md); B that lies transposed in memory (flat.py) is the fast one. With a `packing`, x and y are [1,N,...]: rows are made of them for the products alone.
     Twice differentiable without one: under `create_graph` the intermediate is recomputed from the inputs, so
     that exact second order sees it.
     """
@@ -174,23 +159,23 @@ class _BatchedLora(torch.autograd.Function):
         ctx.save_for_backward(rows_BTI, A_BRI, B_BOR, xa_BTR)
         ctx.scaling, ctx.packing = scaling, packing
         ctx.mark_dirty(y_BTO)
-        B_low = B_BOR.to(x_BTI.dtype)
+        B_BRO = B_BOR.mT.to(x_BTI.dtype)
         if packing is None:
-            return y_BTO.baddbmm_(xa_BTR, B_low.mT, alpha=scaling)
-        return y_BTO.add_(packing.tokens(torch.bmm(xa_BTR, B_low.mT)), alpha=scaling)
+            return y_BTO.baddbmm_(xa_BTR, B_BRO, alpha=scaling)
+        return y_BTO.add_(packing.tokens(torch.bmm(xa_BTR, B_BRO)), alpha=scaling)
 
     @staticmethod
     def backward(ctx, dy_BTO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         rows_BTI, A_BRI, B_BOR, xa_BTR = ctx.saved_tensors
         packing: Packing | None = ctx.packing
-        A_low, B_low = A_BRI.to(rows_BTI.dtype), B_BOR.to(rows_BTI.dtype)
+        A_low, B_BRO = A_BRI.to(rows_BTI.dtype), B_BOR.mT.to(rows_BTI.dtype)
         drows_BTO = dy_BTO if packing is None else packing.rows_or_zero(dy_BTO[0])
         if torch.is_grad_enabled():  # create_graph: the saved intermediate would count as a constant
             xa_BTR = torch.bmm(rows_BTI, A_low.mT)
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         dx_BTI = dA_BRI = dB_BOR = None
         if need_x or need_A:
-            dxa_BTR = torch.bmm(drows_BTO, B_low.mT.contiguous().mT) * ctx.scaling
+            dxa_BTR = torch.bmm(drows_BTO, B_BRO.mT) * ctx.scaling
             if need_x:
                 dx_BTI = torch.bmm(dxa_BTR, A_low)
                 dx_BTI = dx_BTI if packing is None else packing.tokens(dx_BTI)[None]
@@ -209,7 +194,7 @@ def lora_linear(
         y_BTO = y_BTO.clone()
     if packing is None and not torch.is_grad_enabled():  # autograd's bookkeeping is a fifth of this at a few tokens
         xa_BTR = torch.bmm(x_BTI, A_BRI.to(x_BTI.dtype).mT)
-        return y_BTO.baddbmm_(xa_BTR, B_BOR.to(x_BTI.dtype).mT, alpha=scaling)
+        return y_BTO.baddbmm_(xa_BTR, B_BOR.mT.to(x_BTI.dtype), alpha=scaling)
     return _BatchedLora.apply(y_BTO, x_BTI, A_BRI, B_BOR, scaling, packing)  # pyright: ignore[reportReturnType]
 
 

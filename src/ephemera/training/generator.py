@@ -68,10 +68,9 @@ class GeneratorTrainee:
         usable_B = nll_B.isfinite()
         if trace is not None and self.joint is not None and K:
             usable_B = rates_backward(trace, nll_B, grads, clip=self.joint.clip_prompt)
-        weights_B11 = (usable_B / len(rows))[:, None, None]
-        # A row that diverged has NaN gradients: zero times NaN would spoil the others.
-        kept = [torch.where(usable_B[:, None, None], g, 0.0) * weights_B11 for g in grads]
-        torch.autograd.backward(start.tensors, kept)
+        # A row that diverged has NaN gradients, which must not spoil the others'
+        kept = grads.where(usable_B, None).lora.tensors
+        torch.autograd.backward(start.tensors, [g / len(rows) for g in kept])
         used = int(usable_B.sum())
         return {
             "K": K,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ephemera.adapt import Trace, adapt, meta_gradient
 from ephemera.backbone import Backbone, describe
 from ephemera.config import DataSettings, ObjectiveSettings, TrainScaleNet, fill
+from ephemera.flat import FlatLora
 from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.lens import Lens, load_lens
@@ -123,18 +124,18 @@ class ScaleNetTrainee:
         return report
 
 
-def answer_gradient(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+def answer_gradient(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch) -> tuple[Tensor, FlatLora]:
     """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass."""
     joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
     answer_lengths_B = torch.tensor([len(row.answer) for row in rows], device=backbone.device)
     T = joined.ids_BT.shape[1]
     scored_BT = torch.arange(T, device=backbone.device)[None] >= T - answer_lengths_B[:, None]
-    leaves = lora.leaves()
+    leaves = FlatLora.of(lora).leaves()
     with torch.enable_grad():
-        hidden_BTD = backbone.forward(joined, leaves).hidden_BTD
+        hidden_BTD = backbone.forward(joined, leaves.lora).hidden_BTD
         nll_B = mean_nll(hidden_BTD, joined, backbone.logits, scored_BT=scored_BT)
-        grads = torch.autograd.grad(nll_B.sum(), leaves.tensors)
-    return nll_B.detach(), grads
+        grads = torch.autograd.grad(nll_B.sum(), leaves.tensors, allow_unused=True, materialize_grads=True)
+    return nll_B.detach(), leaves.with_tensors(grads)
 
 
 def scalenet_backward(
@@ -179,7 +180,7 @@ def scalenet_backward(
 def rates_backward(
     trace: Trace,
     nll_B: Tensor,
-    answer_grads: Sequence[Tensor],
+    answer_grads: FlatLora,
     *,
     clip: float | None,
     penalty_BKM: Tensor | None = None,
@@ -202,7 +203,7 @@ def rates_backward(
 
 
 def lens_backward(
-    trace: Trace, nll_B: Tensor, answer_grads: Sequence[Tensor], *, clip: float | None, lens: Lens | None
+    trace: Trace, nll_B: Tensor, answer_grads: FlatLora, *, clip: float | None, lens: Lens | None
 ) -> None:
     """Leave dL_answer/dlens, through the steps' gradients, in the lens: each prompt clipped as its rates' gradient is."""
     assert lens is not None
@@ -211,10 +212,11 @@ def lens_backward(
         norm_B = (drates_BKM * trace.rates_BKM).flatten(1).norm(dim=1)
         usable_B = ~trace.fallback_B & nll_B.isfinite() & norm_B.isfinite()
         factor_B = torch.ones_like(norm_B) if clip is None else clip / norm_B.clamp(min=clip)
-        factor_B11 = (factor_B / len(nll_B))[:, None, None]
-        by_lora = [torch.where(usable_B[:, None, None], g * factor_B11, 0.0) for g in answer_grads]
+        by_lora = answer_grads.scaled((factor_B / len(nll_B))[:, None].expand_as(drates_BKM[:, 0])).where(
+            usable_B, None
+        )
     leaves = list(lens.parameters())
-    grads = torch.autograd.grad(trace.lora.tensors, leaves, by_lora, retain_graph=True)
+    grads = torch.autograd.grad(trace.lora.tensors, leaves, by_lora.lora.tensors, retain_graph=True)
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
