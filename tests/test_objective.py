@@ -7,7 +7,7 @@ from torch import nn
 
 from ephemera import head as head_module
 from ephemera.head import Head, token_nll
-from ephemera.objective import TokenBatch, length_batches, mean_nll, pad
+from ephemera.objective import TokenBatch, length_batches, mean_nll, pad, predicted
 from tiny import close, random_ids
 
 D, V = 6, 11
@@ -74,12 +74,15 @@ def test_scored_tokens_alone_count():
     sequences, batch, hidden, head = example("left", lengths=(6, 4))
     T = batch.ids_BT.shape[1]
     scored = (torch.arange(T) >= T - 3).expand(2, T)
-    have = mean_nll(hidden, batch, head, scored_BT=scored)
+    have = mean_nll(hidden, batch, head, tokens=predicted(batch, scored))
     for b, ids in enumerate(sequences):
         close(have[b], slow([ids], pad([ids], side="left"), hidden[b : b + 1, T - len(ids) :], head, len(ids) - 3)[0])
     # The first token has nothing before it, even where it is marked
     everything = torch.ones_like(batch.mask_BT)
-    close(mean_nll(hidden, batch, head, scored_BT=everything & batch.mask_BT), mean_nll(hidden, batch, head))
+    close(
+        mean_nll(hidden, batch, head, tokens=predicted(batch, everything & batch.mask_BT)),
+        mean_nll(hidden, batch, head),
+    )
 
 
 def test_the_head_gets_no_gradient():

@@ -70,7 +70,7 @@ def adapt(
     lower = backbone.lower(batch) if steps else None
     moving_B = torch.ones(B, dtype=torch.bool, device=like.device)
     steps_B = moving_B.long() * (steps if stop_below is None else 0)
-    scored_BT = rate.objective.scored_BT(backbone, batch) if rate is not None and steps else None
+    tokens = rate.objective.predicted(backbone, batch) if rate is not None and steps else None
     for k in range(1, steps + 1):
         assert rate is not None
         current = flat if second_order and k > 1 else flat.leaves()
@@ -96,7 +96,7 @@ def adapt(
                 break
             rates_BM = torch.where(moving_B[:, None], rates_BM, 0.0)
         with torch.enable_grad():
-            nll_B = rate.objective.nll_B(backbone, out, batch, scored_BT, twice_differentiable=second_order)
+            nll_B = rate.objective.nll_B(backbone, out, batch, tokens, twice_differentiable=second_order)
             grads = current.with_tensors(
                 torch.autograd.grad(
                     nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True

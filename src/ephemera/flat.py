@@ -90,7 +90,7 @@ class FlatLora:
 
     @cached_property
     def _sizes(self) -> tuple[list[int], list[int]]:
-        return [t[0].numel() for t in self.like.A], [t[0].numel() for t in self.like.B]
+        return [t.shape[1:].numel() for t in self.like.A], [t.shape[1:].numel() for t in self.like.B]
 
     def _split(self, flat_BN: Tensor, kind: int) -> tuple[Tensor, ...]:
         return flat_BN.split_with_sizes(self._sizes[kind], 1)

@@ -6,23 +6,21 @@ import torch
 from torch import Tensor
 
 from ephemera.head import Head, token_nll
-from ephemera.objective import Predicted, TokenBatch, predicted
+from ephemera.objective import Predicted
 
 
 def mean_hardest_nll(
     hidden_BTD: Tensor,
-    batch: TokenBatch,
+    tokens: Predicted,
     head: Head,
     percent: int,
     *,
-    scored_BT: Tensor | None = None,
     twice_differentiable: bool = False,
 ) -> Tensor:
-    """Mean NLL [B] over that share of each row's scored tokens whose NLL is highest.
+    """Mean NLL [B] over that share of each row's tokens whose NLL is highest.
 
     The head runs forward for all tokens, and for the chosen once more, with its gradient.
     """
-    tokens = predicted(batch, scored_BT)
     h_ND, kept_B = tokens.states(hidden_BTD), share_of(tokens.counts_B, percent)
     if twice_differentiable:
         nll_N = token_nll(h_ND, head, tokens.targets_N, twice_differentiable=True)

@@ -41,7 +41,7 @@ class ZeroInit:
         sizes = [self.r * p.in_features for p in projections]
         dtype = torch.float64 if backbone.dtype == torch.float64 else torch.float32
         generator = torch.Generator()
-        ids, mask = batch.ids_BT.cpu(), batch.mask_BT.cpu()
+        ids, mask = batch.on_host.ids_BT, batch.on_host.mask_BT
         rows = []
         for ids_T, mask_T, seed in zip(ids, mask, seeds, strict=True):
             generator.manual_seed(_seed(seed, ids_T[mask_T]))

@@ -22,7 +22,7 @@ from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
-from ephemera.rates import Rate, adapted_by, load_rate
+from ephemera.rates import Rate, adapted_by, load_rate, place_rate
 
 DEFAULT_STEPS = 3
 BATCH_SIZE = 16  # rows that adapt together
@@ -328,11 +328,7 @@ class AdaptiveLM:
 
     def _rate(self, rate: RateLike) -> Rate | None:
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
-        if rule is not None:
-            rule.check(self.backbone)
-            if isinstance(rule, torch.nn.Module):
-                rule.to(self.backbone.device)
-        return rule
+        return None if rule is None else place_rate(rule, self.backbone)
 
 
 def _texts(texts: Sequence[str] | str) -> tuple[str, ...]:

@@ -12,19 +12,30 @@ from torch import Tensor
 
 from ephemera.beginnings import LEAST, Beginning, Shared, common, in_first_row, in_kept
 from ephemera.head import Head, token_nll
-from ephemera.packed import Packing
+from ephemera.packed import Packing, worked_out_on_host
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Token ids [B,T] of some prompts, padded; `mask_BT` is true on real tokens."""
+    """Token ids [B,T] of some prompts, padded; `mask_BT` is true on real tokens.
+
+    What depends on how many tokens there are and where is worked out on the host, where batches come from.
+    """
 
     ids_BT: Tensor
     mask_BT: Tensor
 
+    @property
+    def device(self) -> torch.device:
+        return self.ids_BT.device
+
+    @cached_property
+    def on_host(self) -> TokenBatch:
+        return self if self.device.type == "cpu" else TokenBatch(self.ids_BT.cpu(), self.mask_BT.cpu())
+
     @cached_property
     def padded(self) -> bool:
-        return not bool(self.mask_BT.all())
+        return not bool(self.mask_BT.all()) if self.on_host is self else self.on_host.padded
 
     @cached_property
     def lengths_B(self) -> Tensor:
@@ -35,10 +46,15 @@ class TokenBatch:
         """Counted from each prompt's first real token, on either padding side."""
         return (self.mask_BT.long().cumsum(1) - 1).clamp(min=0)
 
-    @cached_property
+    @worked_out_on_host
     def packing(self) -> Packing:
         """The real tokens alone, in the order of `ids_BT[mask_BT]`."""
-        return Packing(tuple(self.lengths_B.tolist()), self.ids_BT.device)
+        return Packing(tuple(self.lengths_B.tolist()), self.device)
+
+    @worked_out_on_host
+    def predicted(self) -> Predicted:
+        """Every real token of a row but its first."""
+        return predicted(self, self.mask_BT)
 
     @cached_property
     def beginning(self) -> int:
@@ -53,23 +69,26 @@ class TokenBatch:
             return None
         return in_first_row(self.packing.place_of_N // self.packing.T, self.packing.positions_1N[0], self.beginning)
 
-    @cached_property
-    def _places_N(self) -> Tensor:
+    @worked_out_on_host
+    def places_N(self) -> Tensor:
+        """Of each real token its place in B * T."""
         return self.mask_BT.flatten().nonzero()[:, 0]
 
     def real(self, x_BTD: Tensor) -> Tensor:
         """[B,T,...] -> [N,...]: what stands at real tokens."""
         x_PD = x_BTD.flatten(0, 1)
-        return x_PD.index_select(0, self._places_N) if self.padded else x_PD
+        return x_PD.index_select(0, self.places_N) if self.padded else x_PD
 
     def back(self, x_ND: Tensor) -> Tensor:
         """[N,...] -> [B,T,...], zero at padding."""
         if self.padded:
-            x_ND = x_ND.new_zeros(self.mask_BT.numel(), *x_ND.shape[1:]).index_copy(0, self._places_N, x_ND)
+            x_ND = x_ND.new_zeros(self.mask_BT.numel(), *x_ND.shape[1:]).index_copy(0, self.places_N, x_ND)
         return x_ND.unflatten(0, self.mask_BT.shape)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        return TokenBatch(self.ids_BT.to(device), self.mask_BT.to(device))
+        moved = TokenBatch(self.ids_BT.to(device), self.mask_BT.to(device))
+        moved.__dict__["on_host"] = self.on_host  # the cached property's place
+        return moved
 
 
 def pad(sequences: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "left", pad_id: int = 0) -> TokenBatch:
@@ -114,6 +133,9 @@ class Predicted:
     targets_N: Tensor
     counts_B: Tensor
 
+    def to(self, device: torch.device) -> Predicted:
+        return Predicted(*(t.to(device) for t in (self.rows_N, self.places_N, self.targets_N, self.counts_B)))
+
     def states(self, hidden_BTD: Tensor) -> Tensor:
         return hidden_BTD[self.rows_N, self.places_N]
 
@@ -141,13 +163,19 @@ class Predicted:
         return sums_B / counts_B.clamp(min=1)
 
 
-def predicted(batch: TokenBatch, scored_BT: Tensor | None = None) -> Predicted:
-    """`scored_BT` marks the tokens to score (default: every real one). A row's first has nothing before it: never."""
-    scored_BT = batch.mask_BT if scored_BT is None else scored_BT
+def predicted(batch: TokenBatch, scored_BT: Tensor) -> Predicted:
+    """`scored_BT` marks the tokens to score. A row's first has nothing before it: never."""
     # A token is predicted from the place to its left, which must be real too.
     real_BT = scored_BT[:, 1:] & batch.mask_BT[:, :-1]
     rows_N, places_N = real_BT.nonzero(as_tuple=True)
     return Predicted(rows_N, places_N, batch.ids_BT[rows_N, places_N + 1], real_BT.sum(1))
+
+
+def last_tokens(batch: TokenBatch, counts: Sequence[int]) -> Predicted:
+    """So many of each row's last tokens, of a batch that is padded on the left."""
+    T = batch.ids_BT.shape[1]
+    scored_BT = torch.arange(T)[None] >= T - torch.tensor(counts)[:, None]
+    return predicted(batch.on_host, scored_BT).to(batch.device)
 
 
 def mean_nll(
@@ -155,21 +183,24 @@ def mean_nll(
     batch: TokenBatch,
     head: Head,
     *,
-    scored_BT: Tensor | None = None,
+    tokens: Predicted | None = None,
     shared: Shared | None = None,
     twice_differentiable: bool = False,
 ) -> Tensor:
-    """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
+    """Mean NLL [B] of each row's scored tokens (default: all) given the tokens before them; 0 where there is none.
 
     `shared`: as the pass that gave the states says; what it ran once goes through the head once. Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
     neighbours.
     """
-    tokens = predicted(batch, scored_BT)
+    repeated = None
+    if tokens is None:
+        tokens = batch.predicted
+        repeated = None if shared is None else tokens.repeated(batch, shared)
     nll_N = token_nll(
         tokens.states(hidden_BTD),
         head,
         tokens.targets_N,
-        shared=None if scored_BT is not None or shared is None else tokens.repeated(batch, shared),
+        shared=repeated,
         twice_differentiable=twice_differentiable,
     )
     return tokens.means(nll_N)

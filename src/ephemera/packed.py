@@ -7,17 +7,18 @@ in place of its own attention while `packed` holds; it also folds grouped querie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+Made = TypeVar("Made")
 ATTENTION = "ephemera_packed"
 # Causal decoders that hand keyword arguments down to attention and know no other bias than the causal mask
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt_neox")
@@ -25,6 +26,21 @@ FUSED_FROM = 768  # places; longer prompts go to the fused float32 kernel, which
 BLOCK = {torch.bfloat16: 96}  # places of a block of queries at least; bfloat16's products like to be larger
 OTHER_BLOCK = 64
 KEPT_BYTES = 12 << 20  # attention probabilities of a layer that are kept for the backward pass; more are made anew
+
+
+def worked_out_on_host(compute: Callable[[Any], Made]) -> cached_property[Made]:
+    """A property that an object's twin on the host (`on_host`; itself where it is there) works out, moved to its `device`.
+
+    For what depends on how many tokens there are and where: a device would have to be waited for.
+    """
+
+    def ready(it: Any) -> Made:
+        if it.on_host is it:
+            return compute(it)
+        made: Any = getattr(it.on_host, compute.__name__)
+        return made.to(it.device)
+
+    return cached_property(ready)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +51,15 @@ class Packing:
     device: torch.device
 
     @cached_property
+    def on_host(self) -> Packing:
+        return self if self.device.type == "cpu" else Packing(self.lengths, torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Packing:
+        moved = Packing(self.lengths, device)
+        moved.__dict__["on_host"] = self.on_host  # the cached property's place
+        return moved
+
+    @cached_property
     def T(self) -> int:
         return max(self.lengths)
 
@@ -42,26 +67,25 @@ class Packing:
     def padded(self) -> bool:
         return min(self.lengths) < self.T
 
-    @cached_property
+    @worked_out_on_host
     def token_of_P(self) -> Tensor:
         """For each of P = B * T places the token that stands there; at padding, the row's last one."""
-        lengths_B1 = torch.tensor(self.lengths, device=self.device)[:, None]
-        places_BT = torch.arange(self.T, device=self.device)[None].minimum(lengths_B1 - 1)
+        lengths_B1 = torch.tensor(self.lengths)[:, None]
+        places_BT = torch.arange(self.T)[None].minimum(lengths_B1 - 1)
         return (places_BT + lengths_B1.cumsum(0) - lengths_B1).flatten()
 
-    @cached_property
+    @worked_out_on_host
     def place_of_N(self) -> Tensor:
         """For each token its place in B * T."""
-        lengths_B1 = torch.tensor(self.lengths, device=self.device)[:, None]
-        real_BT = torch.arange(self.T, device=self.device)[None] < lengths_B1
+        real_BT = torch.arange(self.T)[None] < torch.tensor(self.lengths)[:, None]
         return real_BT.flatten().nonzero()[:, 0]
 
-    @cached_property
+    @worked_out_on_host
     def padding_of_P(self) -> Tensor:
         """The places among B * T that hold no token."""
         return (torch.ones_like(self.token_of_P).index_fill_(0, self.place_of_N, 0)).nonzero()[:, 0]
 
-    @cached_property
+    @worked_out_on_host
     def positions_1N(self) -> Tensor:
         return (self.place_of_N % self.T)[None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -117,7 +118,13 @@ class AveragedRate:
         return "no"
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
-        return self.table_KKM[K - 1, k - 1].to(like).expand(like.shape[0], projections)
+        if like.device not in self._tables:  # once: a copy from the host waits for the device
+            self._tables[like.device] = self.table_KKM.to(like)
+        return self._tables[like.device][K - 1, k - 1].to(like.dtype).expand(like.shape[0], projections)
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
 
     def check(self, backbone: Backbone) -> None:
         artifact.check_model(self.trained_for, backbone, "averaged rate")
@@ -222,7 +229,8 @@ class ScaleNet(nn.Module):
         """Multipliers s [B,M] of step k of K (Eq. 13 and 16)."""
         # A diverged row has no h(x): its gradient is zero, but zero times NaN would spoil the whole batch's.
         h_BH = h_BH.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        schedule_B2 = h_BH.new_tensor([k / self.max_steps, K / self.max_steps]).expand(h_BH.shape[0], 2)
+        # Filled where they are: numbers from the host would have it wait for the device
+        schedule_B2 = torch.stack([h_BH.new_full(h_BH.shape[:1], n / self.max_steps) for n in (k, K)], 1)
         x_BI = torch.cat([self._normalized(h_BH), schedule_B2], dim=1)
         a = self.out(F.gelu(self.hidden(x_BI))).clamp(max=self.max_log_scale)
         s = torch.where(a <= 0, a.clamp(max=0).exp(), 1 + a + a.square() / 2)
@@ -267,6 +275,15 @@ def adapted_by(rate: Rate | None) -> dict[str, Any]:
     # Files from before there was a choice
     settings = {"target_modules": made.get("target_modules", "qv"), "layers": made.get("layers", "all")}
     return {**settings, "only": made["projections"]}
+
+
+def place_rate(rate: Rate, backbone: Backbone) -> Rate:
+    """The rate, checked, on the model's device, and the lens of its objective with it."""
+    rate.check(backbone)
+    for module in (rate, rate.objective.lens):
+        if isinstance(module, nn.Module):
+            module.to(backbone.device)
+    return rate
 
 
 def load_rate(spec: str | Path | float) -> Rate:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ephemera.backbone import Backbone, Forward
 from ephemera.hardest import hardest, mean_hardest_nll, share_of
 from ephemera.lens import Lens, load_lens
-from ephemera.objective import TokenBatch, mean_nll, predicted
+from ephemera.objective import Predicted, TokenBatch, mean_nll, predicted
 from ephemera.subset import ALL, by_place, check_template, check_tokens, hardest_percent, own_text
 
 
@@ -49,37 +49,51 @@ class Objective:
                 "pick the layer: lens.only(exit_layer)."
             )
 
-    def scored_BT(self, backbone: Backbone, batch: TokenBatch) -> Tensor | None:
-        """The tokens that may be scored [B,T], the same at each step; None: all. ValueError where the template does not fit."""
+    def predicted(self, backbone: Backbone, batch: TokenBatch) -> Predicted | None:
+        """The tokens that may be scored, the same at each step; None: all. ValueError where the template does not fit."""
         if self.template is None and self.tokens == ALL:
             return None
-        scored_BT = by_place(batch, self.tokens)
-        return scored_BT if self.template is None else scored_BT & own_text(batch, self.template, backbone.tokenizer)
+        scored_BT = by_place(batch.on_host, self.tokens)
+        if self.template is not None:
+            scored_BT = scored_BT & own_text(batch.on_host, self.template, backbone.tokenizer)
+        return predicted(batch.on_host, scored_BT).to(batch.device)
 
     def nll_B(
         self,
         backbone: Backbone,
         out: Forward,
         batch: TokenBatch,
-        scored_BT: Tensor | None,
+        tokens: Predicted | None,
         *,
         twice_differentiable: bool = False,
     ) -> Tensor:
         """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
 
-        `scored_BT` is what `scored_BT()` gave for the batch.
+        `tokens` is what `predicted()` gave for the batch.
         """
         hidden_BTD = out.hidden_BTD if self.exit_layer is None else self.states(backbone, out.hidden_BTD)
         percent = hardest_percent(self.tokens)
         if self.vocabulary is not None:
-            return common_nll(backbone, hidden_BTD, batch, scored_BT, self.vocabulary, percent)
-        kwargs = {"scored_BT": scored_BT, "twice_differentiable": twice_differentiable}
+            return common_nll(backbone, hidden_BTD, tokens or batch.predicted, self.vocabulary, percent)
         if percent is None:
             shared = out.shared
             if shared is not None and self.exit_layer is not None:  # at an exit the loss is another than the one kept
                 shared = replace(shared, kept=None, record=None)
-            return mean_nll(hidden_BTD, batch, backbone.logits, shared=shared, **kwargs)
-        return mean_hardest_nll(hidden_BTD, batch, backbone.logits, percent, **kwargs)
+            return mean_nll(
+                hidden_BTD,
+                batch,
+                backbone.logits,
+                tokens=tokens,
+                shared=shared,
+                twice_differentiable=twice_differentiable,
+            )
+        return mean_hardest_nll(
+            hidden_BTD,
+            tokens or batch.predicted,
+            backbone.logits,
+            percent,
+            twice_differentiable=twice_differentiable,
+        )
 
     def states(self, backbone: Backbone, h: Tensor) -> Tensor:
         """States [...,D] after E layers -> what the head takes: through the lens and the model's final norm."""
@@ -140,8 +154,7 @@ def load_objective(settings: dict[str, Any] | None, folder: Path) -> Objective:
 def common_nll(
     backbone: Backbone,
     hidden_BTD: Tensor,
-    batch: TokenBatch,
-    scored_BT: Tensor | None,
+    tokens: Predicted,
     vocabulary: int,
     percent: int | None = None,
 ) -> Tensor:
@@ -149,7 +162,6 @@ def common_nll(
 
     With `percent`, over so many percent of each row's tokens, the hardest.
     """
-    tokens = predicted(batch, scored_BT)
     h_ND, targets_N = tokens.states(hidden_BTD), tokens.targets_N
     weight_VD, bias_V = backbone.head.get_parameter("weight"), getattr(backbone.head, "bias", None)
     wide = torch.promote_types(h_ND.dtype, torch.float32)

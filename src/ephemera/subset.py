@@ -45,15 +45,12 @@ def check_template(template: str) -> None:
 
 
 def own_text(batch: TokenBatch, template: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Which tokens are a row's own [B,T]: what stands in the template's holes. ValueError where a row does not fit it.
-
-    Ids are read on the host: once for a prompt's adaptation, not once a step.
-    """
-    own_BT = torch.zeros_like(batch.mask_BT, device="cpu")
-    for row, (ids, mask) in enumerate(zip(batch.ids_BT.tolist(), batch.mask_BT.cpu(), strict=True)):
+    """Which tokens are a row's own [B,T]: what stands in the template's holes. ValueError where a row does not fit it."""
+    own_BT = torch.zeros_like(batch.mask_BT)
+    for row, (ids, mask) in enumerate(zip(batch.ids_BT.tolist(), batch.mask_BT, strict=True)):
         own = own_tokens([i for i, real in zip(ids, mask.tolist(), strict=True) if real], template, tokenizer)
         own_BT[row, mask] = torch.tensor(own)
-    return own_BT.to(batch.mask_BT.device)
+    return own_BT
 
 
 def own_tokens(ids: Sequence[int], template: str, tokenizer: PreTrainedTokenizerBase) -> list[bool]:

@@ -29,7 +29,7 @@ from ephemera.generator import load_init, lora_of, place_init
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
-from ephemera.rates import FixedRate, Rate, load_rate
+from ephemera.rates import FixedRate, Rate, load_rate, place_rate
 from ephemera.scoring import Encoded, batches_of, best, encode_examples, parts_of, prompt_batch, search_uniform
 from ephemera.tasks import Dataset, load_dataset
 
@@ -255,14 +255,11 @@ def load_rules(config: Evaluate, backbone: Backbone) -> dict[str, Rate]:
         if method not in wanted:
             continue
         assert spec is not None
-        rule = load_rate(spec)
-        rule.check(backbone)
+        rule = place_rate(load_rate(spec), backbone)
         if rule.max_steps is not None and max(config.steps) > rule.max_steps:
             raise ValueError(
                 f"steps holds {max(config.steps)}, but {method}={spec} was trained for at most {rule.max_steps} (Kmax)."
             )
-        if isinstance(rule, torch.nn.Module):
-            rule.to(backbone.device)
         rules[method] = rule
     return rules
 

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ephemera.backbone import Backbone
 from ephemera.errors import nearest
 from ephemera.generator import LoraGenerator, lora_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.model import FELL_BACK, UNCHANGED, AdaptiveLM
-from ephemera.rates import AveragedRate, FixedRate, Rate, ScaleNet, adapted_by, load_rate
+from ephemera.rates import AveragedRate, FixedRate, Rate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.store import DEFAULT_MODEL
 
 BASE = "none"
@@ -83,10 +81,7 @@ def build(
         kind = kind_of(rule)
         if kind in moves:
             raise ValueError(f"two {kind} rates were given; a server takes one of each kind.")
-        rule.check(backbone)
-        if isinstance(rule, torch.nn.Module):
-            rule.to(backbone.device)
-        moves[kind] = rule
+        moves[kind] = place_rate(rule, backbone)
     zero = started if isinstance(started, ZeroInit) else ZeroInit()
     model = Path(backbone.name).name if Path(backbone.name).expanduser().exists() else backbone.name
     methods = [Method(model, BASE, None, None, 0)]

@@ -20,7 +20,7 @@ from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.lens import Lens, load_lens
 from ephemera.lora import LoraBatch
-from ephemera.objective import mean_nll, pad
+from ephemera.objective import last_tokens, mean_nll, pad
 from ephemera.rates import AveragedRate, ScaleNet
 from ephemera.readout import Objective
 from ephemera.scoring import (
@@ -127,13 +127,11 @@ class ScaleNetTrainee:
 def answer_gradient(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch) -> tuple[Tensor, FlatLora]:
     """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass."""
     joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
-    answer_lengths_B = torch.tensor([len(row.answer) for row in rows], device=backbone.device)
-    T = joined.ids_BT.shape[1]
-    scored_BT = torch.arange(T, device=backbone.device)[None] >= T - answer_lengths_B[:, None]
+    answers = last_tokens(joined, [len(row.answer) for row in rows])
     leaves = FlatLora.of(lora).leaves()
     with torch.enable_grad():
         hidden_BTD = backbone.forward(joined, leaves.lora).hidden_BTD
-        nll_B = mean_nll(hidden_BTD, joined, backbone.logits, scored_BT=scored_BT)
+        nll_B = mean_nll(hidden_BTD, joined, backbone.logits, tokens=answers)
         grads = torch.autograd.grad(nll_B.sum(), leaves.tensors, allow_unused=True, materialize_grads=True)
     return nll_B.detach(), leaves.with_tensors(grads)
 
@@ -275,6 +273,8 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     init = place_init(init, backbone)
     objective = settled_objective(config.objective)
     objective.check(backbone)
+    if objective.lens is not None:
+        objective.lens.to(backbone.device)
     if config.scalenet.sparsity and config.scalenet.granularity == "step":
         raise ValueError(
             "scalenet.sparsity drops projections one by one; a step-wise network has one rate for all of them."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ephemera.backbone import Backbone
 from ephemera.config import TrainTaskLora
-from ephemera.objective import mean_nll, pad
+from ephemera.objective import last_tokens, mean_nll, pad
 from ephemera.scoring import Encoded, batches_of
 from ephemera.training.loop import Schedule, train
 from ephemera.training.mixture import mix, task_rows
@@ -60,10 +60,8 @@ class TaskLoraTrainee:
     def _nll(self, rows: Sequence[Encoded]) -> Tensor:
         # PEFT has put its layers into the backbone's own modules: the backbone's forward runs them.
         batch = pad([r.prompt + r.answer for r in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-        T = batch.ids_BT.shape[1]
-        lengths_B = torch.tensor([len(r.answer) for r in rows], device=self.backbone.device)
-        scored_BT = torch.arange(T, device=self.backbone.device)[None] >= T - lengths_B[:, None]
-        return mean_nll(self.backbone.forward(batch).hidden_BTD, batch, self.backbone.logits, scored_BT=scored_BT)
+        answers = last_tokens(batch, [len(r.answer) for r in rows])
+        return mean_nll(self.backbone.forward(batch).hidden_BTD, batch, self.backbone.logits, tokens=answers)
 
 
 def train_task_lora(config: TrainTaskLora, *, resume: bool = False) -> Path:

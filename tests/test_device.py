@@ -1,0 +1,46 @@
+"""The loop on a device that is not the host: nothing waits for it, nothing is left behind (see pretend.py)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ephemera.objective import pad
+from ephemera.rates import FixedRate
+from tiny import random_ids
+
+PRETEND = Path(__file__).with_name("pretend.py")
+CASES = (
+    *("fixed", "fixed, bfloat16", "scalenet", "averaged", "exit", "unit gradients", "gpt-neox", "qwen3", "gemma3"),
+)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str | None]:
+    done = subprocess.run([sys.executable, str(PRETEND)], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_every_case_is_run(found):
+    assert sorted(found) == sorted(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_loop_never_waits_for_the_device(found, case):
+    assert found[case] is None, found[case]
+
+
+def test_a_batch_that_began_on_a_device_knows_the_same():
+    """`meta` has no numbers: what is known of lengths comes from the twin on the host."""
+    batch = pad(random_ids([4, 7]))
+    moved = batch.to("meta")
+    assert moved.on_host is batch
+    assert moved.padded
+    assert moved.packing.lengths == (4, 7)
+    assert moved.packing.place_of_N.device.type == "meta"
+    assert moved.predicted.rows_N.shape == batch.predicted.rows_N.shape
+    assert FixedRate(0.1).rates_BM(None, 1, 1, like=torch.empty(2, 1, device="meta"), projections=3).is_meta
