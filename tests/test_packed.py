@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ephemera import backbone as backbone_module
 from ephemera import llama as llama_module
 from ephemera import packed
 from ephemera.backbone import load_backbone
@@ -88,11 +89,18 @@ def test_packing_there_and_back():
     assert packing.positions_1N[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_and_padded_passes_agree(monkeypatch, architecture, side):
-    """`twice_differentiable` takes transformers' own attention over padded rows: hidden states, losses, gradients."""
+def test_packed_and_padded_passes_agree(monkeypatch, architecture, side, fused):
+    """`twice_differentiable` takes transformers' own attention over padded rows: hidden states, losses, gradients.
+
+    `fused`: as on an accelerator, and for long prompts in float32.
+    """
     monkeypatch.setattr(packed, "OTHER_BLOCK", 2)  # several blocks of these short prompts
+    if fused:
+        for module in (packed, backbone_module):
+            monkeypatch.setattr(module, "writes_out", lambda *_args: False)
     backbone = tiny_backbone(architecture)
     if getattr(backbone.decoder.config, "sliding_window", None):
         backbone.decoder.config.sliding_window = max(LENGTHS)  # longer prompts are not packed

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -219,11 +219,43 @@ def attention(
     if writes_out(packing, q_1HNC.dtype):
         block = block_of(q_1HNC.dtype)
         return _CausalAttention.apply(q_1HNC, k_1GNC, v_1GNC, packing, scaling, block), None  # pyright: ignore[reportReturnType]
-    q_BHTC, k_BGTC, v_BGTC = (packing.rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q_1HNC, k_1GNC, v_1GNC))
+    to_rows, to_tokens = packing.rows, packing.tokens
+    if packing.padded:
+        to_rows, to_tokens = (partial(moved.apply, packing) for moved in (_ToRows, _ToTokens))
+    q_BHTC, k_BGTC, v_BGTC = (to_rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q_1HNC, k_1GNC, v_1GNC))
     y_BHTC = F.scaled_dot_product_attention(
         q_BHTC, k_BGTC, v_BGTC, is_causal=True, scale=scaling, enable_gqa=q_BHTC.shape[1] != k_BGTC.shape[1]
     )
-    return packing.tokens(y_BHTC.transpose(1, 2))[None], None
+    return to_tokens(y_BHTC.transpose(1, 2))[None], None
+
+
+class _ToRows(torch.autograd.Function):
+    """`Packing.rows`. Padded places have no gradient of their own, so that by tokens is a gather too: autograd's would add
+    them up, in an order that a GPU chooses."""
+
+    @staticmethod
+    def forward(ctx, packing: Packing, x_NHC: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.packing = packing
+        return packing.rows(x_NHC)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx_BTHC: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.packing.tokens(dx_BTHC)
+
+
+class _ToTokens(torch.autograd.Function):
+    """`Packing.tokens`, whose gradient is zero at padded places."""
+
+    @staticmethod
+    def forward(ctx, packing: Packing, x_BTHC: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.packing = packing
+        return packing.tokens(x_BTHC)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dx_NHC: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, ctx.packing.rows_or_zero(dx_NHC)
 
 
 def writes_out(packing: Packing, dtype: torch.dtype) -> bool:
