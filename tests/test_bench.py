@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from ephemera.backbone import load_backbone
 from ephemera.bench import timing
+from ephemera.bench.contenders import PeftLoop, adapt_batched, initial_lora, max_relative_difference
 from ephemera.bench.quick import verdict
 from ephemera.bench.timing import machine, machine_lines, ratios, spread, turns
 from ephemera.cli import app
+from tiny import random_ids
 
 
 def test_contenders_take_turns():
@@ -37,6 +41,16 @@ def test_a_budget_ends_the_rounds_but_not_before_two(monkeypatch: pytest.MonkeyP
         return 10.0
 
     assert len(turns({"a": ten_seconds}, 5, budget_s=budget_s)["a"]) == rounds
+
+
+def test_the_exact_peft_loop_is_exact(llama_folder: Path):
+    """In float64 from end to end: a loss that went through float32 would leave 1e-7."""
+    backbone = load_backbone(str(llama_folder), dtype=torch.float64)
+    prompts = random_ids([12, 9])
+    start = initial_lora(backbone, prompts)
+    assert start.A[0].dtype == torch.float64
+    peft = PeftLoop(backbone).adapt_all(prompts, start, 2)
+    assert max_relative_difference(adapt_batched(backbone, prompts, 2), peft) < 1e-11
 
 
 def test_spreads_and_machine_facts():

@@ -8,16 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ephemera.precision import wide_of
+
 # transformers' classes with one and the same forward: weight * (x / rms(x)) in float32, cast before the weight
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Forward as in transformers, operation by operation; autograd would keep and revisit each of them."""
+    """Forward as in transformers, operation by operation; autograd would keep and revisit each of them.
+
+    In float64 throughout for a float64 model, where theirs goes through float32.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        wide = x.float()
+        wide = x.to(wide_of(x.dtype))
         r = _rms(wide, eps)
         ctx.save_for_backward(x, weight, r)
         ctx.eps = eps
@@ -26,12 +31,12 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, r = ctx.saved_tensors
-        wide = x.float()
+        wide = x.to(wide_of(x.dtype))
         if torch.is_grad_enabled():  # create_graph: what was kept would count as a constant
             r = _rms(wide, ctx.eps)
         normed = wide * r
         dweight = (dy * normed.to(x.dtype)).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        dnormed = (dy * weight).float()
+        dnormed = (dy * weight).to(wide.dtype)
         inner = torch.linalg.vecdot(dnormed, normed)[..., None] / x.shape[-1]
         return torch.addcmul(dnormed, normed, inner, value=-1).mul(r).to(x.dtype), dweight, None
 

@@ -16,6 +16,7 @@ from ephemera.bench.prompts import examples
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
+from ephemera.norms import write_out_norms
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.rates import FixedRate
 from ephemera.scoring import Encoded
@@ -60,6 +61,8 @@ class PeftLoop:
 
     def __init__(self, backbone: Backbone):
         model = AutoModelForCausalLM.from_pretrained(backbone.path, dtype=backbone.dtype)
+        if backbone.dtype == torch.float64:
+            write_out_norms(model)  # transformers' own go through float32
         config = peft.LoraConfig(
             r=INIT.r,
             lora_alpha=int(INIT.lora_alpha),
