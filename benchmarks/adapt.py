@@ -1,11 +1,12 @@
 """Adaptation's speed: ephemera, a PEFT + SGD loop, other peers, and the floor that the arithmetic sets.
 
     python -m benchmarks.adapt [--json] [--peers peft,vmap,einsum] [--lengths short,long] [--dtypes float32,bfloat16]
+    python -m benchmarks.adapt --device cuda --lengths short --batch 64
 
 All take turns on the same prompts in one run, so that a machine that slows down slows them alike.
 `vs_peft` is ephemera's prompts/s over PEFT's (higher is better), `vs_floor` ephemera's seconds over the
 floor's (lower is better, 1 is the best there can be). Exits with 1 if in float32 ephemera's adapters are not those of
-a PEFT loop in float64, which takes a few of the prompts. On the CPU. `--memory` measures peak memory too, in fresh processes.
+a PEFT loop in float64, which takes a few of the prompts (on the CPU). `--memory` measures peak memory too, in fresh processes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import transformers
 from benchmarks.memory import measure
 from benchmarks.peers import PEERS, EinsumLoop, VmapLoop
 from benchmarks.report import table
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone, find_device, load_backbone
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.prompts import LENGTHS
@@ -53,6 +54,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="the last line on stdout is one JSON object")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="a name or a folder (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="prompts (default: 8 short ones, 4 long ones)")
+    parser.add_argument("--device", default="cpu", help="e.g. cuda (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="gradient steps K (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="rounds at most (default: %(default)s)")
     parser.add_argument(
@@ -74,8 +76,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
     args.lengths = _among("length", args.lengths, LENGTHS)
-    args.left_out = [dtype for dtype in DTYPES if args.dtypes is None and dtype not in native_dtypes()]
-    args.dtypes = native_dtypes() if args.dtypes is None else _among("dtype", args.dtypes, DTYPES)
+    if args.memory and args.device != "cpu":
+        raise ValueError(f"--memory measures on the CPU alone; leave it out with --device {args.device}.")
+    native = native_dtypes(find_device(args.device))
+    args.left_out = [dtype for dtype in DTYPES if args.dtypes is None and dtype not in native]
+    args.dtypes = native if args.dtypes is None else _among("dtype", args.dtypes, DTYPES)
     args.peers = _among("peer", f"peft,{args.peers}", PEERS)
     return args
 
@@ -95,7 +100,7 @@ class Comparison:
         self.backbone, self.length, self.batch, self.steps = backbone, length, batch, steps
         self.prompts = [row.prompt for row in encoded(backbone, length, batch)]
         self.initial = initial_lora(backbone, self.prompts)
-        self.floor = Floor(count(backbone, self.prompts), steps, backbone.dtype)
+        self.floor = Floor(count(backbone, self.prompts), steps, backbone.dtype, backbone.device)
         self.peers = peers
         self.results: dict[str, Any] = {}
 
@@ -173,7 +178,7 @@ class Exactness:
         return cls(comparison.prompts[:count], initial, found)
 
     def compare(self, exact: PeftLoop, steps: int) -> dict[str, Any]:
-        wide = self.initial.with_tensors([t.double() for t in self.initial.tensors])
+        wide = self.initial.with_tensors([t.double() for t in self.initial.tensors]).to("cpu")
         want = exact.adapt_all(self.prompts, wide, steps)
         return {"prompts": len(self.prompts)} | {
             who: max_relative_difference(lora.with_tensors([t.double() for t in lora.tensors]), want)
@@ -203,7 +208,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         _say(f"without {', '.join(args.left_out)}, for which this CPU has no instructions (null in the JSON).")
     for dtype in args.dtypes:
         _say(f"loading {args.model} in {dtype}, twice ...")
-        backbone = load_backbone(args.model, dtype=dtype, device="cpu")
+        backbone = load_backbone(args.model, dtype=dtype, device=args.device)
         if any(p.rows is not None for p in backbone.projections) or backbone.path.suffix == ".gguf":
             raise ValueError(
                 f"{args.model} is a GGUF file or fuses query and value; the PEFT loop needs a folder of safetensors "
@@ -238,7 +243,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     for length in args.lengths:  # the same keys on every machine
         for dtype in args.left_out:
             results[length] |= dict.fromkeys((f"vs_peft_{dtype}", f"vs_floor_{dtype}"))
-    settings = {key: getattr(args, key) for key in ("model", "steps", "repeats", "threads")}
+    settings = {key: getattr(args, key) for key in ("model", "device", "steps", "repeats", "threads")}
     return {**results, "details": {"machine": facts, "settings": settings, "cells": cells}}
 
 

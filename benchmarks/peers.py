@@ -23,7 +23,7 @@ PEERS = ("peft", "vmap", "einsum")
 
 def _padded(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids [B,T], and the labels of the tokens before them: -100 where there is none."""
-    batch = pad(prompts, side="right", pad_id=backbone.pad_id)
+    batch = pad(prompts, side="right", pad_id=backbone.pad_id).to(backbone.device)
     return batch.ids_BT, batch.ids_BT.masked_fill(~batch.mask_BT, -100)[:, 1:]
 
 

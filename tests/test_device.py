@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ephemera.adapt import adapt
+from ephemera.backbone import load_backbone
+from ephemera.inits import ZeroInit
 from ephemera.objective import pad
 from ephemera.rates import FixedRate
+from ephemera.readout import Objective
 from tiny import random_ids
 
 PRETEND = Path(__file__).with_name("pretend.py")
@@ -44,3 +48,33 @@ def test_a_batch_that_began_on_a_device_knows_the_same():
     assert moved.packing.place_of_N.device.type == "meta"
     assert moved.predicted.rows_N.shape == batch.predicted.rows_N.shape
     assert FixedRate(0.1).rates_BM(None, 1, 1, like=torch.empty(2, 1, device="meta"), projections=3).is_meta
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: adapters made on one are not compared")
+@pytest.mark.parametrize("spec", ["0.3", "exit"])
+def test_a_gpu_makes_the_same_adapters(llama_folder, spec):
+    prompts, found = random_ids([12, 9, 30]), {}
+    for device in ("cpu", "cuda"):
+        backbone = load_backbone(str(llama_folder), dtype="float32", device=device)
+        rate = FixedRate(0.3) if spec == "0.3" else FixedRate(0.3, Objective(2, vocabulary=64))
+        batch = pad(prompts, side="left").to(backbone.device)
+        trace = adapt(backbone, batch, ZeroInit()(backbone, batch, [0] * 3), rate, 3)
+        found[device] = trace.lora.to("cpu").tensors
+        torch.cuda.synchronize()
+    for have, want in zip(found["cuda"], found["cpu"], strict=True):
+        assert (have - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device here: whether a step waits for it is not seen"
+)
+def test_cuda_itself_sees_no_wait(llama_folder):
+    backbone = load_backbone(str(llama_folder), dtype="float32", device="cuda")
+    batch = pad(random_ids([12, 9]), side="left").to("cuda")
+    lora = ZeroInit()(backbone, batch, [0, 0])
+    adapt(backbone, batch, lora, FixedRate(0.3), 1)  # moves what is moved once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adapt(backbone, batch, lora, FixedRate(0.3), 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

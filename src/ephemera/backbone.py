@@ -305,7 +305,7 @@ def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
     return norms[:1] + norms[-1:]
 
 
-def _device(given: torch.device | str | None) -> torch.device:
+def find_device(given: torch.device | str | None) -> torch.device:
     """The device asked for, else CUDA where there is one; ValueError where torch has no such device here."""
     try:
         device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -334,7 +334,7 @@ def load_backbone(
     is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
     transformers (`quantization_config`, `attn_implementation`, ...).
     """
-    device = _device(device)
+    device = find_device(device)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype

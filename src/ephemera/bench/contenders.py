@@ -69,7 +69,8 @@ class PeftLoop:
             target_modules=sorted({p.module.rpartition(".")[2] for p in backbone.projections}),
             task_type="CAUSAL_LM",
         )
-        self.model = peft.get_peft_model(model.eval(), config).eval()
+        self.device = backbone.device
+        self.model = peft.get_peft_model(model.eval(), config).eval().to(self.device)  # pyright: ignore[reportArgumentType]
         self.parameters = [
             self.model.get_parameter(f"base_model.model.{p.module}.lora_{matrix}.default.weight")
             for matrix in "AB"
@@ -82,7 +83,7 @@ class PeftLoop:
             for parameter, value in zip(self.parameters, initial, strict=True):
                 parameter.copy_(value)
         optimizer = torch.optim.SGD(self.parameters, lr=RATE)
-        input_ids = torch.tensor([ids])
+        input_ids = torch.tensor([ids], device=self.device)
         for _ in range(steps):
             optimizer.zero_grad()
             self._loss(input_ids).backward()

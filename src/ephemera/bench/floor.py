@@ -7,7 +7,6 @@ element by element. Each distinct product is timed alone, its weight warm in the
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from torch import nn
 
 from ephemera.backbone import Backbone
 from ephemera.bench.contenders import initial_lora
+from ephemera.bench.timing import timed
 from ephemera.lora import attach
 from ephemera.objective import pad
 
 Shape = tuple[int, int, int]  # tokens, in features, out features
 CALLS = 5  # timed calls of each product in a round
+DEVICE_CALLS = 50
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,14 @@ def count(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> Work:
 class Floor:
     """Times the products of some work in rounds, so that they can take turns with what they are compared to."""
 
-    def __init__(self, work: Work, steps: int, dtype: torch.dtype):
+    def __init__(self, work: Work, steps: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         self.work, self.steps = work, steps
         self._products: list[tuple[int, Callable[[], torch.Tensor]]] = []
         for way, counts in (("forward", work.forward), ("backward", work.backward)):
             for (tokens, inputs, outputs), times in sorted(counts.items()):
-                weight_OI = torch.randn(outputs, inputs).to(dtype)
-                if way == "forward":
-                    product = partial(F.linear, torch.randn(tokens, inputs).to(dtype), weight_OI)
-                else:
-                    product = partial(torch.mm, torch.randn(tokens, outputs).to(dtype), weight_OI)
+                width = inputs if way == "forward" else outputs
+                weight_OI, x = (torch.randn(shape).to(device, dtype) for shape in ((outputs, inputs), (tokens, width)))
+                product = partial(F.linear if way == "forward" else torch.mm, x, weight_OI)
                 self._products.append((times, product))
 
     @torch.no_grad()
@@ -106,9 +105,6 @@ class Floor:
 
 def _seconds(call: Callable[[], torch.Tensor]) -> float:
     call()
-    took = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - start)
-    return median(took)
+    if torch.accelerator.is_available():  # one wait for many: a wait takes longer than a product there
+        return timed(lambda: [call() for _ in range(DEVICE_CALLS)]) / DEVICE_CALLS
+    return median(timed(call) for _ in range(CALLS))

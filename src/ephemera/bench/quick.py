@@ -9,7 +9,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone, find_device, load_backbone
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed, turns
@@ -25,16 +25,17 @@ BUSY = 0.5  # load average above which times are noise
 LOADING_S = 10.0  # of a dtype's models, warm-up included: not there for rounds
 
 
-def bench(model: str, *, steps: int, minutes: float) -> dict[str, Any]:
-    """Each dtype that the CPU multiplies, a batch of short prompts: reading, adapting, decoding, a PEFT loop, the floor."""
-    facts = machine()
-    results: dict[str, Any] = {"machine": facts, "model": model, "steps": steps, "batch": BATCH, "dtypes": {}}
+def bench(model: str, *, steps: int, minutes: float, device: str | None = None) -> dict[str, Any]:
+    """Each dtype that the device multiplies, a batch of short prompts: reading, adapting, decoding, a PEFT loop, the floor."""
+    facts, on = machine(), find_device(device)
+    results: dict[str, Any] = {"machine": facts, "model": model, "device": str(on), "steps": steps}
+    results |= {"batch": BATCH, "dtypes": {}}
     start = time.perf_counter()
-    dtypes = native_dtypes()
+    dtypes = native_dtypes(on)
     results["left_out"] = [dtype for dtype in DTYPES if dtype not in dtypes]
     for place, dtype in enumerate(dtypes):
         print(f"{dtype} ...", file=sys.stderr)
-        backbone = load_backbone(model, dtype=dtype, device="cpu")
+        backbone = load_backbone(model, dtype=dtype, device=on)
         left_s = 60 * minutes - (time.perf_counter() - start)
         share_s = left_s / (len(dtypes) - place) - LOADING_S
         results["dtypes"][dtype] = _measure(backbone, steps, share_s)
@@ -43,7 +44,7 @@ def bench(model: str, *, steps: int, minutes: float) -> dict[str, Any]:
 
 def _measure(backbone: Backbone, steps: int, budget_s: float) -> dict[str, Any]:
     prompts = [row.prompt for row in encoded(backbone, "short", BATCH)]
-    batch = pad(prompts, pad_id=backbone.pad_id)
+    batch = pad(prompts, pad_id=backbone.pad_id).to(backbone.device)
     lora = adapt_batched(backbone, prompts[:1], 1)  # warms up too
     lora = adapt_batched(backbone, prompts, 1)
     contenders: dict[str, Callable[[], float]] = {
@@ -58,7 +59,7 @@ def _measure(backbone: Backbone, steps: int, budget_s: float) -> dict[str, Any]:
             loop, initial = PeftLoop(backbone), initial_lora(backbone, prompts)
         loop.adapt_all(prompts[:1], initial.rows([0]), 1)
         contenders["peft"] = lambda: timed(lambda: loop.adapt_all(prompts, initial, steps))
-        contenders["floor"] = Floor(count(backbone, prompts), steps, backbone.dtype).seconds
+        contenders["floor"] = Floor(count(backbone, prompts), steps, backbone.dtype, backbone.device).seconds
     _decode(backbone, batch, lora)
     seconds = turns(contenders, ROUNDS, budget_s=budget_s)
     tokens = {name: [BATCH * TOKENS / s for s in seconds[name]] for name in ("decode", "adapted_decode")}

@@ -17,11 +17,13 @@ from ephemera.evaluation.grid import commit, versions
 from ephemera.precision import multiplies_bfloat16
 
 DTYPES = ("float32", "bfloat16")
+CPU = torch.device("cpu")
 
 
-def native_dtypes() -> list[str]:
-    """Those that a CPU is measured in: without instructions for bfloat16 that one would take hours."""
-    return [dtype for dtype in DTYPES if dtype == "float32" or multiplies_bfloat16()]
+def native_dtypes(device: torch.device = CPU) -> list[str]:
+    """Those that a device is measured in: on a CPU without instructions for bfloat16 that one would take hours."""
+    native = device.type != "cpu" or multiplies_bfloat16()
+    return [dtype for dtype in DTYPES if dtype == "float32" or native]
 
 
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
@@ -29,9 +31,17 @@ def spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any]) -> float:
+    """Seconds until the call's work is done, an accelerator's too."""
+    _wait()
     start = time.perf_counter()
     call()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def turns(
@@ -67,6 +77,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "load_average": os.getloadavg()[0],
         "versions": {**versions(), "peft": peft.__version__},
@@ -78,7 +89,8 @@ def machine_lines(facts: dict[str, Any]) -> list[str]:
     """The same for the head of a table."""
     return [
         f"Machine: {facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['instructions']}, "
-        f"load average {facts['load_average']:.2f} before the run.",
+        + (f"{facts['accelerator']}, " if facts.get("accelerator") else "")
+        + f"load average {facts['load_average']:.2f} before the run.",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()) + f"; commit {facts['commit']}.",
     ]
 

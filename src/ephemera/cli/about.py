@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ephemera.cli.options import Model, app, quiet
+from ephemera.cli.options import Device, Model, app, quiet
 from ephemera.store import DEFAULT_MODEL
 
 
@@ -58,16 +58,17 @@ def bench(
     model: Model = DEFAULT_MODEL,
     steps: Annotated[int, typer.Option("--steps", "-k", min=1, help="Gradient steps on each prompt.")] = 1,
     minutes: Annotated[float, typer.Option(min=0, help="About how long; two rounds are always made.")] = 2.0,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
 ) -> None:
-    """Measure what adapting costs on this machine's CPU, and say it in words."""
+    """Measure what adapting costs on this machine, and say it in words."""
     from rich.console import Console
     from rich.table import Table
 
     from ephemera.bench.quick import bench, table, verdict
 
     quiet()
-    results = bench(model, steps=steps, minutes=minutes)
+    results = bench(model, steps=steps, minutes=minutes, device=device)
     results["verdict"] = verdict(results)
     if as_json:
         print(json.dumps(results))
