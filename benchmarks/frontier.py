@@ -6,7 +6,7 @@
 
 `quality` fills in what results.json lacks (validation rows of NQ-Open: the best uniform rate of each point on `--search`
 rows, then the answers' NLL on `--rows` others). `time` measures all points in turns on one batch, each between two plain
-prefills: its price is the median of its ratios to them. `report` writes table.md and frontier.png. On the CPU; quality in bfloat16.
+prefills: its price is the median of its ratios to them. `report` writes table.md and frontier.png. On the CPU.
 """
 
 from __future__ import annotations
@@ -162,19 +162,24 @@ def quality(
     return {"rates": rates, "search": table, "nlls": [round(x, 4) for x in nlls]}
 
 
+def asked_for(args: argparse.Namespace) -> list[Point]:
+    return [p for p in points() if not args.only or any(text in p.key for text in args.only.split(";"))]
+
+
 def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    whole = load_backbone(args.model, dtype="bfloat16", device="cpu")
+    dtype = args.dtype or native_dtypes()[-1]
+    whole = load_backbone(args.model, dtype=dtype, device="cpu")
     lens = load_lens(args.lens) if args.lens else None
     data = load_dataset("nq-open", split="validation", source=args.source, limit=args.search + args.rows, seed=1)
     rows, _ = encode_examples(whole, data.examples, chat=False, max_tokens=1024)
     search, rows = rows[: args.search], rows[args.search :]
-    settings = {"search": len(search), "rows": len(rows), "model": whole.name, "dtype": "bfloat16"}
+    settings = {"search": len(search), "rows": len(rows), "model": whole.name, "dtype": dtype}
     if results.setdefault("settings", settings) != settings:
         raise ValueError(
             f"{args.output} holds points of other settings ({results['settings']}); give another --output."
         )
     results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)[0]]})
-    for point in points():
+    for point in asked_for(args):
         if point.key in results["points"] and "nlls" in results["points"][point.key]:
             continue
         if point.network is not None and not known(point.network):
@@ -215,9 +220,7 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
     rows, _ = encode_examples(whole, made, chat=False, max_tokens=1024)
     batch = prompt_batch(whole, rows)
     runs: dict[str, Callable[[], Tensor]] = {"plain": lambda: first_token(whole, batch, None, 0)}
-    for point in points():
-        if args.only and not any(text in point.key for text in args.only.split(",")):
-            continue
+    for point in asked_for(args):
         if point.network is not None and not known(point.network):
             continue
         runs[point.key] = _timed(point, whole, batch)
@@ -276,10 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="of a timing (default: %(default)s)"
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of a timing (default: bfloat16 where the CPU multiplies it, else float32)"
-    )
-    parser.add_argument("--only", help="time points whose names hold one of these texts, joined by commas")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: bfloat16 where the CPU multiplies it, else float32)")
+    parser.add_argument("--only", help="points whose names hold one of these texts, joined by semicolons")
     args = parser.parse_args(argv)
     path = args.output / RESULTS
     results = json.loads(path.read_text()) if path.exists() else {"points": {}}

@@ -47,6 +47,7 @@ def points() -> list[Point]:
     found = [
         Point(),
         Point(network="scalenet-nq-open"),
+        Point(network="scalenet-fast"),
         Point(network="scalenet-nq-open-fast"),
         # As many steps as its own rates ask for
         Point(network="scalenet-nq-open", K=5),

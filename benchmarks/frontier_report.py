@@ -18,7 +18,8 @@ EARLY_OTHER = "early exit: other tokens, words, layers, kinds, K"
 NETWORK = "trained networks"
 NETWORK_LABELS = {
     "scalenet-nq-open": "full",
-    "scalenet-nq-open-fast": "fast (exit 8)",
+    "scalenet-fast": "fast (exit 8)",
+    "scalenet-nq-open-fast": "exit 8, one task",
     "runs/scalenet-nq-open-fast-4/network": "exit 4",
     "runs/scalenet-nq-open-top/network": "lens at the top",
 }

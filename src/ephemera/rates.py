@@ -21,7 +21,7 @@ MAX_STEPS = 5  # LDTTA 4.1
 UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
 NAME = "rate"  # of its files
 # Short names: the paper's gradient, and the cheaper one (docs/performance.md)
-PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-nq-open-fast"}
+PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-fast"}
 
 
 Normalize = Literal["none", "prompt", "projection"]
