@@ -197,7 +197,7 @@ def peak_memory(settings: dict[str, Any]) -> dict[str, Any]:
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """The whole result: one object per length, and everything else under `details`."""
     torch.set_num_threads(args.threads)
-    facts = machine()
+    facts = machine(find_device(args.device))
     if facts["load_average"] > 0.5:
         _say(f"warning: other programs are running (load average {facts['load_average']:.1f}); times will be noise.")
     results: dict[str, Any] = {length: {} for length in args.lengths}

@@ -163,7 +163,10 @@ def quality(
 
 
 def asked_for(args: argparse.Namespace) -> list[Point]:
-    return [p for p in points() if not args.only or any(text in p.key for text in args.only.split(";"))]
+    found = [p for p in points() if not args.only or any(text in p.key for text in args.only.split(";"))]
+    if not found:
+        raise ValueError(f"--only {args.only!r} is in no point's name; names are like {Point().key!r}.")
+    return found
 
 
 def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
@@ -284,10 +287,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     path = args.output / RESULTS
     results = json.loads(path.read_text()) if path.exists() else {"points": {}}
-    if args.what == "quality":
-        fill_quality(args, results)
-    elif args.what == "time":
-        fill_times(args, results)
+    try:
+        if args.what == "quality":
+            fill_quality(args, results)
+        elif args.what == "time":
+            fill_times(args, results)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     write_report(args.output, results)
 
 

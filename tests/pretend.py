@@ -1,7 +1,7 @@
 """Runs adaptation on a device that only pretends to compute: torch then knows shapes and devices, but no number.
 
-So whatever asks for a number (and would wait for an accelerator), mixes devices, or fetches something from the host while
-the loop runs, fails. In a process of its own, since a backend cannot be taken back: `python tests/pretend.py` prints a JSON
+So whatever asks for a number (and would wait for an accelerator), mixes devices, or moves something from or to the host
+while the loop runs, fails (moves within a backward pass in part: torch runs it on a thread of its own). In a process of its own, since a backend cannot be taken back: `python tests/pretend.py` prints a JSON
 object with, for each case, what went wrong (null: nothing).
 """
 
@@ -24,7 +24,6 @@ from ephemera.backbone import describe
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens
 from ephemera.norms import write_out_norms
-from ephemera.objective import TokenBatch
 from ephemera.rates import AveragedRate, FixedRate, Rate
 from ephemera.readout import Objective
 from tiny import left, random_ids, random_scalenet, tiny_backbone
@@ -43,6 +42,9 @@ class OnDevice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        to_host = func is torch.Tensor.to and any(str(a) == "cpu" for a in (*args[1:], *kwargs.values()))
+        if self.closed and (to_host or func is torch.Tensor.cpu) and args[0].device.type == DEVICE:
+            raise AssertionError("a tensor is fetched from the device while the loop runs")
         if func is torch.Tensor.to:
             given = (*args[1:], *kwargs.values())
             like = [a for a in given if isinstance(a, torch.Tensor)]
@@ -66,15 +68,6 @@ def move(module: nn.Module) -> None:
             part.register_parameter(name, nn.Parameter(p.to(DEVICE), requires_grad=False))
         for name, b in part.named_buffers(recurse=False):
             part.register_buffer(name, b.to(DEVICE))
-
-
-def touch(batch: TokenBatch) -> None:
-    """What the loop needs to know of a batch: worked out on the host, and moved, before the loop."""
-    packing = batch.packing
-    assert batch.padded
-    for made in (batch.predicted, batch.places_N, packing.place_of_N, packing.token_of_P, packing.padding_of_P):
-        assert made is not None
-    assert packing.positions_1N is not None
 
 
 def averaged(backbone: Any) -> Rate:
@@ -104,7 +97,7 @@ def run(case: Case) -> None:
     backbone = tiny_backbone(architecture, dtype=dtype)
     batch, rate = left(random_ids([9, 6])), make(backbone)
     lora = ZeroInit()(backbone, batch, [0, 0])
-    touch(batch)
+    batch.ready()  # on the host, where there are numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         with OnDevice(closed=False):
             for module in (backbone.model, rate, rate.objective.lens):
@@ -115,8 +108,8 @@ def run(case: Case) -> None:
             rows = [None if p.rows is None else p.rows.to(DEVICE) for p in backbone.projections]
             backbone.projections = tuple(replace(p, rows=r) for p, r in zip(backbone.projections, rows, strict=True))
             moved, lora = batch.to(DEVICE), replace(lora.to(DEVICE), projections=backbone.projections)
-            touch(moved)
-            adapt(backbone, moved, lora, rate, 1)  # the averaged rate moves its table once
+            adapt(backbone, batch.to(DEVICE), lora, rate, 1)  # another batch: an averaged rate moves its table once
+            moved.ready()  # as the loop does before its first step
         with OnDevice(closed=True):
             trace = adapt(backbone, moved, lora, rate, SCHEDULE)
         assert trace.lora.A[0].device.type == DEVICE

@@ -99,5 +99,5 @@ def test_a_whole_run(inputs, llama_folder):
     assert "| layers first-1, qv, exit 1, words 50, K=1 |" in table
     main(quality)  # nothing is left to do
     assert json.loads((folder / "results.json").read_text()) == results
-    with pytest.raises(ValueError, match="holds points of other settings"):
+    with pytest.raises(SystemExit, match="holds points of other settings"):
         main([*quality[:-1], "5"])

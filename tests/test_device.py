@@ -72,7 +72,8 @@ def test_cuda_itself_sees_no_wait(llama_folder):
     backbone = load_backbone(str(llama_folder), dtype="float32", device="cuda")
     batch = pad(random_ids([12, 9]), side="left").to("cuda")
     lora = ZeroInit()(backbone, batch, [0, 0])
-    adapt(backbone, batch, lora, FixedRate(0.3), 1)  # moves what is moved once
+    adapt(backbone, pad(random_ids([12, 9]), side="left").to("cuda"), lora, FixedRate(0.3), 1)  # CUDA's own first time
+    batch.ready()  # as the loop does before its first step
     torch.cuda.set_sync_debug_mode("error")
     try:
         adapt(backbone, batch, lora, FixedRate(0.3), 2)

@@ -54,10 +54,11 @@ def adapt(
     The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the
     loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph;
     `second_order` builds the graph through every step instead (Eq. 18; its memory grows with every step, and attention
-    takes no fused kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate takes neither that
-    step nor a later one; when all rows have stopped the loop ends, before that step's loss and backward pass. Only with
-    it does the loop wait for the device. `after_step` is called with k when step k is done; no adapter is attached
-    then, so it may run the model, and what it raises ends the loop.
+    takes no fused kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate
+    takes neither that step nor a later one; when all rows have stopped the loop ends, before that step's loss and
+    backward pass. With it, and with an objective over the hardest tokens, steps wait for the device; else none does.
+    `after_step` is called with k when step k is done; no adapter is attached then, so it may run the model, and what it
+    raises ends the loop.
     """
     if stop_below is not None and not 0 <= stop_below < float("inf"):
         raise ValueError(f"stop_below={stop_below}: give a share of the base rate, 0 or more (e.g. 0.01), or none.")
@@ -70,6 +71,8 @@ def adapt(
     lower = backbone.lower(batch) if steps else None
     moving_B = torch.ones(B, dtype=torch.bool, device=like.device)
     steps_B = moving_B.long() * (steps if stop_below is None else 0)
+    if steps and backbone.device.type != "cpu":
+        batch.ready()
     tokens = rate.objective.predicted(backbone, batch) if rate is not None and steps else None
     for k in range(1, steps + 1):
         assert rate is not None

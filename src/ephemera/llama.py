@@ -21,6 +21,7 @@ from transformers.activations import SiLUActivation
 from ephemera.beginnings import Shared
 from ephemera.lora import LoraBatch
 from ephemera.packed import Packing, attend, attend_backward, block_of
+from ephemera.precision import wide_of
 
 # transformers' classes with one and the same forward: norm, attention, sum, norm, gated MLP, sum
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -348,7 +349,7 @@ def _rotate_(x_NWC: Tensor, cos_N1C: Tensor, sin_N1C: Tensor) -> None:
 
 def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """RMS norm over the last dimension, as transformers rounds it; and 1 / rms, in float32 (float64 of a float64 model)."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(wide_of(x.dtype))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.variance_epsilon)
     return norm.weight * (wide * r).to(x.dtype), r
 

@@ -65,7 +65,7 @@ class LoraBatch:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every A, then every B: the order in which gradients are kept."""
+        """Every A, then every B."""
         return self.A + self.B
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> LoraBatch:

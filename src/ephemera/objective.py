@@ -24,14 +24,19 @@ class TokenBatch:
 
     ids_BT: Tensor
     mask_BT: Tensor
+    host: TokenBatch | None = None  # the same there, where it came from
 
     @property
     def device(self) -> torch.device:
         return self.ids_BT.device
 
-    @cached_property
+    @property
     def on_host(self) -> TokenBatch:
-        return self if self.device.type == "cpu" else TokenBatch(self.ids_BT.cpu(), self.mask_BT.cpu())
+        return self if self.device.type == "cpu" else self.host or self._fetched
+
+    @cached_property
+    def _fetched(self) -> TokenBatch:
+        return TokenBatch(self.ids_BT.cpu(), self.mask_BT.cpu())
 
     @cached_property
     def padded(self) -> bool:
@@ -86,9 +91,14 @@ class TokenBatch:
         return x_ND.unflatten(0, self.mask_BT.shape)
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        moved = TokenBatch(self.ids_BT.to(device), self.mask_BT.to(device))
-        moved.__dict__["on_host"] = self.on_host  # the cached property's place
-        return moved
+        on_host = torch.device(device).type == "cpu"
+        return TokenBatch(self.ids_BT.to(device), self.mask_BT.to(device), None if on_host else self.on_host)
+
+    def ready(self) -> None:
+        """Move what steps need to know of the tokens' places, before the first: from then on nothing waits."""
+        packing, _ = self.packing, self.padded
+        places = [packing.place_of_N, packing.token_of_P, packing.padding_of_P, packing.positions_1N]
+        assert all(x.device == self.device for x in (self.predicted.rows_N, self.places_N, *places))
 
 
 def pad(sequences: Sequence[Sequence[int]], *, side: Literal["left", "right"] = "left", pad_id: int = 0) -> TokenBatch:

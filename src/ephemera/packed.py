@@ -40,6 +40,7 @@ def worked_out_on_host(compute: Callable[[Any], Made]) -> cached_property[Made]:
         made: Any = getattr(it.on_host, compute.__name__)
         return made.to(it.device)
 
+    ready.__doc__ = compute.__doc__
     return cached_property(ready)
 
 
@@ -50,14 +51,16 @@ class Packing:
     lengths: tuple[int, ...]
     device: torch.device
 
-    @cached_property
+    host: Packing | None = None  # the same there, where it came from
+
+    @property
     def on_host(self) -> Packing:
-        return self if self.device.type == "cpu" else Packing(self.lengths, torch.device("cpu"))
+        if self.device.type == "cpu":
+            return self
+        return Packing(self.lengths, torch.device("cpu")) if self.host is None else self.host
 
     def to(self, device: torch.device) -> Packing:
-        moved = Packing(self.lengths, device)
-        moved.__dict__["on_host"] = self.on_host  # the cached property's place
-        return moved
+        return Packing(self.lengths, device, self.on_host if device.type != "cpu" else None)
 
     @cached_property
     def T(self) -> int:

@@ -119,7 +119,7 @@ class AveragedRate:
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         if like.device not in self._tables:  # once: a copy from the host waits for the device
-            self._tables[like.device] = self.table_KKM.to(like)
+            self._tables[like.device] = self.table_KKM.to(like.device)
         return self._tables[like.device][K - 1, k - 1].to(like.dtype).expand(like.shape[0], projections)
 
     @cached_property

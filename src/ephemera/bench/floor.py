@@ -87,7 +87,7 @@ class Floor:
     """Times the products of some work in rounds, so that they can take turns with what they are compared to."""
 
     def __init__(self, work: Work, steps: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        self.work, self.steps = work, steps
+        self.work, self.steps, self.device = work, steps, torch.device(device)
         self._products: list[tuple[int, Callable[[], torch.Tensor]]] = []
         for way, counts in (("forward", work.forward), ("backward", work.backward)):
             for (tokens, inputs, outputs), times in sorted(counts.items()):
@@ -99,12 +99,11 @@ class Floor:
     @torch.no_grad()
     def seconds(self) -> float:
         """K steps' worth of products in this round; attention at the mean speed of the linear layers."""
-        linear = sum(times * _seconds(product) for times, product in self._products)
+        linear = sum(times * self._seconds(product) for times, product in self._products)
         return self.steps * linear * self.work.flops / self.work.linear_flops
 
-
-def _seconds(call: Callable[[], torch.Tensor]) -> float:
-    call()
-    if torch.accelerator.is_available():  # one wait for many: a wait takes longer than a product there
-        return timed(lambda: [call() for _ in range(DEVICE_CALLS)]) / DEVICE_CALLS
-    return median(timed(call) for _ in range(CALLS))
+    def _seconds(self, call: Callable[[], torch.Tensor]) -> float:
+        call()
+        if self.device.type != "cpu":  # one wait for many: a wait takes longer than a product there
+            return timed(lambda: [call() for _ in range(DEVICE_CALLS)]) / DEVICE_CALLS
+        return median(timed(call) for _ in range(CALLS))

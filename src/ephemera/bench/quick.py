@@ -27,7 +27,8 @@ LOADING_S = 10.0  # of a dtype's models, warm-up included: not there for rounds
 
 def bench(model: str, *, steps: int, minutes: float, device: str | None = None) -> dict[str, Any]:
     """Each dtype that the device multiplies, a batch of short prompts: reading, adapting, decoding, a PEFT loop, the floor."""
-    facts, on = machine(), find_device(device)
+    on = find_device(device)
+    facts = machine(on)
     results: dict[str, Any] = {"machine": facts, "model": model, "device": str(on), "steps": steps}
     results |= {"batch": BATCH, "dtypes": {}}
     start = time.perf_counter()

@@ -70,14 +70,14 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on. `load_average` is that of the last minute, before the benchmark began."""
+def machine(device: torch.device = CPU) -> dict[str, Any]:
+    """What the numbers of that device depend on. `load_average` is that of the last minute, before the benchmark began."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": platform.platform(),
         "load_average": os.getloadavg()[0],
         "versions": {**versions(), "peft": peft.__version__},

@@ -24,7 +24,7 @@ from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_jso
 from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.prefill import Prefill, prefill
-from ephemera.rates import Rate, load_rate
+from ephemera.rates import Rate, load_rate, place_rate
 from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import Dataset, Example, Task, load_dataset
 from ephemera.tasks.choice import parse
@@ -190,15 +190,9 @@ def _fill(
     zero = settings.lora.model_dump(exclude={"target_modules", "layers"})
     init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
     init = place_init(init, backbone)
-    rule = load_rate(variant.rate) if variant.rate is not None and variant.steps else None
-    if rule is not None:
-        rule.check(backbone)
-        if rule.max_steps is not None and variant.steps > rule.max_steps:
-            raise ValueError(
-                f"variant {variant.name!r}: {variant.steps} steps, but its rate has at most {rule.max_steps}."
-            )
-    if isinstance(rule, torch.nn.Module):
-        rule.to(backbone.device)
+    rule = place_rate(load_rate(variant.rate), backbone) if variant.rate is not None and variant.steps else None
+    if rule is not None and rule.max_steps is not None and variant.steps > rule.max_steps:
+        raise ValueError(f"variant {variant.name!r}: {variant.steps} steps, but its rate has at most {rule.max_steps}.")
     for repeat in range(config.repeats):
         batches = batches_of(backbone, rows.rows, config.batch_size)
         label = f"{rows.task.name}, {variant.name}"
