@@ -200,6 +200,7 @@ def test_export_opens_in_peft(llama_folder, tmp_path, monkeypatch, capsys):
 
 def test_models_and_doctor_say_what_is_there(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "models")
+    assert "preset fast)" in out
     assert code == 0
     assert "smollm2-135m-instruct" in out
     assert "scalenet-squad" in out

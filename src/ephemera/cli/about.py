@@ -21,12 +21,15 @@ from ephemera.store import DEFAULT_MODEL
 def models() -> None:
     """List the networks that come with the package, and how to name models."""
     from ephemera.artifact import NETWORKS, shipped
+    from ephemera.rates import PRESETS
 
+    presets = {name: preset for preset, name in PRESETS.items()}
     print(f"model  {DEFAULT_MODEL}  (default; fetched from the package index on first use)")
     print("model  any hub id, local folder or .gguf file")
     for name in shipped("rate"):
         config = json.loads((NETWORKS / name / "rate.json").read_text())
-        print(f"rate   {name}  ({config['granularity']}-wise, for {config['trained_for']['name']})")
+        short = f", preset {presets[name]}" if name in presets else ""
+        print(f"rate   {name}  ({config['granularity']}-wise, for {config['trained_for']['name']}{short})")
     print("rate   a number, or a folder that `ephemera train scalenet` wrote")
     for name in shipped("generator"):
         config = json.loads((NETWORKS / name / "generator.json").read_text())

@@ -44,7 +44,7 @@ RateOption = Annotated[
     typer.Option(
         "--rate",
         "-r",
-        help=f"Shipped name, folder, or a number (see `ephemera models`). Default: {DEFAULT_RATE}, from the zero start alone.",
+        help=f"Preset (full, fast), shipped name, folder, or a number (see `ephemera models`). Default: {DEFAULT_RATE}, from the zero start alone.",
         show_default=False,
     ),
 ]
