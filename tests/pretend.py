@@ -107,11 +107,18 @@ def run(case: Case) -> None:
             backbone.vocabulary_VD = backbone.embedding.get_parameter("weight")
             rows = [None if p.rows is None else p.rows.to(DEVICE) for p in backbone.projections]
             backbone.projections = tuple(replace(p, rows=r) for p, r in zip(backbone.projections, rows, strict=True))
-            moved, lora = batch.to(DEVICE), replace(lora.to(DEVICE), projections=backbone.projections)
-            adapt(backbone, batch.to(DEVICE), lora, rate, 1)  # another batch: an averaged rate moves its table once
-            moved.ready()  # as the loop does before its first step
-        with OnDevice(closed=True):
+            lora = replace(lora.to(DEVICE), projections=backbone.projections)
+            adapt(backbone, batch.to(DEVICE), lora, rate, 1)  # an averaged rate moves its table once
+        with OnDevice(closed=False) as mode:
+            moved, forward = batch.to(DEVICE), backbone.forward
+
+            def first(*args: Any, **kwargs: Any) -> Any:
+                mode.closed = True  # the loop has begun
+                return forward(*args, **kwargs)
+
+            backbone.forward = first
             trace = adapt(backbone, moved, lora, rate, SCHEDULE)
+            assert mode.closed
         assert trace.lora.A[0].device.type == DEVICE
 
 

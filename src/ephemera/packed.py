@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 Made = TypeVar("Made")
+Gather = Callable[[Tensor], Tensor]
 ATTENTION = "ephemera_packed"
 # Causal decoders that hand keyword arguments down to attention and know no other bias than the causal mask
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt_neox")
@@ -223,8 +224,9 @@ def attention(
         block = block_of(q_1HNC.dtype)
         return _CausalAttention.apply(q_1HNC, k_1GNC, v_1GNC, packing, scaling, block), None  # pyright: ignore[reportReturnType]
     to_rows, to_tokens = packing.rows, packing.tokens
-    if packing.padded:
-        to_rows, to_tokens = (partial(moved.apply, packing) for moved in (_ToRows, _ToTokens))
+    if packing.padded:  # padded places have no gradient of their own
+        to_rows = partial(_Gathered.apply, packing.rows, packing.tokens)
+        to_tokens = partial(_Gathered.apply, packing.tokens, packing.rows_or_zero)
     q_BHTC, k_BGTC, v_BGTC = (to_rows(x[0].transpose(0, 1)).transpose(1, 2) for x in (q_1HNC, k_1GNC, v_1GNC))
     y_BHTC = F.scaled_dot_product_attention(
         q_BHTC, k_BGTC, v_BGTC, is_causal=True, scale=scaling, enable_gqa=q_BHTC.shape[1] != k_BGTC.shape[1]
@@ -232,33 +234,19 @@ def attention(
     return to_tokens(y_BHTC.transpose(1, 2))[None], None
 
 
-class _ToRows(torch.autograd.Function):
-    """`Packing.rows`. Padded places have no gradient of their own, so that by tokens is a gather too: autograd's would add
-    them up, in an order that a GPU chooses."""
+class _Gathered(torch.autograd.Function):
+    """`there(x)`, whose gradient is `back` of its own. A gather both ways: autograd's way back from one adds up, in an order
+    that a GPU chooses."""
 
     @staticmethod
-    def forward(ctx, packing: Packing, x_NHC: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.packing = packing
-        return packing.rows(x_NHC)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dx_BTHC: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, ctx.packing.tokens(dx_BTHC)
-
-
-class _ToTokens(torch.autograd.Function):
-    """`Packing.tokens`, whose gradient is zero at padded places."""
-
-    @staticmethod
-    def forward(ctx, packing: Packing, x_BTHC: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.packing = packing
-        return packing.tokens(x_BTHC)
+    def forward(ctx, there: Gather, back: Gather, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dx_NHC: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, ctx.packing.rows_or_zero(dx_NHC)
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None, ctx.back(dy)
 
 
 def writes_out(packing: Packing, dtype: torch.dtype) -> bool:
