@@ -136,14 +136,14 @@ class _Talk:
 
     def answer(self, messages: list[dict[str, str]], method: Any, steps: int) -> tuple[str, dict[str, Any]]:
         """Stream an answer to stdout; its text, and how the adaptation went."""
+        from ephemera.encoding import encode_chat
         from ephemera.serving.sampling import Sampling
         from ephemera.serving.work import Adapting, Event, Failed, Finished, Job, Report, Text
 
         backbone = self.engine.backbone
         if not backbone.tokenizer.chat_template:
             raise ValueError(f"{backbone.name} has no chat template; use `ephemera answer`.")
-        text = backbone.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = backbone.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = encode_chat(backbone.tokenizer, messages)
         room = backbone.max_length - len(ids)
         if room < 1:
             raise ValueError(

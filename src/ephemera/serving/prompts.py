@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ephemera.backbone import Backbone
-from ephemera.encoding import encode_prompt
+from ephemera.encoding import encode_chat, encode_prompt
 from ephemera.serving.errors import ApiError
 from ephemera.serving.methods import Method, find
 from ephemera.serving.sampling import Sampling
@@ -51,7 +51,11 @@ class Reader:
     def plain(self, prompt: str) -> list[int]:
         if not prompt.strip():
             raise ApiError(400, "prompt: it is empty; give some text to adapt to and answer.", param="prompt")
-        return self._fits(encode_prompt(self.backbone.tokenizer, prompt), "prompt")
+        try:
+            ids = encode_prompt(self.backbone.tokenizer, prompt)
+        except ValueError as error:
+            raise ApiError(422, f"prompt: {error}", param="prompt") from None
+        return self._fits(ids, "prompt")
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self.backbone.tokenizer
@@ -60,14 +64,12 @@ class Reader:
         if not any(m.plain()["content"].strip() for m in messages):
             raise ApiError(400, "messages: all are empty; give some text to answer.", param="messages")
         try:
-            text = tokenizer.apply_chat_template(
-                [m.plain() for m in messages], tokenize=False, add_generation_prompt=True
-            )
+            ids = encode_chat(tokenizer, [m.plain() for m in messages])
         except TemplateError as error:
             message = f"the chat template of {self.backbone.name} refuses these messages: {error}"
             raise ApiError(422, message, param="messages") from None
-        assert isinstance(text, str)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportAssignmentType]
+        except ValueError as error:
+            raise ApiError(422, f"messages: {error}", param="messages") from None
         return self._fits(ids, "messages")
 
     def jobs(self, body: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Job]:
