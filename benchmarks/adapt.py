@@ -27,12 +27,13 @@ import transformers
 from benchmarks.memory import measure
 from benchmarks.peers import PEERS, EinsumLoop, VmapLoop
 from benchmarks.report import table
-from ephemera.backbone import Backbone, find_device, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed, turns
 from ephemera.errors import unknown
+from ephemera.load import find_device, load_backbone
 from ephemera.lora import LoraBatch
 from ephemera.store import DEFAULT_MODEL
 

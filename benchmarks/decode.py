@@ -22,10 +22,11 @@ import torch
 import transformers
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.contenders import INIT, encoded
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
+from ephemera.load import load_backbone
 from ephemera.lora import LoraBatch, attach
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import prefill

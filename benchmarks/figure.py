@@ -23,9 +23,10 @@ import torch
 import transformers
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.contenders import INIT, RATE, encoded
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, timed, turns
+from ephemera.load import load_backbone
 from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import prefill

@@ -29,11 +29,13 @@ from benchmarks.frontier_points import TEMPLATE, Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.adapt import adapt
 from ephemera.artifact import shipped
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
+from ephemera.load import load_backbone
+from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
 from ephemera.prefill import prefill
 from ephemera.rates import FixedRate, Normalize, Rate, adapted_by, load_rate
@@ -55,6 +57,8 @@ class Schedule:
     rates: tuple[float, ...]
     objective: Objective = PROMPT
     normalize: Normalize = "none"
+    reach: Reach = "all"
+    made_for: None = None
 
     @property
     def max_steps(self) -> int:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 import transformers
 
-from ephemera.backbone import load_backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import machine, native_dtypes, spread
 from ephemera.encoding import encode_prompt
 from ephemera.generator import LoraGenerator
+from ephemera.load import load_backbone
 from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad
 from ephemera.store import DEFAULT_MODEL

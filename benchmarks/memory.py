@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.contenders import INIT, RATE, PeftLoop, adapt_batched, encoded, initial_lora
+from ephemera.load import load_backbone
 from ephemera.rates import FixedRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
-from ephemera.training.scalenet import scalenet_backward
+from ephemera.training.meta_gradient import scalenet_backward
 
 ROOT = Path(__file__).parent.parent
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -26,19 +26,21 @@ import transformers
 from accelerate import Accelerator
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.contenders import INIT, RATE, encoded
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
 from ephemera.config import JointSettings, OptimizerSettings
 from ephemera.generator import LoraGenerator
+from ephemera.load import load_backbone
 from ephemera.objective import batch_tokens, length_batches
 from ephemera.rates import FixedRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.store import DEFAULT_MODEL
 from ephemera.training.generator import GeneratorTrainee
 from ephemera.training.loop import Schedule, Trainee, batches, train
-from ephemera.training.scalenet import ScaleNetTrainee, answer_gradient
+from ephemera.training.meta_gradient import answer_gradient
+from ephemera.training.scalenet import ScaleNetTrainee
 
 NETWORKS = ("scalenet", "generator", "joint")
 NEVER = Schedule(checkpoint_every=1 << 30, validate_every=1 << 30)

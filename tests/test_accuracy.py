@@ -10,7 +10,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ephemera.backbone import load_backbone
 from ephemera.config import Benchmark, TrainTaskLora, check_config, load_config
 from ephemera.evaluation.accuracy import benchmark
 from ephemera.evaluation.accuracy_tables import (
@@ -26,6 +25,7 @@ from ephemera.evaluation.accuracy_tables import (
 )
 from ephemera.evaluation.records import RECORDS, AnswerRecord, RecordFile, read_records
 from ephemera.inits import PeftInit
+from ephemera.load import load_backbone
 from ephemera.model import AdaptiveLM
 from ephemera.tasks import load_dataset
 from ephemera.training.task_lora import train_task_lora

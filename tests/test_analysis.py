@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from ephemera import cli
-from ephemera.backbone import Backbone, describe, load_backbone
+from ephemera.backbone import Backbone, describe
 from ephemera.config import Analyse, load_config
 from ephemera.evaluation import analysis
 from ephemera.evaluation.analysis import CONTROLS, analyse, compare, control_nll, control_states
 from ephemera.evaluation.records import ControlRecord, RecordFile
 from ephemera.generator import LoraGenerator
+from ephemera.load import load_backbone
 from ephemera.scoring import Encoded
 from tiny import random_ids, save_tiny
 

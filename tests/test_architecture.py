@@ -12,6 +12,7 @@ SRC = Path(ephemera.__file__).parent
 LAYERS = (
     *(
         "errors",
+        "made_for",
         "store",
         "precision",
         "packed",
@@ -29,6 +30,7 @@ LAYERS = (
         "projections",
         "encoding",
         "backbone",
+        "load",
         "artifact",
         "lens",
         "readout",
@@ -38,7 +40,9 @@ LAYERS = (
         "adapt",
         "decode",
         "prefill",
+        "prepared",
         "export",
+        "adaptation",
     ),
     *("tasks", "scoring", "settings", "config", "model"),
     *("training", "evaluation", "serving"),

@@ -8,8 +8,9 @@ from tokenizers import processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from ephemera import backbone as backbone_module
-from ephemera.backbone import describe, load_backbone
+from ephemera.backbone import describe
 from ephemera.encoding import encode_answer, encode_prompt
+from ephemera.load import load_backbone
 from ephemera.objective import TokenBatch, mean_nll, pad
 from ephemera.projections import find_projections
 from tiny import (

@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ephemera.backbone import load_backbone
 from ephemera.bench import timing
 from ephemera.bench.contenders import PeftLoop, adapt_batched, initial_lora, max_relative_difference
 from ephemera.bench.quick import verdict
 from ephemera.bench.timing import machine, machine_lines, ratios, spread, turns
 from ephemera.cli import app
+from ephemera.load import load_backbone
 from tiny import random_ids
 
 

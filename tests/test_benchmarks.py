@@ -11,11 +11,11 @@ import pytest
 import torch
 from benchmarks.memory import run
 
-from ephemera.backbone import load_backbone
 from ephemera.bench import timing
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.prompts import examples
+from ephemera.load import load_backbone
 from ephemera.precision import multiplies_bfloat16
 from tiny import tiny_backbone
 

@@ -9,8 +9,8 @@ from benchmarks import frontier, frontier_report
 from benchmarks.frontier import answer_nlls, climb, main, vertex
 from benchmarks.frontier_points import Point, points
 
-from ephemera.backbone import load_backbone
 from ephemera.lens import Lens
+from ephemera.load import load_backbone
 from ephemera.rates import FixedRate
 from ephemera.scoring import Encoded
 from tiny import merged_model, random_ids, slow_nll

@@ -9,7 +9,8 @@ import benchmarks.fit
 import benchmarks.training
 import pytest
 
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
+from ephemera.load import load_backbone
 
 
 def test_training_and_its_passes_run_on_the_same_rows(

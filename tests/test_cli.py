@@ -14,7 +14,6 @@ import torch
 import typer
 
 from ephemera import cli
-from ephemera.backbone import load_backbone
 from ephemera.config import (
     Analyse,
     Benchmark,
@@ -26,6 +25,7 @@ from ephemera.config import (
     load_config,
 )
 from ephemera.generator import LoraGenerator
+from ephemera.load import load_backbone
 
 ROOT = Path(__file__).parent.parent
 OURS = re.compile(r"(?:^|\| |-m )ephemera ")  # not another program's argument

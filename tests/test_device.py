@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ephemera.adapt import adapt
-from ephemera.backbone import load_backbone
 from ephemera.inits import ZeroInit
+from ephemera.load import load_backbone
 from ephemera.objective import pad
 from ephemera.rates import FixedRate
 from ephemera.readout import Objective

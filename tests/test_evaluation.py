@@ -13,13 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ephemera import scoring
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.config import Evaluate
 from ephemera.evaluation import grid
 from ephemera.evaluation.grid import Adapted, evaluate, score
 from ephemera.evaluation.records import RECORDS, RUN, Record, RecordFile, read_records
 from ephemera.evaluation.report import write_report
 from ephemera.inits import ZeroInit
+from ephemera.load import load_backbone
 from ephemera.rates import ScaleNet
 from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import load_dataset

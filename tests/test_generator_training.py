@@ -24,8 +24,8 @@ from ephemera.rates import ScaleNet, load_rate
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.training.generator import GeneratorTrainee, train_generator
 from ephemera.training.loop import Schedule, train
+from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.mixture import mix
-from ephemera.training.scalenet import scalenet_backward
 from tiny import (
     SENTENCES,
     close,

@@ -9,11 +9,11 @@ import torch
 
 from ephemera import head
 from ephemera.adapt import adapt
-from ephemera.backbone import load_backbone
 from ephemera.beginnings import Beginnings, in_first_row
 from ephemera.beginnings import common as common_beginning
 from ephemera.inits import ZeroInit
 from ephemera.llama import LAYERS, can_write_out
+from ephemera.load import load_backbone
 from ephemera.objective import mean_nll, pad
 from ephemera.packed import Packing
 from ephemera.rates import FixedRate

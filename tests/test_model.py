@@ -358,8 +358,9 @@ def test_steps_and_rates(lm):
         lm.generate(PROMPTS[0], steps=1, adaptation=lm.adapt(PROMPTS[0], steps=1))
 
 
-def test_three_steps_by_default_where_there_is_a_rate(lm):
-    assert lm.generate(PROMPTS, max_new_tokens=6) == lm.generate(PROMPTS, steps=3, max_new_tokens=6)
+def test_one_step_by_default_where_there_is_a_rate(lm):
+    assert lm.adapt(PROMPTS).prompt_nll_BK.shape == (len(PROMPTS), 1)
+    assert lm.generate(PROMPTS, max_new_tokens=6) == lm.generate(PROMPTS, steps=1, max_new_tokens=6)
 
 
 def test_another_prompts_adaptation(lm):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from ephemera import backbone as backbone_module
 from ephemera import llama as llama_module
 from ephemera import packed
-from ephemera.backbone import load_backbone
 from ephemera.inits import ZeroInit
+from ephemera.load import load_backbone
 from ephemera.objective import mean_nll, pad
 from ephemera.packed import Packing, attention, can_pack
 from tiny import ARCHITECTURES, random_lora, tiny_backbone

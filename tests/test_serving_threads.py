@@ -5,8 +5,8 @@ import threading
 import pytest
 from typer.testing import CliRunner
 
-from ephemera.backbone import load_backbone
 from ephemera.cli import app
+from ephemera.load import load_backbone
 from ephemera.model import AdaptiveLM
 from ephemera.serving import methods
 from ephemera.serving.engine import Engine

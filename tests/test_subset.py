@@ -118,6 +118,8 @@ class Falling:
 
     max_steps = None
     uses_representation = "no"
+    reach = "all"
+    made_for = None
     normalize = "none"
     objective = Objective()
     base_rate = 0.3

@@ -1,6 +1,5 @@
 """ScaleNet trained for some layers and an early exit: its lens's gradient, sparsity, and the folder it leaves."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,11 @@ from ephemera.adapt import adapt
 from ephemera.backbone import describe
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens
-from ephemera.rates import AveragedRate, FixedRate, ScaleNet, load_rate
+from ephemera.rates import FixedRate, ScaleNet, load_rate
 from ephemera.readout import Objective
 from ephemera.training import scalenet
-from ephemera.training.scalenet import lasting, scalenet_backward, train_scalenet
+from ephemera.training.meta_gradient import scalenet_backward
+from ephemera.training.scalenet import train_scalenet
 from test_readout import EXIT, random_lens, slow_loss
 from test_training import answer_loss, encoded, material, settings  # noqa: F401
 from tiny import close, count_layers, left, merged_weights, random_scalenet, tiny_backbone
@@ -55,36 +55,6 @@ def test_the_lens_gradient_is_autograd_through_the_step(clip):
             wanted = [w + factor * g / 2 for w, g in zip(wanted, by_lens, strict=True)]
     assert max(w.abs().max() for w in wanted) > 1e-5
     close([p.grad for p in lens.parameters()], wanted, 1e-6)
-
-
-def test_sparsity_is_the_gradient_of_its_penalty(llama):
-    network, rows = random_scalenet(llama), encoded([6, 9, 5], [3, 1, 2])
-    scalenet_backward(llama, ZeroInit(r=2), network, rows, 2, seed=5)
-    without = [p.grad.clone() for p in network.parameters()]
-    network.zero_grad()
-    scalenet_backward(llama, ZeroInit(r=2), network, rows, 2, seed=5, sparsity=0.3)
-    have = [p.grad - w for p, w in zip(network.parameters(), without, strict=True)]
-    batch = left([row.prompt for row in rows])
-    trace = adapt(llama, batch, ZeroInit(r=2)(llama, batch, [5] * 3), network, 2, keep_grads=True)
-    s_BKM = trace.rates_BKM / torch.tensor(network.base_rates[:2])[:, None]
-    penalty = 0.3 * (1 + s_BKM / scalenet.VANISHED).log().flatten(1).sum(1).mean()
-    close(have, torch.autograd.grad(penalty, list(network.parameters())), 1e-6)
-
-
-def test_what_lasts_and_what_is_pruned(llama):
-    network = network_for(llama)
-    table = torch.full((1, 1, 4), 0.5)
-    table[0, 0, 1] = 0.5 * 0.049
-    keep = lasting(AveragedRate(table, describe(llama)), network)
-    assert keep.tolist() == [True, False, True, True]
-    small = network.pruned(keep)
-    h = torch.randn(2, 2 * llama.hidden_size, dtype=torch.float64)
-    small.double()
-    close(small.scales(h, 1, 1), network.scales(h, 1, 1)[:, keep], 1e-5)
-    names = [p.name for p, kept in zip(llama.projections, keep.tolist(), strict=True) if kept]
-    small.check(llama.with_adapters_on("qv", "all", names))
-    with pytest.raises(ValueError, match=r"\(3 projections, .*\(4 projections, first"):
-        small.check(llama)
 
 
 def test_normalized_gradients_have_length_one(llama):
@@ -154,28 +124,6 @@ def test_the_lens_learns_too_where_that_is_asked(material, lens_folder, tmp_path
         train_scalenet(config)
 
 
-@pytest.mark.parametrize("kept", [[True, False, True, True], [False, False, False, True], [False] * 4])
-def test_vanished_projections_leave_the_loop(material, tmp_path, monkeypatch, kept):  # noqa: F811
-    """Which ones vanish is a matter of training (test_sparsity_..., test_what_lasts_...); here: what follows."""
-    config = settings(material, tmp_path / "run")
-    config.scalenet.sparsity = 0.01
-    monkeypatch.setattr(scalenet, "lasting", lambda average, network: torch.tensor(kept))
-    if not any(kept):
-        with pytest.raises(ValueError, match=r"every rate vanished: lower scalenet.sparsity"):
-            train_scalenet(config)
-        return
-    folder = train_scalenet(config)
-    report = json.loads((tmp_path / "run" / "dropped.json").read_text())
-    assert len(report["kept"]) == sum(kept)
-    assert not set(report["kept"]) & set(report["dropped"])
-    assert report["validation_before"].keys() == report["validation_after"].keys()
-    lm = AdaptiveLM.from_pretrained(str(material / "model"), rate=folder, device="cpu", lora={"r": 2})
-    assert [p.name for p in lm.backbone.projections] == report["kept"]
-    rates = lm.adapt(["The river runs past the old mill."], steps=1).rates_BKM
-    assert rates.shape == (1, 1, sum(kept))
-    assert load_rate(folder / "averaged").table_KKM.shape == (3, 3, sum(kept))
-
-
 def test_settings_that_do_not_go_together(material, lens_folder, tmp_path):  # noqa: F811
     config = early(material, tmp_path / "run", lens_folder)
     config.model.lora.layers = "all"
@@ -184,8 +132,4 @@ def test_settings_that_do_not_go_together(material, lens_folder, tmp_path):  # n
     config = settings(material, tmp_path / "run")
     config.objective.lens = str(lens_folder)
     with pytest.raises(ValueError, match=r"objective.lens is for an early exit"):
-        train_scalenet(config)
-    config = settings(material, tmp_path / "run")
-    config.scalenet.sparsity, config.scalenet.granularity = 0.1, "step"
-    with pytest.raises(ValueError, match=r"sparsity drops projections one by one"):
         train_scalenet(config)

@@ -223,6 +223,8 @@ class SomeRowsWild:
 
     max_steps = None
     uses_representation = "no"
+    reach = "all"
+    made_for = None
     objective = PROMPT
     normalize = "none"
     base_rate = 0.1

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
-from ephemera.backbone import Backbone
+from ephemera.backbone import Backbone, Forward
 from ephemera.depth import Lower
 from ephemera.flat import FlatLora
 from ephemera.lora import LoraBatch
@@ -24,7 +25,8 @@ class Trace:
     `steps_B`: steps that each row took, K where none stopped early; beyond them its rates are 0 and its losses NaN.
     `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
     `grads` holds each step's gradients, where they were kept. `lower`: the layers below the lowest adapted one, run once
-    for all steps; `prefill` takes them too.
+    for all steps; `prefill` takes them too. `reading`: the base model's own pass over the prompts, as far as the first
+    step went, if it was kept.
     """
 
     lora: LoraBatch
@@ -35,6 +37,7 @@ class Trace:
     fallback_B: Tensor
     grads: list[FlatLora] = field(default_factory=list)
     lower: Lower | None = None
+    reading: Lower | None = None
 
 
 def adapt(
@@ -47,6 +50,7 @@ def adapt(
     keep_grads: bool = False,
     second_order: bool = False,
     stop_below: float | None = None,
+    keep_reading: bool = False,
     after_step: Callable[[int], None] | None = None,
 ) -> Trace:
     """K times: forward, prompt NLL, rates from h(x), backward, update (LDTTA Fig. 1, Eq. 13-15).
@@ -56,7 +60,8 @@ def adapt(
     `second_order` builds the graph through every step instead (Eq. 18; its memory grows with every step, and attention
     takes no fused kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate
     takes neither that step nor a later one; when all rows have stopped the loop ends, before that step's loss and
-    backward pass. With it, and with an objective over the hardest tokens, steps wait for the device; else none does.
+    backward pass. `keep_reading`: the first step's forward leaves its keys and values (reach `answer`); only for a start
+    with B = 0, where that forward is the base model's. With `stop_below`, and with an objective over the hardest tokens, steps wait for the device; else none does.
     `after_step` is called with k when step k is done; no adapter is attached then, so it may run the model, and what it
     raises ends the loop.
     """
@@ -68,7 +73,7 @@ def adapt(
     nlls, rates, grads_of_steps = [], [], []
     first_h_BH: Tensor | None = None
     wants_h = rate is not None and rate.uses_representation != "no"
-    lower = backbone.lower(batch) if steps else None
+    lower, reading = backbone.lower(batch) if steps else None, None
     moving_B = torch.ones(B, dtype=torch.bool, device=like.device)
     steps_B = moving_B.long() * (steps if stop_below is None else 0)
     if steps and backbone.device.type != "cpu":
@@ -84,8 +89,10 @@ def adapt(
                 embedded=wants_h,
                 lower=lower,
                 stop=rate.objective.exit_layer,
+                keep=keep_reading and k == 1,
                 twice_differentiable=second_order,
             )
+        reading = reading or _reading(backbone, batch, out, rate)
         h_BH = out.representation_BH(batch) if wants_h else None
         if rate.uses_representation == "first":
             first_h_BH = h_BH if first_h_BH is None else first_h_BH
@@ -130,7 +137,14 @@ def adapt(
         fallback_B=~finite_B,
         grads=grads_of_steps,
         lower=lower,
+        reading=reading,
     )
+
+
+def _reading(backbone: Backbone, batch: TokenBatch, out: Forward, rate: Rate) -> Lower | None:
+    if not isinstance(out.cache, DynamicCache):
+        return None
+    return Lower(batch.ids_BT, rate.objective.exit_layer or backbone.layers, out.hidden_BTD.detach(), out.cache)
 
 
 def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""The frozen language model: loading, its projections in any architecture, its hidden states."""
+"""The frozen language model: its projections in any architecture, its forward pass, its hidden states."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,27 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ephemera.beginnings import Beginnings, Shared
 from ephemera.checkpoint import checkpointed
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
-from ephemera.errors import nearest, unknown
 from ephemera.head import HEAD_GRADIENT, Head
 from ephemera.llama import Pass, can_write_out, written_out
 from ephemera.lora import LoraBatch, attach
 from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
-from ephemera.packed import Packing, can_pack, packed, writes_out
-from ephemera.precision import DTYPES, multiplies_bfloat16
+from ephemera.packed import KeysValues, Packing, can_pack, packed, writes_out
 from ephemera.projections import count_layers, find_projections
-from ephemera.store import DEFAULT_MODEL, fetch_default_model
-
-SLOW_BFLOAT16 = "this CPU has no instructions for bfloat16 products: they will take tens of times as long as float32's."
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +147,7 @@ class Backbone:
         embedded: bool = False,
         lower: Lower | None = None,
         stop: int | None = None,
+        keep: bool = False,
         twice_differentiable: bool = False,
     ) -> Forward:
         """One pass through the decoder, without the vocabulary head.
@@ -162,6 +156,7 @@ class Backbone:
 
         With a `cache` of earlier tokens, `past_mask_BT` says which of those are real. With `lower` the layers that it
         holds are not run again, and an empty `cache` gets its keys and values. The pass ends after `stop` layers.
+        `keep`: the pass leaves a cache of its tokens, detached; `Forward.cache` is None where it cannot.
         """
         assert lower is None or lower.ids_BT.shape == batch.ids_BT.shape, "kept from other prompts"
         kept: list[Tensor] = []
@@ -177,8 +172,11 @@ class Backbone:
         if cache is not None:
             inputs["past_key_values"] = cache
         elif self.packs and not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
-            return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop)
+            return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop, keep=keep)
         again = self.checkpoint and cache is None and torch.is_grad_enabled() and not twice_differentiable
+        if keep and cache is None and not again:  # a layer that runs twice would write twice
+            cache = self.new_cache()
+            inputs |= {"past_key_values": cache, "use_cache": True}
         twice = twice_differentiable and torch.is_grad_enabled()  # fused attention has no second derivative
         with (
             attach(self.model, None if again else lora),  # before layers are left out: it finds modules by their paths
@@ -190,19 +188,30 @@ class Backbone:
             output = self.decoder(**inputs)
         if lower is not None and isinstance(cache, DynamicCache):
             cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
+        if keep and cache is not None:
+            _detach(cache)
         return Forward(output.last_hidden_state, kept[0] if embedded else None, output.past_key_values)
 
     def _forward_packed(
-        self, batch: TokenBatch, lora: LoraBatch | None, *, embedded: bool, lower: Lower | None, stop: int | None
+        self,
+        batch: TokenBatch,
+        lora: LoraBatch | None,
+        *,
+        embedded: bool,
+        lower: Lower | None,
+        stop: int | None,
+        keep: bool,
     ) -> Forward:
         packing = batch.packing
         kept: list[Tensor] = []
+        keys_values: KeysValues | None = {} if keep else None
+        below = lower
         if lower is not None:
             lower = replace(lower, hidden_BTD=batch.real(lower.hidden_BTD)[None])
         again = self.checkpoint and torch.is_grad_enabled()
         written = self.writes_out and not self.checkpoint and writes_out(packing, self.dtype)
         written = written and can_write_out(self.decoder, lora)
-        about = self._about(batch, lora, lower, stop) if written else None
+        about = self._about(batch, lora, lower, stop, keys_values) if written else None
         prefix = f"{self.model.base_model_prefix}.layers"
         with (
             attach(self.model, None if again or written else lora, packing),
@@ -217,12 +226,31 @@ class Backbone:
                 position_ids=packing.positions_1N,
                 use_cache=False,
                 packing=packing,
+                kept=keys_values,
             )
         embedded_BTD = batch.back(kept[0][0]) if embedded else None
         hidden_BTD = batch.back(output.last_hidden_state[0])
-        return Forward(hidden_BTD, embedded_BTD, None, None if about is None else about.shared)
+        cache = None if keys_values is None else self._cache_of(batch, keys_values, below)
+        return Forward(hidden_BTD, embedded_BTD, cache, None if about is None else about.shared)
 
-    def _about(self, batch: TokenBatch, lora: LoraBatch | None, lower: Lower | None, stop: int | None) -> Pass:
+    def _cache_of(self, batch: TokenBatch, keys_values: KeysValues, lower: Lower | None) -> DynamicCache:
+        """A cache of a batch's tokens, zero at padding, from what the layers of a packed pass have left."""
+        cache = self.new_cache()
+        for layer in range(0 if lower is None else lower.layers, 1 + max(keys_values)):
+            k_BGTC, v_BGTC = (batch.back(x_NGC).transpose(1, 2) for x_NGC in keys_values[layer])
+            cache.update(k_BGTC, v_BGTC, layer)
+        if lower is not None:
+            cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
+        return cache
+
+    def _about(
+        self,
+        batch: TokenBatch,
+        lora: LoraBatch | None,
+        lower: Lower | None,
+        stop: int | None,
+        keys_values: KeysValues | None,
+    ) -> Pass:
         """What the written-out layers of a pass have in common; rows share their beginning while no adapter does anything."""
         flat = lora is None or not any(bool(B_BOR.any()) for B_BOR in lora.B)
         shared = None
@@ -232,7 +260,7 @@ class Backbone:
                 key = (stop, tuple(p.name for p in lora.projections))
                 last = HEAD_GRADIENT if stop is None else (stop - 1, "silu")
                 shared = self.beginnings.meet(key, batch.real(batch.ids_BT), batch.packing, last, shared)
-        return Pass(batch.packing, 1.0 if lora is None else lora.scaling, shared or Shared(), flat)
+        return Pass(batch.packing, 1.0 if lora is None else lora.scaling, shared or Shared(), flat, keys_values)
 
     def _checkpointed(self, lora: LoraBatch | None, packing: Packing | None = None) -> AbstractContextManager[None]:
         prefix = f"{self.model.base_model_prefix}.layers"
@@ -288,6 +316,12 @@ class Backbone:
             )
 
 
+def _detach(cache: Cache) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+
 @contextmanager
 def _outputs_of(module: nn.Module, kept: list[Any] | None) -> Iterator[None]:
     if kept is None:
@@ -303,86 +337,6 @@ def _outputs_of(module: nn.Module, kept: list[Any] | None) -> Iterator[None]:
 def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
     norms = [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower()]
     return norms[:1] + norms[-1:]
-
-
-def find_device(given: torch.device | str | None) -> torch.device:
-    """The device asked for, else CUDA where there is one; ValueError where torch has no such device here."""
-    try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device).item()  # meta has no numbers
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {str(given)!r} cannot be used here: {str(error).splitlines()[0]}. Give cpu, or cuda on a machine that has it."
-        ) from error
-    return device
-
-
-def load_backbone(
-    name: str,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    target_modules: str | Sequence[str] = "qv",
-    layers: str | Sequence[int] = "all",
-    only: Sequence[str] | None = None,
-    checkpoint: bool = False,
-    **kwargs: Any,
-) -> Backbone:
-    """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
-
-    `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
-    is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
-    transformers (`quantization_config`, `attn_implementation`, ...).
-    """
-    device = find_device(device)
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16():
-        warnings.warn(SLOW_BFLOAT16, stacklevel=2)
-    path, kwargs = _resolve(name), dict(kwargs)
-    packs = kwargs.get("attn_implementation") is None  # who asks for an attention gets it in every pass
-    if packs:
-        kwargs.pop("attn_implementation", None)
-        if device.type == "cpu" and dtype == torch.bfloat16:
-            kwargs["attn_implementation"] = "eager"  # the fused kernel's bfloat16 backward is slow there
-    source = str(path) if path.exists() else name
-    if path.suffix == ".gguf":
-        source, kwargs["gguf_file"] = str(path.parent), path.name
-    tokenizer_kwargs = {key: kwargs[key] for key in ("gguf_file", "revision") if key in kwargs}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot load model {name!r}: {str(error).splitlines()[0]} Give a hub id, a folder with config.json and "
-            f"safetensors, a .gguf file, or {DEFAULT_MODEL!r} (fetched from the package index). "
-            f"{nearest(name, [DEFAULT_MODEL])}".rstrip()
-        ) from error
-    if "quantization_config" not in kwargs or "gguf_file" in kwargs:
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
-    return Backbone(
-        model,
-        tokenizer,
-        name=name,
-        path=path,
-        target_modules=target_modules,
-        layers=layers,
-        only=only,
-        packs=packs,
-        checkpoint=checkpoint,
-    )
-
-
-def _resolve(name: str) -> Path:
-    if name == DEFAULT_MODEL:
-        return fetch_default_model()
-    path = Path(name).expanduser()
-    looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~"))
-    if looks_local and not path.exists():
-        raise ValueError(f"cannot load model {name!r}: there is no such file or folder.")
-    return path
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

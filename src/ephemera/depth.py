@@ -20,9 +20,10 @@ FINAL_NORMS = {
 
 @dataclass(frozen=True, eq=False)
 class Lower:
-    """What no adapter touches, run once for a batch: the layers below the lowest adapted one.
+    """What the model without adapters made of a batch in its first `layers` layers.
 
-    `hidden_BTD` is what layer `layers - 1` gives; `cache` holds the keys and values of those layers alone.
+    `hidden_BTD` is what layer `layers - 1` gives, after the final norm if that is the last layer. `cache` holds the keys
+    and values of those layers only.
     """
 
     ids_BT: Tensor

@@ -20,7 +20,7 @@ from transformers.activations import SiLUActivation
 
 from ephemera.beginnings import Shared
 from ephemera.lora import LoraBatch
-from ephemera.packed import Packing, attend, attend_backward, block_of
+from ephemera.packed import KeysValues, Packing, attend, attend_backward, block_of
 from ephemera.precision import wide_of
 
 # transformers' classes with one and the same forward: norm, attention, sum, norm, gated MLP, sum
@@ -76,6 +76,7 @@ class Pass:
     scaling: float
     shared: Shared
     flat: bool  # every B is zero: adapters change nothing yet, and only B has a gradient
+    kept: KeysValues | None = None  # where each layer leaves its keys and values
 
     @cached_property
     def positions(self) -> dict[int, Tensor]:
@@ -173,6 +174,9 @@ class _Layer(torch.autograd.Function):
                 x_NHC.copy_(normed_NHC)
         cos_N1C, sin_N1C = cos_1NC[0][:, None], about.signed_sin(sin_1NC)
         _rotate_(heads_NWC[:, : H + G], cos_N1C, sin_N1C)
+
+        if about.kept is not None:
+            about.kept[place] = heads_NWC[:, H : H + G], heads_NWC[:, H + G :]
 
         block, X = block_of(x_ND.dtype), len(packing.lengths) * G
         from_A, _ = packing.joint_places(H, G, block)

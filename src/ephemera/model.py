@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,56 +11,24 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.backbone import Backbone, load_backbone
+from ephemera.adaptation import FELL_BACK, UNCHANGED, Adaptation
+from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.errors import unknown
-from ephemera.export import export_peft
 from ephemera.generator import load_init, lora_of, place_init, targets_of
 from ephemera.inits import Init, ZeroInit
+from ephemera.load import load_backbone
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.objective import batch_tokens, length_batches, pad
-from ephemera.prefill import prefill
-from ephemera.rates import Rate, adapted_by, load_rate, place_rate
+from ephemera.prefill import prefill, whole_reading
+from ephemera.rates import Rate, adapted_by, default_rate, default_steps, load_rate, place_rate
 
-DEFAULT_STEPS = 3
 BATCH_SIZE = 16  # rows that adapt together
-UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
-FELL_BACK = "non-finite loss or update: answered unadapted"
 
 RateLike = Rate | str | Path | float | None
 InitLike = Init | str | Path | None
-
-
-@dataclass(frozen=True, eq=False)
-class Adaptation:
-    """The adapters of some prompts, and how they came about. A value: keep it, reuse it, or drop it.
-
-    `prompt_nll_BK` [B,K]: prompt NLL in nats per token seen by step k, before its update (a training
-    loss, not a result). `rates_BKM` [B,K,M]: learning rate of each step and projection, in the order of
-    `lora.projections`. `lora`, `initial_lora`: the adapters after and before. `notes[b]` says why a
-    row was left unadapted, or is None. `steps_B`: steps that each row took; where that is fewer than K (`stop_below`),
-    the losses of the others are NaN and their rates 0. `seconds`: wall time of the whole adaptation.
-    """
-
-    prompts: tuple[str, ...]
-    lora: LoraBatch
-    initial_lora: LoraBatch
-    prompt_nll_BK: Tensor
-    rates_BKM: Tensor
-    notes: tuple[str | None, ...]
-    seconds: float
-    steps_B: Tensor
-    base_model: str = field(default="")
-
-    @property
-    def fallback_B(self) -> Tensor:
-        """Rows that fell back to the unadapted model because something was not finite: bool [B]."""
-        return torch.tensor([(note or "").startswith(FELL_BACK.partition(":")[0]) for note in self.notes])
-
-    def export_peft(self, folder: str | Path, row: int = 0) -> Path:
-        """Write one row's adapter in PEFT's format; PEFT opens it with the same logits."""
-        return export_peft(self.lora, row, Path(folder), base_model=self.base_model)
 
 
 class AdaptiveLM:
@@ -79,8 +46,11 @@ class AdaptiveLM:
         chat: bool = False,
         truncate: Literal["left"] | None = None,
         stop_below: float | None = None,
+        reach: Reach | None = None,
     ):
+        """`reach`: where adapters act; default: as the rate was trained for, else on every token (`from_pretrained`)."""
         self.backbone = backbone
+        self.reach: Reach | None = None if reach is None else checked_reach(reach)
         self.init = self._init(init)
         self.rate = self._rate(rate)
         self.chat = chat
@@ -100,6 +70,7 @@ class AdaptiveLM:
         chat: bool = False,
         truncate: Literal["left"] | None = None,
         stop_below: float | None = None,
+        reach: Reach | None = None,
         checkpoint: bool = False,
         **kwargs: Any,
     ) -> AdaptiveLM:
@@ -108,7 +79,9 @@ class AdaptiveLM:
         `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package index). `init`:
         where adapters start: an init object, "zero" (the default), a generator's folder or shipped name, or the
         folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`), a preset
-        ("full", "fast") or a number. `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any
+        ("full", "fast"), a number, or "none" for the plain model. By default the network that ships for the model and
+        the prompts' format, if there is one and neither `init` nor `lora` is given. `reach`: "answer" lets adapters
+        act from the last prompt token on, "all" on every token; by default as the rate was trained for. `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any
         of `r`, `lora_alpha`, `init_std`, `target_modules`, `layers`; what is adapted is by default what init or rate
         was trained for. `chat`: put prompts in the model's chat template. `truncate="left"`: cut prompts longer
         than the model's window instead of refusing them. `stop_below`: a prompt takes no further step once all of its rates
@@ -127,15 +100,21 @@ class AdaptiveLM:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
         if init is None or isinstance(init, str | Path):
             init = load_init(init or "zero", **settings)
-        if isinstance(rate, str | Path | float | int):
-            rate = load_rate(rate)
+        if rate is None and isinstance(init, ZeroInit) and not lora:
+            rate = default_rate(name, "chat" if chat else "plain")
+        elif isinstance(rate, str | Path | float | int):
+            rate = None if rate == "none" else load_rate(rate)
         brought = targets_of(init)
         if brought is not None:
             adapted["target_modules"] = brought
         backbone = load_backbone(
             name, dtype=dtype, device=device, checkpoint=checkpoint, **(adapted or adapted_by(rate)), **kwargs
         )
-        return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate, stop_below=stop_below)
+        return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate, stop_below=stop_below, reach=reach)
+
+    @property
+    def format(self) -> Format:
+        return "chat" if self.chat else "plain"
 
     @property
     def path(self) -> Path:
@@ -167,7 +146,7 @@ class AdaptiveLM:
         self,
         prompts: Sequence[str] | str,
         *,
-        steps: int,
+        steps: int | None = None,
         rate: RateLike = None,
         init: InitLike = None,
         seed: int = 0,
@@ -175,6 +154,7 @@ class AdaptiveLM:
     ) -> Adaptation:
         """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other.
 
+        `steps`: by default those that the rate was validated at; none without a rate.
         `stop_below` (default: the model's own setting): a prompt takes no further step once all of its rates are below
         this share of the base rate; `Adaptation.steps_B` tells how many it took.
         """
@@ -184,7 +164,7 @@ class AdaptiveLM:
         self,
         prompts: tuple[str, ...],
         *,
-        steps: int,
+        steps: int | None,
         rate: RateLike,
         init: InitLike,
         seed: int,
@@ -193,6 +173,7 @@ class AdaptiveLM:
         """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
         start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
+        steps = default_steps(rule) if steps is None else steps
         if steps < 0:
             raise ValueError(f"steps is {steps}; it must be 0 or more.")
         if steps and rule is None:
@@ -202,24 +183,33 @@ class AdaptiveLM:
         if rule is not None and rule.max_steps is not None and steps > rule.max_steps:
             raise ValueError(f"steps is {steps}, but this rate was trained for at most {rule.max_steps} (Kmax).")
         stop_below = self.stop_below if stop_below is None else stop_below
+        reach: Reach = self.reach or ("all" if rule is None else rule.reach)
+        zero = isinstance(start_from, ZeroInit)
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
         traces: list[Trace] = []
         lowers: dict[tuple[int, ...], Lower] = {}
+        readings: dict[tuple[int, ...], Lower] = {}
         batches = self._batches(ids)
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
                 lora = start_from(self.backbone, batch, [seed] * len(rows))
-                traces.append(adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below))
-                if (lower := traces[-1].lower) is not None:
-                    lowers[tuple(rows)] = lower
+                keeps = reach == "answer" and zero  # from another start the first pass is not the base model's
+                trace = adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below, keep_reading=keeps)
+                traces.append(trace)
+                if reach == "answer":
+                    readings[tuple(rows)] = whole_reading(self.backbone, batch, trace.reading or trace.lower)
+                elif trace.lower is not None:
+                    lowers[tuple(rows)] = trace.lower
         order = torch.tensor([i for rows in batches for i in rows])
         back = order.argsort()
         fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
 
         def said(note: str) -> str:
             return note.replace("unadapted", "from its start") if lora_of(start_from) else note
+
+        other = self.beyond(rule) if steps else None
 
         adaptation = Adaptation(
             prompts=prompts,
@@ -228,14 +218,23 @@ class AdaptiveLM:
             prompt_nll_BK=torch.cat([t.prompt_nll_BK for t in traces]).cpu()[back],
             rates_BKM=torch.cat([t.rates_BKM.detach() for t in traces]).cpu()[back],
             notes=tuple(
-                said(FELL_BACK) if fell else said(UNCHANGED) if len(i) < 2 and steps else None
+                said(FELL_BACK) if fell else said(UNCHANGED) if len(i) < 2 and steps else other
                 for fell, i in zip(fallback_B.tolist(), ids, strict=True)
             ),
             seconds=time.perf_counter() - start,
             steps_B=torch.cat([t.steps_B for t in traces]).cpu()[back],
             base_model=str(self.backbone.path),
+            reach=reach,
+            readings=readings,
         )
         return adaptation, lowers
+
+    def beyond(self, rule: Rate | None) -> str | None:
+        """A sentence if a network is used outside what it was made for: another format, or another reach."""
+        made = None if rule is None else rule.made_for
+        if made is None or (made.format == self.format and self.reach in (None, made.reach)):
+            return None
+        return made.words
 
     def answer_nll(
         self, prompts: Sequence[str] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
@@ -264,7 +263,7 @@ class AdaptiveLM:
     ) -> list[str]:
         """Adapt, answer, forget: the new text of each prompt.
 
-        `steps` is by default 3, or Kmax where that is less, or none without a rate. Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
+        `steps`: by default those that the rate was validated at; none without a rate. Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
         `adaptation`, its adapters are used and no step is taken.
         """
         prompts = _texts(prompts)
@@ -272,9 +271,6 @@ class AdaptiveLM:
             self.encode(prompt, reserve=max_new_tokens)
         lowers: dict[tuple[int, ...], Lower] = {}
         if adaptation is None:
-            if steps is None:
-                rate = self._rate(rate) if rate is not None else self.rate
-                steps = 0 if rate is None else min(DEFAULT_STEPS, rate.max_steps or DEFAULT_STEPS)
             adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, init=None, seed=seed)
         elif steps is not None:
             raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")
@@ -315,7 +311,13 @@ class AdaptiveLM:
             lower = (lowers or {}).get(tuple(rows))
             if lower is not None and not torch.equal(lower.ids_BT, batch.ids_BT):
                 lower = None  # an answer's room has cut a prompt since
-            yield rows, prefill(self.backbone, batch, lora, initial, lower=lower)
+            if adaptation is None or adaptation.reach == "all":
+                yield rows, prefill(self.backbone, batch, lora, initial, lower=lower)
+                continue
+            reading = adaptation.readings.get(tuple(rows))
+            if reading is not None and not torch.equal(reading.ids_BT, batch.ids_BT):
+                reading = None
+            yield rows, prefill(self.backbone, batch, lora, initial, reach="answer", reading=reading)
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""
@@ -327,6 +329,8 @@ class AdaptiveLM:
         return place_init(made, self.backbone)
 
     def _rate(self, rate: RateLike) -> Rate | None:
+        if rate == "none":
+            return None
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
         return None if rule is None else place_rate(rule, self.backbone)
 

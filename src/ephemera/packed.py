@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 Made = TypeVar("Made")
 Gather = Callable[[Tensor], Tensor]
+KeysValues = dict[int, tuple[Tensor, Tensor]]  # by layer: keys and values [N,G,C] of all real tokens, rotated
 ATTENTION = "ephemera_packed"
 # Causal decoders that hand keyword arguments down to attention and know no other bias than the causal mask
 PACKABLE = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi", "phi3", "gpt_neox")
@@ -208,17 +209,23 @@ def can_pack(config: Any, longest: int) -> bool:
 
 
 def attention(
-    _module: nn.Module,
+    module: nn.Module,
     q_1HNC: Tensor,
     k_1GNC: Tensor,
     v_1GNC: Tensor,
     _mask: None,
     *,
     packing: Packing,
+    kept: KeysValues | None = None,
     scaling: float | None = None,
     **_others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each prompt: [1,H,N,C] queries, G heads of keys and values -> [1,N,H,C]."""
+    """Causal attention within each prompt: [1,H,N,C] queries, G heads of keys and values -> [1,N,H,C].
+
+    `kept`: takes the layer's keys and values.
+    """
+    if kept is not None:
+        kept[_layer_of(module)] = k_1GNC[0].detach().transpose(0, 1), v_1GNC[0].detach().transpose(0, 1)
     scaling = q_1HNC.shape[-1] ** -0.5 if scaling is None else scaling
     if writes_out(packing, q_1HNC.dtype):
         block = block_of(q_1HNC.dtype)
@@ -232,6 +239,12 @@ def attention(
         q_BHTC, k_BGTC, v_BGTC, is_causal=True, scale=scaling, enable_gqa=q_BHTC.shape[1] != k_BGTC.shape[1]
     )
     return to_tokens(y_BHTC.transpose(1, 2))[None], None
+
+
+def _layer_of(module: nn.Module) -> int:
+    layer = getattr(module, "layer_idx", None)
+    assert isinstance(layer, int), "transformers numbers its attention modules"
+    return layer
 
 
 class _Gathered(torch.autograd.Function):

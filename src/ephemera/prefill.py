@@ -17,7 +17,8 @@ from ephemera.decode import decoding, make_room
 from ephemera.depth import Lower
 from ephemera.head import token_nll
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch, mean_nll, pad
+from ephemera.made_for import Reach
+from ephemera.objective import Predicted, TokenBatch, mean_nll, pad
 
 LOGITS = 512  # tokens whose whole logits are held at once: 512 x 49,152 float32 are 100 MB
 
@@ -27,7 +28,9 @@ class Prefill:
     """A left-padded batch of prompts, read once with its adapters: keys and values, last hidden states.
 
     `fallback_B` marks rows that the adapted model could not read (non-finite states): for those the
-    pass was made again with `initial_lora`, and `lora` holds what was used.
+    pass was made again with `initial_lora`, and `lora` holds what was used. With reach `answer` the cache is the base
+    model's but for the last prompt token, and `hidden_BTD` [B,1,D] is that token's state; `base_BD` is what it was
+    without adapters.
     """
 
     backbone: Backbone
@@ -36,10 +39,12 @@ class Prefill:
     hidden_BTD: Tensor
     cache: DynamicCache
     fallback_B: Tensor
+    base_BD: Tensor | None = None
 
     @torch.no_grad()
     def prompt_nll(self) -> Tensor:
-        """Prompt NLL [B] under the adapters; a training loss, not a result."""
+        """Prompt NLL [B] under the adapters; a training loss, not a result. Not with reach `answer`, which leaves the prompt."""
+        assert self.base_BD is None, "no adapter acts on the prompt"
         return mean_nll(self.hidden_BTD, self.batch, self.backbone.logits)
 
     @torch.no_grad()
@@ -83,7 +88,7 @@ class Prefill:
         if answer.ids_BT.shape[1] > 1:
             fed = TokenBatch(answer.ids_BT[:, :-1], answer.mask_BT[:, :-1])
             lora = lora.rows(rows) if lora is not None and rows is not None else lora
-            out = self.backbone.forward(fed, lora, cache=_fork(self.cache, rows), past_mask_BT=past_mask_BT)
+            out = self.backbone.forward(fed, lora, cache=fork(self.cache, rows), past_mask_BT=past_mask_BT)
             hidden_BSD = torch.cat([last_B1D, out.hidden_BTD], 1)
         of_N, places_N = answer.mask_BT.nonzero(as_tuple=True)
         return hidden_BSD[of_N, places_N], answer.ids_BT[of_N, places_N], of_N
@@ -92,15 +97,17 @@ class Prefill:
     def generate(self, **kwargs: Any) -> list[list[int]]:
         """New token ids of each row by transformers' `generate`, which continues from this prefill.
 
-        Consumes the cache: score first. Keywords go to `generate`. Where it repeats rows
-        (`num_return_sequences`, `num_beams`) the prompt is read again, each repeat with its row's adapter.
+        Consumes the cache: score first. Keywords go to `generate`. Where it repeats rows (`num_return_sequences`,
+        `num_beams`) each repeat has its row's adapter and cache.
         """
         lora, inputs = self.lora, dict(kwargs)
         repeats = max(kwargs.get("num_return_sequences") or 1, kwargs.get("num_beams") or 1)
         if repeats > 1 and lora is not None:
             lora = lora.rows(torch.arange(lora.batch_size).repeat_interleave(repeats))
-        if repeats == 1 and self.batch.ids_BT.shape[1] > 1:
+        if self.batch.ids_BT.shape[1] > 1:
             self.cache.crop(-1)  # generate reads the last prompt token itself, to get the first logits
+            if repeats > 1:
+                self.cache.batch_repeat_interleave(repeats)
             make_room(self.cache, kwargs.get("max_new_tokens"))
             inputs["past_key_values"] = self.cache
         inputs.setdefault("do_sample", False)
@@ -125,18 +132,81 @@ def prefill(
     initial_lora: LoraBatch | None = None,
     *,
     lower: Lower | None = None,
+    reach: Reach = "all",
+    reading: Lower | None = None,
 ) -> Prefill:
     """Read a left-padded batch of prompts with its adapters; rows that come out non-finite start over.
 
-    `lower`: the layers below the lowest adapted one, kept from the steps; only the others are run.
+    `lower`: the layers below the lowest adapted one, kept from the steps; only the others are run. `reach`: "all", the
+    papers': the adapters act on every token. "answer": they act from the last prompt token on, over the base model's keys
+    and values; `reading` is the base model's pass, or its lower part, kept from the first step.
     """
     assert bool(batch.mask_BT[:, -1].all()), "decoding needs left padding"
+    if reach == "answer" and lora is not None:
+        return _prefill_answer(backbone, batch, lora, initial_lora, reading or lower)
     hidden_BTD, cache = _read(backbone, batch, lora, lower)
     fallback_B = ~hidden_BTD[:, -1].isfinite().all(1)
     if initial_lora is not None and lora is not None and bool(fallback_B.any()):
         lora = lora.where(~fallback_B, initial_lora)
         hidden_BTD, cache = _read(backbone, batch, lora, lower)
     return Prefill(backbone, batch, lora, hidden_BTD, cache, fallback_B)
+
+
+def _prefill_answer(
+    backbone: Backbone, batch: TokenBatch, lora: LoraBatch, initial_lora: LoraBatch | None, reading: Lower | None
+) -> Prefill:
+    """The base model's reading of the prompts, made or finished where need be, and the last token with adapters."""
+    reading = whole_reading(backbone, batch, reading)
+    last = TokenBatch(batch.ids_BT[:, -1:], batch.mask_BT[:, -1:])
+    before_BT = batch.mask_BT[:, :-1]
+
+    def read_last(lora: LoraBatch) -> tuple[Tensor, DynamicCache]:
+        if before_BT.shape[1] == 0:
+            return _read(backbone, last, lora, None)
+        cache = before_last(reading.cache)
+        return backbone.forward(last, lora, cache=cache, past_mask_BT=before_BT).hidden_BTD, cache
+
+    hidden_B1D, cache = read_last(lora)
+    fallback_B = ~hidden_B1D[:, -1].isfinite().all(1)
+    if initial_lora is not None and bool(fallback_B.any()):
+        lora = lora.where(~fallback_B, initial_lora)
+        hidden_B1D, cache = read_last(lora)
+    return Prefill(backbone, batch, lora, hidden_B1D, cache, fallback_B, reading.hidden_BTD[:, -1])
+
+
+@torch.no_grad()
+def whole_reading(backbone: Backbone, batch: TokenBatch, reading: Lower | None) -> Lower:
+    """The base model's pass through all layers: as it was kept, finished from its lower part, or made anew."""
+    if reading is not None and reading.layers == backbone.layers:
+        return reading
+    hidden_BTD, cache = _read(backbone, batch, None, reading)
+    return Lower(batch.ids_BT, backbone.layers, hidden_BTD, cache)
+
+
+def nll_after(
+    backbone: Backbone, batch: TokenBatch, reading: Lower, answers: Sequence[Sequence[int]], lora: LoraBatch | None
+) -> Tensor:
+    """Mean NLL [B] over answer tokens after the base model's whole reading of the prompts.
+
+    Adapters act from the last prompt token on (reach `answer`); autograd may pass through them.
+    """
+    fed = pad(
+        [[last, *answer[:-1]] for last, answer in zip(batch.ids_BT[:, -1].tolist(), answers, strict=True)],
+        side="right",
+        pad_id=backbone.pad_id,
+    ).to(backbone.device)
+    cache, before_BT = before_last(reading.cache), batch.mask_BT[:, :-1]
+    hidden_BSD = backbone.forward(fed, lora, cache=cache, past_mask_BT=before_BT).hidden_BTD
+    rows_N, places_N = fed.mask_BT.nonzero(as_tuple=True)
+    targets_N = torch.tensor([token for answer in answers for token in answer], device=backbone.device)
+    return mean_nll(hidden_BSD, fed, backbone.logits, tokens=Predicted(rows_N, places_N, targets_N, fed.lengths_B))
+
+
+def before_last(cache: DynamicCache) -> DynamicCache:
+    """A cache of its own without the last token."""
+    cache = fork(cache)
+    cache.crop(-1)
+    return cache
 
 
 def _read(
@@ -146,7 +216,7 @@ def _read(
     return backbone.forward(batch, lora, cache=cache, lower=lower).hidden_BTD, cache
 
 
-def _fork(cache: DynamicCache, rows: Sequence[int] | None) -> DynamicCache:
+def fork(cache: DynamicCache, rows: Sequence[int] | None = None) -> DynamicCache:
     """A cache of some rows (None: of all) that grows on its own, and shares what it can with the one it came from."""
     fork = copy.copy(cache)
     # Attention layers append by torch.cat, which leaves the old tensors alone; recurrent ones write in place

@@ -14,6 +14,7 @@ from ephemera.backbone import Backbone
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch, batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
 from ephemera.rates import UNIFORM_GRID, FixedRate, Normalize
@@ -30,21 +31,30 @@ class Encoded:
     id: str
     prompt: list[int]
     answer: list[int]
+    task: str = ""
 
 
 def encode_examples(
-    backbone: Backbone, examples: Sequence[Example], *, chat: bool, max_tokens: int, system: str | None = None
+    backbone: Backbone,
+    examples: Sequence[Example],
+    *,
+    chat: bool,
+    max_tokens: int,
+    system: str | None = None,
+    task: str = "",
+    max_answer_tokens: int | None = None,
 ) -> tuple[list[Encoded], int]:
     """Token ids of each example, and how many were left out because they are longer than `max_tokens`.
 
-    `system` is the system message of the chat format; the plain format has none.
+    `system` is the system message of the chat format; the plain format has none. Answers end after `max_answer_tokens`.
     """
     room = min(max_tokens, backbone.max_length)
     encoded = [
         Encoded(
             e.id,
             encode_prompt(backbone.tokenizer, e.prompt, chat=chat, system=system),
-            encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system),
+            encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system)[:max_answer_tokens],
+            task,
         )
         for e in examples
     ]
@@ -75,9 +85,10 @@ def parts_of(backbone: Backbone, rows: Sequence[Encoded]) -> list[slice]:
     return parts
 
 
-def answer_nll(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch | None) -> Tensor:
+def answer_nll(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch | None, *, reach: Reach = "all") -> Tensor:
     """Mean NLL [B] over each row's answer tokens under the given adapters."""
-    return prefill(backbone, prompt_batch(backbone, rows), lora).answer_nll([row.answer for row in rows])
+    read = prefill(backbone, prompt_batch(backbone, rows), lora, reach=reach)
+    return read.answer_nll([row.answer for row in rows])
 
 
 def search_uniform(

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from ephemera.backbone import Backbone, find_device, load_backbone
+from ephemera.backbone import Backbone
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed, turns
+from ephemera.load import find_device, load_backbone
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import prefill

@@ -29,9 +29,10 @@ from ephemera.errors import unknown
 from ephemera.generator import LoraGenerator
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
-from ephemera.model import DEFAULT_STEPS, AdaptiveLM
+from ephemera.model import AdaptiveLM
 from ephemera.objective import length_batches, pad
 from ephemera.prefill import Prefill, prefill
+from ephemera.rates import default_steps
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -95,11 +96,11 @@ class EphemeraLM(TemplateLM):
         super().__init__()
         for name in others:
             raise unknown("model argument", name, ["pretrained", *(type(self).__init__.__kwdefaults__ or {})])
-        if steps is None:
-            steps = DEFAULT_STEPS if rate is not None else 0
-        self.steps, self.seed = _whole("steps", steps), _whole("seed", seed)
+        self.seed = _whole("seed", seed)
         self.batch_size = None if batch_size == "auto" else _whole("batch_size", batch_size, least=1)
         self.lm = AdaptiveLM.from_pretrained(str(pretrained), init=init, rate=rate, dtype=dtype, device=device)
+        steps = default_steps(self.lm.rate) if steps is None else steps
+        self.steps = _whole("steps", steps)
         self.lm.adapt(TRIAL, steps=self.steps, seed=self.seed)  # a wrong rate shows now, not after the tasks' download
         self.backbone, self.tokenizer = self.lm.backbone, self.lm.backbone.tokenizer
         self.max_length = self.backbone.max_length if max_length is None else _whole("max_length", max_length, least=2)

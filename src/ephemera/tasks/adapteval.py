@@ -1,6 +1,7 @@
 """AdaptEval's ten subsets: instruction, domain and reasoning sets in one format (LDTTA A.4)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ephemera.tasks.example import Row, Task
 
@@ -42,7 +43,26 @@ INSTRUCTION_SUBSETS = (
     *("alpaca_gpt4", "dolly", "instruction_wild"),
     *("gsm8k", "metamath", "metamath_backward", "logiqa"),
 )
+
+
+def asked(row: Row) -> str:
+    """What a person sends: the instruction, then its input, without AdaptEval's template."""
+    if "question" in row:
+        return row["question"]
+    instruction = (
+        row["instruction"].removeprefix(PLAIN).removeprefix("### Instruction:\n").removesuffix("\n\n### Response:")
+    )
+    extra = (row.get("input") or "").strip()
+    return f"{instruction}\n\n{extra}" if extra else instruction
+
+
+def _asked(task: Task) -> Task:
+    return replace(task, name=task.name.replace("adapteval/", "asked/"), prompt=asked)
+
+
 ADAPTEVAL = (
     _subset("agriculture_qa", ("question", "answers"), question_prompt, answers_answer),
     *(_subset(name, ("instruction", "output"), instruction_prompt, output_answer) for name in INSTRUCTION_SUBSETS),
 )
+# The same rows as messages of a chat
+ASKED = tuple(_asked(task) for task in ADAPTEVAL)

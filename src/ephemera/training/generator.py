@@ -10,17 +10,18 @@ import torch
 from torch import nn
 
 from ephemera.adapt import adapt
-from ephemera.backbone import DTYPES, Backbone, describe
+from ephemera.backbone import Backbone, describe
 from ephemera.config import JointSettings, TrainGenerator
 from ephemera.generator import LoraGenerator, load_generator
 from ephemera.lora import LoraBatch
+from ephemera.precision import DTYPES
 from ephemera.rates import ScaleNet
 from ephemera.scoring import Encoded, answer_nll, batches_of, prompt_batch, training_representations
 from ephemera.training.card import write_generator_card
 from ephemera.training.loop import Schedule, train
+from ephemera.training.meta_gradient import answer_gradient, rates_backward
 from ephemera.training.mixture import mix, task_rows
 from ephemera.training.run import begin, kept_settings, open_run
-from ephemera.training.scalenet import answer_gradient, rates_backward
 
 NORMALIZATION_PROMPTS = 256
 VALIDATION_BATCH = 8

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,8 +96,12 @@ def train(
     accelerator: Accelerator,
     *,
     resume: bool,
+    plan: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """Train to `settings.samples` prompts, writing metrics.jsonl and checkpoints to `folder`."""
+    """Train to `settings.samples` prompts, writing metrics.jsonl and checkpoints to `folder`.
+
+    `plan`: row indices of each optimiser step, whose batches the trainee takes whole; default: a shuffle an epoch.
+    """
     network = trainee.network
     factors = trainee.learning_rates
     groups = [
@@ -105,7 +110,8 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
-    plan = list(batches(lengths, batch_size=settings.batch_size, total=settings.samples, seed=settings.seed))
+    whole = plan is not None
+    plan = plan or list(batches(lengths, batch_size=settings.batch_size, total=settings.samples, seed=settings.seed))
     done = _restore(folder, network, optimizer) if resume else 0
     metrics = Metrics(folder, accelerator, keep_below=done)
     start = time.perf_counter()
@@ -115,7 +121,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * learning_rate(step, len(plan), settings)
         optimizer.zero_grad(set_to_none=True)
-        report = _backward(trainee, [rows[i] for i in share], step, accelerator) if share else None
+        take = trainee.backward if whole else partial(_backward, trainee, accelerator=accelerator)
+        report = take([rows[i] for i in share], step) if share else None
         if accelerator.num_processes > 1:
             _average_gradients(network, accelerator, weight=len(share) / len(plan[step]))
         if _has_gradients(network):
@@ -145,7 +152,7 @@ def train(
 
 
 def _backward(
-    trainee: Trainee, rows: Sequence[Encoded], step: int, accelerator: Accelerator
+    trainee: Trainee, rows: Sequence[Encoded], step: int, *, accelerator: Accelerator
 ) -> dict[str, float] | None:
     """The batch's mean gradient, from parts of no more tokens than the device likes at once.
 

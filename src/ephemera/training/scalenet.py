@@ -7,21 +7,21 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from ephemera.adapt import Trace, adapt, meta_gradient
+from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, describe
 from ephemera.config import DataSettings, ObjectiveSettings, TrainScaleNet, fill
-from ephemera.flat import FlatLora
 from ephemera.generator import load_init, place_init, targets_of
-from ephemera.inits import Init
+from ephemera.inits import Init, ZeroInit
 from ephemera.lens import Lens, load_lens
-from ephemera.lora import LoraBatch
-from ephemera.objective import last_tokens, mean_nll, pad
-from ephemera.rates import AveragedRate, ScaleNet
+from ephemera.made_for import MadeFor
+from ephemera.prepared import bytes_of
+from ephemera.rates import AveragedRate, PerProjectionRate, ScaleNet, load_rate, place_rate
 from ephemera.readout import Objective
 from ephemera.scoring import (
     Encoded,
@@ -34,12 +34,13 @@ from ephemera.scoring import (
 )
 from ephemera.tasks import load_dataset
 from ephemera.training.card import write_card
-from ephemera.training.loop import Schedule, train
+from ephemera.training.loop import Schedule, Trainee, train
+from ephemera.training.meta_gradient import scalenet_backward
+from ephemera.training.one_step import OneStepTrainee, plan_of
 from ephemera.training.run import begin, kept_settings, open_run
 
 NORMALIZATION_PROMPTS = 512
 AVERAGED_PROMPTS = 64
-VANISHED = 0.05  # of the base rate
 
 
 class WithLens(nn.Module):
@@ -52,7 +53,7 @@ class WithLens(nn.Module):
 
 
 class ScaleNetTrainee:
-    """ScaleNet under `loop.train`: K is drawn anew for each batch, K = 0 has no gradient and costs nothing.
+    """Rates under `loop.train`: K is drawn anew for each batch from 1 to Kmax. K = 0 has no gradient, so it is no sample.
 
     With `tune_lens` the exit objective's lens learns with it, at that share of the learning rate.
     """
@@ -61,14 +62,13 @@ class ScaleNetTrainee:
         self,
         backbone: Backbone,
         init: Init,
-        network: ScaleNet,
+        network: ScaleNet | PerProjectionRate,
         *,
         validation: Sequence[Encoded],
         validation_steps: Sequence[int],
         batch_size: int,
         clip_prompt: float,
         seed: int,
-        sparsity: float = 0.0,
         tune_lens: float = 0.0,
     ):
         self.backbone = backbone
@@ -76,22 +76,21 @@ class ScaleNetTrainee:
         self.rates = network
         self.tune_lens = tune_lens
         lens = network.objective.lens
-        self.network = WithLens(network, lens) if tune_lens and lens is not None else network
+        self.network: nn.Module = network
+        if tune_lens and lens is not None and isinstance(network, ScaleNet):
+            self.network = WithLens(network, lens)
         self.validation = validation
         self.validation_steps = validation_steps
         self.batch_size = batch_size
         self.clip_prompt = clip_prompt
         self.seed = seed
-        self.sparsity = sparsity
 
     @property
     def learning_rates(self) -> dict[str, float]:
         return {"rates.": 1.0, "lens.": self.tune_lens} if isinstance(self.network, WithLens) else {"": 1.0}
 
     def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
-        K = random.Random(f"{self.seed}:{step}").randint(0, self.rates.max_steps)
-        if K == 0:
-            return None
+        K = random.Random(f"{self.seed}:{step}").randint(1, self.rates.max_steps)
         # A fresh A for each prompt and pass over the data (LDTTA 4.1)
         return scalenet_backward(
             self.backbone,
@@ -101,7 +100,6 @@ class ScaleNetTrainee:
             K,
             seed=self.seed * 1_000_003 + step,
             clip=self.clip_prompt,
-            sparsity=self.sparsity,
             through_gradients=isinstance(self.network, WithLens),
         )
 
@@ -115,108 +113,13 @@ class ScaleNetTrainee:
                 batch = prompt_batch(self.backbone, rows)
                 lora = self.init(self.backbone, batch, [0] * len(rows))
                 trace = adapt(self.backbone, batch, lora, self.rates, K)
-                nlls.append(answer_nll(self.backbone, rows, trace.lora))
+                nlls.append(answer_nll(self.backbone, rows, trace.lora, reach=self.rates.reach))
                 rates.append(trace.rates_BKM)
             log_rates_NKM = torch.cat(rates).clamp(min=1e-12).log()
             report[f"validation_nll_{K}"] = torch.cat(nlls).mean().item()
             report[f"validation_spread_prompts_{K}"] = log_rates_NKM.std(0).mean().item()
             report[f"validation_spread_projections_{K}"] = log_rates_NKM.mean(0).std(-1, correction=0).mean().item()
         return report
-
-
-def answer_gradient(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch) -> tuple[Tensor, FlatLora]:
-    """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass."""
-    joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
-    answers = last_tokens(joined, [len(row.answer) for row in rows])
-    leaves = FlatLora.of(lora).leaves()
-    with torch.enable_grad():
-        hidden_BTD = backbone.forward(joined, leaves.lora).hidden_BTD
-        nll_B = mean_nll(hidden_BTD, joined, backbone.logits, tokens=answers)
-        grads = torch.autograd.grad(nll_B.sum(), leaves.tensors, allow_unused=True, materialize_grads=True)
-    return nll_B.detach(), leaves.with_tensors(grads)
-
-
-def scalenet_backward(
-    backbone: Backbone,
-    init: Init,
-    network: ScaleNet,
-    rows: Sequence[Encoded],
-    K: int,
-    *,
-    seed: int,
-    clip: float | None = None,
-    sparsity: float = 0.0,
-    through_gradients: bool = False,
-) -> dict[str, float]:
-    """Adapt K steps, score the answers, and leave the batch's mean meta-gradient in the network.
-
-    K + 1 forward and backward passes; besides one pass's memory only the K prompt gradients are kept.
-    `clip` bounds each prompt's own gradient (by log rates): a prompt that diverged should not
-    drown the others. Rows that are not finite give no gradient. `sparsity` presses on each log-rate, until the
-    rate has all but vanished: the penalty is `sparsity * log(1 + s / VANISHED)`, summed over steps and projections.
-    `through_gradients`: the prompt gradients are not constants but functions of the lens, which gets its share.
-    """
-    batch = prompt_batch(backbone, rows)
-    lora = init(backbone, batch, [seed] * len(rows))
-    trace = adapt(backbone, batch, lora, network, K, keep_grads=True, second_order=through_gradients)
-    nll_B, answer_grads = answer_gradient(backbone, rows, trace.lora)
-    penalty_BKM = None
-    if sparsity:
-        base_K1 = trace.rates_BKM.new_tensor(network.base_rates[:K])[:, None]
-        penalty_BKM = sparsity / (trace.rates_BKM.detach() + VANISHED * base_K1)
-    if through_gradients:
-        lens_backward(trace, nll_B, answer_grads, clip=clip, lens=network.objective.lens)
-    used = rates_backward(trace, nll_B, answer_grads, clip=clip, penalty_BKM=penalty_BKM)
-    return {
-        "K": K,
-        "nll": nll_B[used].mean().item() if bool(used.any()) else float("nan"),
-        "prompt_nll_first": trace.prompt_nll_BK[:, 0].mean().item(),
-        "non_finite": len(rows) - int(used.sum()),
-    }
-
-
-def rates_backward(
-    trace: Trace,
-    nll_B: Tensor,
-    answer_grads: FlatLora,
-    *,
-    clip: float | None,
-    penalty_BKM: Tensor | None = None,
-) -> Tensor:
-    """Leave the batch's mean meta-gradient in ScaleNet; which rows were usable: bool [B].
-
-    `penalty_BKM`: a further gradient by the rates, which is not clipped.
-    """
-    drates_BKM = meta_gradient(answer_grads, trace.grads)
-    usable_B = ~trace.fallback_B & nll_B.isfinite() & drates_BKM.isfinite().flatten(1).all(1)
-    drates_BKM = torch.where(usable_B[:, None, None], drates_BKM, 0.0)
-    if clip is not None:
-        norm_B = (drates_BKM * trace.rates_BKM.detach()).flatten(1).norm(dim=1)
-        drates_BKM = drates_BKM * (clip / norm_B.clamp(min=clip))[:, None, None]
-    if penalty_BKM is not None:
-        drates_BKM = drates_BKM + torch.where(usable_B[:, None, None], penalty_BKM, 0.0)
-    rates_BKM = torch.where(usable_B[:, None, None], trace.rates_BKM, 0.0)
-    rates_BKM.backward(drates_BKM.to(rates_BKM.dtype) / len(nll_B))
-    return usable_B
-
-
-def lens_backward(
-    trace: Trace, nll_B: Tensor, answer_grads: FlatLora, *, clip: float | None, lens: Lens | None
-) -> None:
-    """Leave dL_answer/dlens, through the steps' gradients, in the lens: each prompt clipped as its rates' gradient is."""
-    assert lens is not None
-    with torch.no_grad():
-        drates_BKM = meta_gradient(answer_grads, trace.grads)
-        norm_B = (drates_BKM * trace.rates_BKM).flatten(1).norm(dim=1)
-        usable_B = ~trace.fallback_B & nll_B.isfinite() & norm_B.isfinite()
-        factor_B = torch.ones_like(norm_B) if clip is None else clip / norm_B.clamp(min=clip)
-        by_lora = answer_grads.scaled((factor_B / len(nll_B))[:, None].expand_as(drates_BKM[:, 0])).where(
-            usable_B, None
-        )
-    leaves = list(lens.parameters())
-    grads = torch.autograd.grad(trace.lora.tensors, leaves, by_lora.lora.tensors, retain_graph=True)
-    for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
 def averaged_rate(
@@ -232,27 +135,25 @@ def averaged_rate(
             trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
             rates.append(trace.rates_BKM[~trace.fallback_B])
         table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
-    return AveragedRate(table_KKM, describe(backbone), network.objective, network.normalize)
-
-
-def lasting(average: AveragedRate, network: ScaleNet) -> Tensor:
-    """Which projections' mean rates reach VANISHED times the base rate in any step of any schedule: bool [M]."""
-    base_K1 = average.table_KKM.new_tensor(network.base_rates)[:, None]
-    return (average.table_KKM / base_K1 >= VANISHED).flatten(0, 1).any(0)
+    return AveragedRate(table_KKM, describe(backbone), network.objective, network.normalize, network.made_for)
 
 
 def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
     """Examples of a task, or of several joined by "+", as token ids; what was left out is said."""
     every: list[Encoded] = []
     for task in settings.task.split("+"):
-        source = fill(settings.source, task)
-        data = load_dataset(task, split=settings.split, source=source, limit=settings.limit, seed=settings.seed)
+        source = settings.sources.get(task) or fill(settings.source, task)
+        data = load_dataset(
+            task, split=settings.split, source=source, limit=settings.limit, seed=settings.seed, cut=settings.cut
+        )
         rows, long = encode_examples(
             backbone,
             data.examples,
             chat=settings.format == "chat",
             max_tokens=settings.max_tokens,
             system=data.task.system,
+            task=task,
+            max_answer_tokens=settings.max_answer_tokens,
         )
         print(
             f"{task} {settings.split}: {len(rows)} rows from {data.source} "
@@ -275,46 +176,23 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     objective.check(backbone)
     if objective.lens is not None:
         objective.lens.to(backbone.device)
-    if config.scalenet.sparsity and config.scalenet.granularity == "step":
-        raise ValueError(
-            "scalenet.sparsity drops projections one by one; a step-wise network has one rate for all of them."
-        )
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
     config = _settle(config, folder, backbone, init, validation, accelerator, objective, resume=resume)
-    assert config.scalenet.base_rates is not None
-    network = ScaleNet(
-        hidden_size=backbone.hidden_size,
-        projections=len(backbone.projections),
-        trained_for=describe(backbone),
-        **config.scalenet.model_dump(exclude={"max_steps", "base_rates", "sparsity"}),
-        base_rates=config.scalenet.base_rates,
-        objective=objective,
-    )
+    network = _network(config, backbone, objective)
     sample = random.Random(config.optimizer.seed).sample(list(rows), min(NORMALIZATION_PROMPTS, len(rows)))
-    network.fit_normalization(training_representations(backbone, sample, exit_layer=objective.exit_layer).cpu())
+    if isinstance(network, ScaleNet):
+        network.fit_normalization(training_representations(backbone, sample, exit_layer=objective.exit_layer).cpu())
     network.to(backbone.device)
-    trainee = ScaleNetTrainee(
-        backbone,
-        init,
-        network,
-        validation=validation,
-        validation_steps=config.validation_steps,
-        batch_size=config.optimizer.batch_size,
-        clip_prompt=config.optimizer.clip_prompt,
-        seed=config.optimizer.seed,
-        sparsity=config.scalenet.sparsity,
-        tune_lens=config.objective.tune_lens,
-    )
+    trainee, plan = _trainee(config, backbone, init, network, rows, validation)
     schedule = Schedule(config.checkpoint_every, config.validate_every)
-    train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
+    train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume, plan=plan)
     if objective.lens is not None:
         objective.lens.requires_grad_(False)
     if accelerator.is_main_process:
-        if config.scalenet.sparsity:
-            backbone, network = _dropped(backbone, trainee, sample[:AVERAGED_PROMPTS], folder)
+        network.made_for = _made_for(config, folder)
         network.save_pretrained(folder / "network")
         write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
-        if config.scalenet.granularity == "layer":
+        if isinstance(network, ScaleNet) and config.scalenet.granularity == "layer":
             average = averaged_rate(
                 backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
             )
@@ -322,6 +200,97 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers, and ends the process group: nothing may wait after it
     return folder / "network"
+
+
+def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) -> ScaleNet | PerProjectionRate:
+    settings = config.scalenet
+    assert settings.base_rates is not None
+    made_for = MadeFor(tuple(config.train.task.split("+")), config.train.format, settings.reach)
+    common: dict[str, Any] = {
+        "projections": len(backbone.projections),
+        "base_rates": settings.base_rates,
+        "trained_for": describe(backbone),
+        "objective": objective,
+        "made_for": made_for,
+    }
+    if settings.granularity == "constant":
+        return PerProjectionRate(**common)
+    own = settings.model_dump(exclude={"max_steps", "base_rates", "reach", "start", "harm_weight"})
+    network = ScaleNet(hidden_size=backbone.hidden_size, **common, **own)
+    if settings.start is not None:
+        constants = place_rate(load_rate(settings.start), backbone)
+        if not isinstance(constants, PerProjectionRate):
+            raise ValueError(
+                f"scalenet.start={settings.start} holds no per-projection constants (granularity: constant)."
+            )
+        network.start_from(constants.log_rates_KM.detach().exp().cpu())
+    return network
+
+
+def _trainee(
+    config: TrainScaleNet,
+    backbone: Backbone,
+    init: Init,
+    network: ScaleNet | PerProjectionRate,
+    rows: Sequence[Encoded],
+    validation: Sequence[Encoded],
+) -> tuple[Trainee, list[list[int]] | None]:
+    """What `loop.train` trains, and its own plan of batches if prompts are prepared for several passes."""
+    optimizer, settings = config.optimizer, config.scalenet
+    one_step = settings.reach == "answer" and settings.max_steps == 1 and isinstance(init, ZeroInit)
+    if not one_step:
+        for name, given in (("optimizer.passes", optimizer.passes > 1), ("scalenet.harm_weight", settings.harm_weight)):
+            if given:
+                raise ValueError(f"{name} is for one step from the zero start with reach answer; leave it out.")
+        if config.objective.tune_lens and isinstance(network, PerProjectionRate):
+            raise ValueError("objective.tune_lens trains a lens with a ScaleNet; constants have none.")
+        trainee = ScaleNetTrainee(
+            backbone,
+            init,
+            network,
+            validation=validation,
+            validation_steps=config.validation_steps,
+            batch_size=optimizer.batch_size,
+            clip_prompt=optimizer.clip_prompt,
+            seed=optimizer.seed,
+            tune_lens=config.objective.tune_lens,
+        )
+        return trainee, None
+    if config.objective.tune_lens:
+        raise ValueError("objective.tune_lens is not for one step with reach answer; leave it out.")
+    assert isinstance(init, ZeroInit)
+    plan = plan_of(
+        rows,
+        [bytes_of(backbone, len(row.prompt), init.r) for row in rows],
+        batch_size=optimizer.batch_size,
+        samples=optimizer.samples,
+        passes=optimizer.passes,
+        memory=int(optimizer.memory_gb * 1e9),
+        seed=optimizer.seed,
+    )
+    trainee = OneStepTrainee(
+        backbone,
+        init,
+        network,
+        plan=plan,
+        validation=validation,
+        batch_size=optimizer.batch_size,
+        clip_prompt=optimizer.clip_prompt,
+        harm_weight=settings.harm_weight,
+        seed=optimizer.seed,
+    )
+    return trainee, plan.batches
+
+
+def _made_for(config: TrainScaleNet, folder: Path) -> MadeFor:
+    """What the network is for, with the last figures of metrics.jsonl; the steps are those of the lowest validation NLL."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = next(line for line in reversed(lines) if any(key.startswith("validation_nll_") for key in line))
+    figures = {key: value for key, value in last.items() if key.startswith(("validation_nll_", "validation_harmed"))}
+    by_steps = {int(key.removeprefix("validation_nll_")): v for key, v in figures.items() if "nll" in key}
+    steps = min((K for K in by_steps if K), key=lambda K: by_steps[K])
+    tasks = tuple(config.train.task.split("+"))
+    return MadeFor(tasks, config.train.format, config.scalenet.reach, steps, figures)
 
 
 def settled_objective(settings: ObjectiveSettings) -> Objective:
@@ -334,31 +303,6 @@ def settled_objective(settings: ObjectiveSettings) -> Objective:
     if settings.lens is not None and settings.exit_layer is not None:
         lens = load_lens(settings.lens).only(settings.exit_layer)
     return Objective(settings.exit_layer, lens, settings.tokens, settings.vocabulary, settings.template)
-
-
-def _dropped(
-    backbone: Backbone, trainee: ScaleNetTrainee, rows: Sequence[Encoded], folder: Path
-) -> tuple[Backbone, ScaleNet]:
-    """Model and network without the projections whose rates vanished; what that cost is kept in dropped.json."""
-    average = averaged_rate(backbone, trainee.init, trainee.rates, rows, batch_size=trainee.batch_size)
-    keep_M = lasting(average, trainee.rates)
-    if not bool(keep_M.any()):
-        raise ValueError("every rate vanished: lower scalenet.sparsity.")
-    network = trainee.rates.pruned(keep_M)
-    assert network.trained_for is not None
-    names = network.trained_for["projections"]
-    before, names_before = trainee.validate(), [p.name for p in backbone.projections]
-    backbone = backbone.with_adapters_on(backbone.target_modules, backbone.adapted_layers, names)
-    trainee.backbone, trainee.rates = backbone, network
-    report = {
-        "kept": names,
-        "dropped": [name for name in names_before if name not in names],
-        "validation_before": before,
-        "validation_after": trainee.validate(),
-    }
-    (folder / "dropped.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(report['dropped'])} of {len(names_before)} projections left the loop", file=sys.stderr)
-    return backbone, network
 
 
 def _settle(

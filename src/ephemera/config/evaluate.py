@@ -1,0 +1,127 @@
+"""Settings of evaluations, benchmarks and analyses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ephemera.config.base import DataSettings, LoraSettings, MixtureSettings, ModelSettings
+from ephemera.rates import MAX_STEPS, UNIFORM_GRID
+from ephemera.settings import Settings
+
+Method = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]
+METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")
+
+
+class Evaluate(Settings):
+    """`ephemera evaluate`"""
+
+    output: str = Field(default="runs/evaluate", description="folder of records, tables and figures")
+    model: ModelSettings = ModelSettings()
+    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
+    data: DataSettings = DataSettings(limit=300)
+    validation: DataSettings = DataSettings(split="validation", limit=100)
+    methods: list[Method] = Field(default=list(METHODS), min_length=1, description="rows of the grid")
+    steps: list[Annotated[int, Field(ge=0)]] = Field(
+        default=list(range(MAX_STEPS + 1)), min_length=1, description="columns of the grid: K"
+    )
+    fixed_rate: float = Field(default=5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
+    uniform_rates: dict[int, float] | None = Field(
+        default=None, description="best uniform rate of each K; default: searched on validation rows"
+    )
+    uniform_grid: list[float] = Field(default=list(UNIFORM_GRID), min_length=1, description="rates of that search")
+    stepwise: str = Field(default="stepwise-nq-open", description="folder or shipped name")
+    layerwise: str = Field(default="scalenet-nq-open", description="folder or shipped name; also for swapped")
+    averaged: str | None = Field(
+        default=None, description="folder of averaged rates; default: the folder averaged/ in that of layerwise"
+    )
+    generate: list[int] = Field(
+        default=[0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum"
+    )
+    generate_methods: list[Method] = Field(default=["none", "layerwise"], description="methods that generate")
+    batch_size: int = Field(default=16, ge=2, description="prompts that adapt together")
+    seed: int = Field(default=0, description="seed of the adapters' start")
+
+
+class Variant(Settings):
+    name: str = Field(description="how tables call it")
+    init: str | None = Field(
+        default=None,
+        description="generator (folder or shipped name) or PEFT folder, {task} filled in; default: the zero start",
+    )
+    rate: str | float | None = Field(default=None, description="shipped name, folder or number; needed where steps > 0")
+    steps: int = Field(default=0, ge=0, description="gradient steps on the prompt")
+    tasks: list[str] | None = Field(default=None, min_length=1, description="only these; default: all of data.tasks")
+
+    @model_validator(mode="after")
+    def _rate_for_steps(self) -> Variant:
+        if self.steps and self.rate is None:
+            raise ValueError(f"variant {self.name!r} has steps but no rate")
+        if self.rate is not None and not self.steps:
+            raise ValueError(
+                f"variant {self.name!r} has a rate but takes no steps with it: give steps, or leave the rate out"
+            )
+        return self
+
+
+class BenchmarkData(MixtureSettings):
+    split: str = Field(default="test", description="train, validation or test")
+    limit: int | None = Field(default=100, ge=1, description="rows of each task, drawn at random")
+    fraction: float | None = Field(default=None, gt=0, le=1, description="share of each task's rows, instead of limit")
+    max_tokens: int = Field(default=1024, ge=2, description="longer rows are left out, and counted")
+
+
+class Benchmark(Settings):
+    """`ephemera benchmark`: accuracy of models x variants on tasks (TaskWeaver Table 2)"""
+
+    output: str = Field(default="runs/benchmark", description="folder of records and tables")
+    models: list[ModelSettings] = Field(default=[ModelSettings()], min_length=1, description="rows of the table")
+    variants: list[Variant] = Field(default=[Variant(name="Base")], min_length=1, description="of each model")
+    against: list[str] = Field(default=[], description="variants to compare the others with; default: the first")
+    data: BenchmarkData = BenchmarkData()
+    scoring: list[Literal["choices", "generate"]] = Field(
+        default=["choices", "generate"],
+        min_length=1,
+        description="log-probability of each choice; generate and read the answer",
+    )
+    temperature: float = Field(default=0.0, ge=0, description="of generation; 0 is greedy")
+    samples: int = Field(default=1, ge=1, description="answers per prompt, for pass@k and the majority vote")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: each task's own")
+    repeats: int = Field(default=1, ge=1, description="whole evaluations, each with its own seed")
+    allow_code_execution: bool = Field(default=False, description="run generated code (humaneval, mbpp), with limits")
+    batch_size: int = Field(default=8, ge=1, description="prompts at once")
+    seed: int = Field(default=0, description="of the adapters' start and of sampling")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Benchmark:
+        for what, names in (("variants", [v.name for v in self.variants]), ("models", [m.name for m in self.models])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"two {what} have the same name; a table could not tell them apart")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples > 1 needs temperature > 0: greedy answers would all be the same")
+        for name in self.against:
+            if name not in [v.name for v in self.variants]:
+                raise ValueError(f"against names {name!r}, which is no variant's name")
+        known = [entry.task for entry in self.data.tasks]
+        for variant in self.variants:
+            for task in variant.tasks or []:
+                if task not in known:
+                    raise ValueError(f"variant {variant.name!r} names task {task!r}, which data.tasks has not: {known}")
+        return self
+
+
+class Analyse(Settings):
+    """`ephemera analyse`: what a generator's adapters depend on"""
+
+    output: str = Field(default="runs/analysis", description="folder of records, tables and figures")
+    model: ModelSettings = Field(
+        default=ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0)),
+        description="lora is the generator's own; where this differs, that is said",
+    )
+    generator: str = Field(default="taskweaver", description="folder or shipped name")
+    data: MixtureSettings = Field(
+        default=MixtureSettings(split="test", limit=40), description="weight and stop are for training alone"
+    )
+    batch_size: int = Field(default=8, ge=1, description="prompts at once")
+    seed: int = Field(default=0, description="of controls, shuffled labels and embeddings")

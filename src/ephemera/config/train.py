@@ -1,0 +1,167 @@
+"""Settings of the training commands."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ephemera.config.base import DataSettings, LoraSettings, MixtureSettings, ModelSettings
+from ephemera.rates import MAX_STEPS
+from ephemera.settings import Settings
+
+
+class ObjectiveSettings(Settings):
+    """What a step's gradient is of"""
+
+    exit_layer: int | None = Field(
+        default=None, ge=1, description="read the prompt's loss after so many layers; default: at the top"
+    )
+    lens: str | None = Field(
+        default=None, description="folder or shipped name of the lens to read it through; default: the untrained one"
+    )
+    tune_lens: float = Field(
+        default=0.0, ge=0, description="train the lens too, at this share of the learning rate, exactly (second order)"
+    )
+    tokens: str = Field(
+        default="all", description='tokens that are scored: "all", "last-8", "every-2", "hardest-50%" (highest loss)'
+    )
+    template: str | None = Field(
+        default=None,
+        description='score only what stands in its holes, e.g. "Question: {} Answer:"; default: a template\'s words too',
+    )
+    vocabulary: int | None = Field(
+        default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"
+    )
+
+
+class ScaleNetSettings(Settings):
+    granularity: Literal["layer", "step", "constant"] = Field(
+        default="layer",
+        description="a rate per projection, or one per step; or constants per projection, which see no prompt",
+    )
+    base_rates: list[Annotated[float, Field(ge=0)]] | None = Field(
+        default=None, description="eta of each step, where s = 1; default: searched on validation rows"
+    )
+    max_steps: int = Field(default=MAX_STEPS, ge=1, description="Kmax (LDTTA 4.1)")
+    mlp_size: int = Field(default=128, ge=1, description="hidden size of the network (LDTTA 4.1)")
+    max_log_scale: float = Field(
+        default=4.0, gt=0, description="clamp of the network's output a (Eq. 16); s is at most 1+a+a^2/2"
+    )
+    normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
+    representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
+    normalize: Literal["none", "prompt", "projection"] = Field(
+        default="none", description="gradients as they are, or scaled to length one, over a prompt or each projection"
+    )
+
+
+class AloneSettings(ScaleNetSettings):
+    reach: Literal["all", "answer"] = Field(
+        default="all", description="adapters act on every token, or from the last prompt token on"
+    )
+    start: str | None = Field(
+        default=None, description="folder of per-projection constants to start from; default: base_rates"
+    )
+    harm_weight: float = Field(
+        default=0.0, ge=0, description="further weight of an answer that adaptation made less likely"
+    )
+
+
+class OptimizerSettings(Settings):
+    samples: int = Field(
+        default=30_000,
+        ge=1,
+        description="training prompts that a gradient is taken of, with repeats where the data is smaller (LDTTA 4.1)",
+    )
+    passes: int = Field(
+        default=1, ge=1, description="passes over each chunk of prompts (reach answer with one step); 1: none is kept"
+    )
+    memory_gb: float = Field(default=4.0, gt=0, description="of a chunk of prompts that is kept for its passes")
+    batch_size: int = Field(default=16, ge=1, description="prompts per optimiser step, over all processes")
+    learning_rate: float = Field(default=1e-3, gt=0, description="AdamW; the paper has 1e-4")
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup: int = Field(default=50, ge=0, description="optimiser steps of linear warm-up; cosine decay follows")
+    clip_prompt: float = Field(
+        default=1.0, gt=0, description="one prompt's meta-gradient by log-rates is clipped to this norm"
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="the batch's gradient is clipped to this norm")
+    seed: int = 0
+
+
+class TrainScaleNet(Settings):
+    """`ephemera train scalenet`"""
+
+    output: str = Field(default="runs/scalenet", description="folder of checkpoints, metrics and the trained network")
+    model: ModelSettings = ModelSettings()
+    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
+    train: DataSettings = DataSettings(split="train")
+    validation: DataSettings = DataSettings(split="validation", limit=200)
+    objective: ObjectiveSettings = ObjectiveSettings()
+    scalenet: AloneSettings = AloneSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    validation_steps: list[int] = Field(default=[1, 3, 5], description="K at which validation NLL is taken")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainLens(Settings):
+    """`ephemera train lens`: what the last layer would say, read off earlier ones"""
+
+    output: str = Field(default="runs/lens", description="folder of checkpoints, metrics and the trained lens")
+    model: ModelSettings = ModelSettings()
+    exit_layers: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[8], min_length=1, description="read after so many layers; several are trained from one pass"
+    )
+    train: DataSettings = DataSettings(split="train")
+    validation: DataSettings = DataSettings(split="validation", limit=100)
+    token_share: float = Field(default=0.5, gt=0, le=1, description="of a batch's tokens, drawn at random")
+    optimizer: OptimizerSettings = OptimizerSettings(samples=4000, batch_size=8, learning_rate=1e-3)
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=100, ge=1, description="optimiser steps")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class GeneratorSettings(Settings):
+    hidden_size: int = Field(default=1024, ge=1, description="of the shared MLP")
+    source: Literal["last", "mean", "ends"] = Field(
+        default="last", description="h: the last prompt token's state, the mean, or first token and mean"
+    )
+    head_rank: int | None = Field(default=None, ge=1, description="low-rank output heads; default: full")
+    save_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the saved weights")
+
+
+class JointSettings(ScaleNetSettings):
+    learning_rate_factor: float = Field(default=1.0, gt=0, description="ScaleNet's learning rate, times the other's")
+    clip_prompt: float = Field(default=1.0, gt=0, description="as in ScaleNet's own training")
+
+
+class TrainGenerator(Settings):
+    """`ephemera train generator`"""
+
+    output: str = Field(default="runs/generator", description="folder of checkpoints, metrics and the trained network")
+    model: ModelSettings = ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0))
+    train: MixtureSettings = MixtureSettings()
+    validation: MixtureSettings = MixtureSettings(split="validation", limit=32)
+    generator: GeneratorSettings = GeneratorSettings()
+    start: str | None = Field(default=None, description="a trained generator to go on from; default: a fresh one")
+    scalenet: JointSettings | None = Field(
+        default=None, description="settings of a ScaleNet to train jointly; default: the generator alone"
+    )
+    optimizer: OptimizerSettings = OptimizerSettings(samples=30_000, batch_size=8, learning_rate=3e-5)
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainTaskLora(Settings):
+    """`ephemera train lora`: the baseline, one adapter for a task or a mixture, through PEFT (TaskWeaver 4.1)"""
+
+    output: str = Field(default="runs/task-lora", description="folder of checkpoints, metrics and the adapter")
+    model: ModelSettings = ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0))
+    train: MixtureSettings = MixtureSettings()
+    validation: MixtureSettings = MixtureSettings(split="validation", limit=32)
+    optimizer: OptimizerSettings = OptimizerSettings(samples=2000, batch_size=4, learning_rate=5e-5, warmup=0)
+    checkpoint_every: int = Field(default=100, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")

@@ -1,0 +1,180 @@
+"""Prompts after everything that does not depend on the rates of a single step: gradient, base reading, h(x).
+
+With one step from B = 0 and reach `answer`, neither a prompt's gradient nor its keys and values depend on the rates. Who tries
+many rates on one prompt (training, a search, a comparison) makes these once and then pays for the answer's tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ephemera.adapt import Trace, adapt
+from ephemera.backbone import Backbone
+from ephemera.depth import Lower
+from ephemera.flat import FlatLora
+from ephemera.inits import ZeroInit
+from ephemera.lora import LoraBatch
+from ephemera.made_for import MadeFor, Reach
+from ephemera.objective import TokenBatch, pad
+from ephemera.prefill import Prefill, fork, nll_after, prefill, whole_reading
+from ephemera.rates import Normalize, Rate
+from ephemera.readout import Objective
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A left-padded batch of prompts; `step` takes its one step at given rates.
+
+    `trace` is that of a step of length zero: its `grads` are by A (zero, as B = 0) and B, its `reading` the base model's
+    own pass. `h_BH` is h(x).
+    """
+
+    backbone: Backbone
+    batch: TokenBatch
+    trace: Trace
+    h_BH: Tensor
+
+    def rates_BM(self, rate: Rate) -> Tensor:
+        """The rates [B,M] that a rule gives these prompts for one step of one."""
+        lora = self.trace.lora
+        return rate.rates_BM(self.h_BH, 1, 1, like=lora.A[0], projections=len(lora.projections))
+
+    def step(self, rates_BM: Tensor) -> FlatLora:
+        """LDTTA Eq. 14 from B = 0."""
+        return FlatLora.of(self.trace.initial_lora).step(self.trace.grads[0], rates_BM)
+
+    def read(self, lora: LoraBatch | None) -> Prefill:
+        """The prompts read by the base model; with adapters, which act from the last token on."""
+        reading = self.trace.reading
+        assert reading is not None
+        if lora is None:
+            return Prefill(
+                self.backbone,
+                self.batch,
+                None,
+                reading.hidden_BTD,
+                fork(reading.cache),
+                torch.zeros_like(self.trace.fallback_B),
+            )
+        return prefill(self.backbone, self.batch, lora, self.trace.initial_lora, reach="answer", reading=reading)
+
+    def answer_nll(self, answers: Sequence[Sequence[int]], lora: LoraBatch | None) -> Tensor:
+        """Mean NLL [B] over each row's answer tokens; autograd may pass through the adapters."""
+        reading = self.trace.reading
+        assert reading is not None
+        return nll_after(self.backbone, self.batch, reading, answers, lora)
+
+
+@dataclass(frozen=True)
+class _Still:
+    """A rate of zero that looks at h(x), and keeps it."""
+
+    objective: Objective
+    normalize: Normalize
+    seen: list[Tensor]
+    max_steps: int = 1
+    base_rate: float = 0.0
+    uses_representation: Literal["step"] = "step"
+    reach: Reach = "answer"
+    made_for: MadeFor | None = None
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        assert h_BH is not None
+        self.seen.append(h_BH)
+        return like.new_zeros(like.shape[0], projections)
+
+    def check(self, backbone: Backbone) -> None: ...
+
+
+def prepare(
+    backbone: Backbone,
+    init: ZeroInit,
+    parts: Sequence[Sequence[Sequence[int]]],
+    seeds: Sequence[int],
+    *,
+    objective: Objective,
+    normalize: Normalize = "none",
+) -> Prepared:
+    """One forward and one backward pass over prompts, given as token ids, part after part; joined to one batch.
+
+    `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
+    """
+    done: list[tuple[TokenBatch, Trace]] = []
+    still = _Still(objective, normalize, [])
+    start = 0
+    for ids in parts:
+        batch = pad(ids, pad_id=backbone.pad_id).to(backbone.device)
+        lora = init(backbone, batch, seeds[start : start + len(ids)])
+        start += len(ids)
+        trace = adapt(backbone, batch, lora, still, 1, keep_grads=True, keep_reading=True)
+        done.append((batch, _whole(backbone, batch, trace)))
+    return Prepared(backbone, *_joined(backbone, done), torch.cat(still.seen))
+
+
+def bytes_of(backbone: Backbone, tokens: int, r: int) -> int:
+    """What a prepared prompt of so many tokens keeps: keys and values, gradient and start."""
+    config: Any = backbone.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    floats = sum(r * (p.in_features + p.out_features) for p in backbone.projections)
+    element = backbone.vocabulary_VD.element_size()
+    return 2 * backbone.layers * heads * size * tokens * element + 4 * floats
+
+
+def _whole(backbone: Backbone, batch: TokenBatch, trace: Trace) -> Trace:
+    """With the base model's whole reading of the batch, of which only the last token's state is kept."""
+    reading = whole_reading(backbone, batch, trace.reading or trace.lower)
+    reading = replace(reading, hidden_BTD=reading.hidden_BTD[:, -1:].clone())
+    zero_BN = trace.grads[0].A_BN.new_zeros(1, 1).expand_as(trace.grads[0].A_BN)  # B = 0: A has no gradient
+    return replace(trace, grads=[replace(trace.grads[0], A_BN=zero_BN)], reading=reading, lower=None)
+
+
+def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tuple[TokenBatch, Trace]:
+    """Several parts as one batch, padded on the left to the longest."""
+    if len(done) == 1:
+        return done[0]
+    T = max(batch.ids_BT.shape[1] for batch, _ in done)
+    ids_BT = torch.cat([_left(batch.ids_BT, T, backbone.pad_id) for batch, _ in done])
+    mask_BT = torch.cat([_left(batch.mask_BT, T, False) for batch, _ in done])
+    traces = [trace for _, trace in done]
+    readings = [trace.reading for trace in traces if trace.reading is not None]
+    cache = backbone.new_cache()
+    for layer in range(backbone.layers):
+        keys, values = [], []
+        for reading in readings:
+            k_BGTC, v_BGTC = _keys_values(reading.cache, layer)
+            keys.append(torch.nn.functional.pad(k_BGTC, (0, 0, T - k_BGTC.shape[2], 0)))
+            values.append(torch.nn.functional.pad(v_BGTC, (0, 0, T - v_BGTC.shape[2], 0)))
+        cache.update(torch.cat(keys), torch.cat(values), layer)
+    hidden_B1D = torch.cat([reading.hidden_BTD for reading in readings])
+    lora = LoraBatch.cat([trace.initial_lora for trace in traces])
+    grads = [trace.grads[0] for trace in traces]
+    zero_BN = grads[0].A_BN[:1].expand(len(ids_BT), -1)
+    joined = Trace(
+        lora=lora,
+        initial_lora=lora,
+        prompt_nll_BK=torch.cat([trace.prompt_nll_BK for trace in traces]),
+        rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
+        steps_B=torch.cat([trace.steps_B for trace in traces]),
+        fallback_B=torch.cat([trace.fallback_B for trace in traces]),
+        grads=[FlatLora(zero_BN, torch.cat([g.B_BN for g in grads]), lora)],
+        reading=Lower(ids_BT, backbone.layers, hidden_B1D, cache),
+    )
+    return TokenBatch(ids_BT, mask_BT), joined
+
+
+def _left(x_BT: Tensor, T: int, fill: int | bool) -> Tensor:
+    return torch.nn.functional.pad(x_BT, (T - x_BT.shape[1], 0), value=fill)
+
+
+def _keys_values(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
+    keys, values = getattr(cache.layers[layer], "keys", None), getattr(cache.layers[layer], "values", None)
+    assert keys is not None
+    assert values is not None
+    return keys, values

@@ -1,0 +1,98 @@
+"""How far each step moves each projection: fixed, constant per projection, predicted from the prompt (ScaleNet), averaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ephemera import artifact
+from ephemera.backbone import Backbone
+from ephemera.made_for import Format, read_made_for
+from ephemera.rates.averaged import AveragedRate
+from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
+from ephemera.rates.per_projection import PerProjectionRate
+from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize, Rate
+from ephemera.rates.scalenet import ScaleNet
+from ephemera.readout import load_objective
+from ephemera.store import DEFAULT_MODEL
+
+__all__ = [
+    "MAX_STEPS",
+    "UNIFORM_GRID",
+    "AveragedRate",
+    "FixedRate",
+    "Normalize",
+    "PerProjectionRate",
+    "Rate",
+    "ScaleNet",
+    "adapted_by",
+    "default_rate",
+    "default_steps",
+    "load_rate",
+    "place_rate",
+]
+
+# Short names: the paper's gradient, and the cheaper one (docs/performance.md)
+PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-fast"}
+# What a prompt is adapted by if nobody names a rate: {model: {format: shipped network}}
+DEFAULT_RATES: dict[str, dict[Format, str]] = {DEFAULT_MODEL: {}}
+STEPS = 1  # of a rate that was not trained; a trained one takes what it was validated at
+
+
+def default_rate(model: str, format: Format) -> Rate | None:
+    """The network that ships for a model and a prompt format; None if there is none: prompts are not adapted to."""
+    name = DEFAULT_RATES.get(model, {}).get(format)
+    return None if name is None else load_rate(name)
+
+
+def default_steps(rate: Rate | None) -> int:
+    """The steps that a prompt takes if nobody says how many; none without a rate."""
+    if rate is None:
+        return 0
+    return STEPS if rate.made_for is None else rate.made_for.steps
+
+
+def adapted_by(rate: Rate | None) -> dict[str, Any]:
+    """The projections that a trained rate was made for, as `load_backbone` takes them; none where it fits any."""
+    if not isinstance(rate, ScaleNet | AveragedRate | PerProjectionRate) or rate.trained_for is None:
+        return {}
+    made = rate.trained_for
+    # Files from before there was a choice
+    settings = {"target_modules": made.get("target_modules", "qv"), "layers": made.get("layers", "all")}
+    return {**settings, "only": made["projections"]}
+
+
+def place_rate(rate: Rate, backbone: Backbone) -> Rate:
+    """The rate, checked, on the model's device, and the lens of its objective with it."""
+    rate.check(backbone)
+    for module in (rate, rate.objective.lens):
+        if isinstance(module, nn.Module):
+            module.to(backbone.device)
+    return rate
+
+
+def load_rate(spec: str | Path | float) -> Rate:
+    """A rate from a number, a folder, a shipped name or a preset's ("full", "fast")."""
+    spec = PRESETS.get(str(spec), spec)
+    try:
+        return FixedRate(float(spec))  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        if isinstance(spec, float | int):
+            raise error
+    folder = artifact.find(spec, NAME, also=["a number", "a folder"])
+    return artifact.load(folder, NAME, lambda config, state: _make(config, state, folder))
+
+
+def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rate:
+    kind = config.pop("kind")
+    config["objective"] = load_objective(
+        config.get("objective"), folder
+    )  # files from before there was a choice lack it
+    config["made_for"] = read_made_for(config.get("made_for"), folder)
+    if kind == "averaged":
+        return AveragedRate(state["table_KKM"], **config)
+    network = PerProjectionRate(**config) if kind == "per-projection" else ScaleNet(**config)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)

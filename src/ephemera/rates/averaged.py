@@ -1,0 +1,73 @@
+"""A network's rates averaged over prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ephemera import artifact
+from ephemera.backbone import Backbone
+from ephemera.made_for import MadeFor, Reach
+from ephemera.rates.protocol import NAME, Normalize
+from ephemera.readout import PROMPT, Objective
+
+
+@dataclass(frozen=True, eq=False)
+class AveragedRate:
+    """ScaleNet's rates averaged over training prompts: no dependence on the prompt (LDTTA 4.3).
+
+    `table_KKM[K-1, k-1]` holds the rates [M] of step k of K.
+    """
+
+    table_KKM: Tensor
+    trained_for: dict[str, Any]
+    objective: Objective = PROMPT
+    normalize: Normalize = "none"
+    made_for: MadeFor | None = None
+
+    @property
+    def reach(self) -> Reach:
+        return "all" if self.made_for is None else self.made_for.reach
+
+    @property
+    def max_steps(self) -> int:
+        return self.table_KKM.shape[0]
+
+    @property
+    def base_rate(self) -> float:
+        return self.table_KKM[:, 0].max().item()
+
+    @property
+    def uses_representation(self) -> Literal["no"]:
+        return "no"
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        if like.device not in self._tables:  # once: a copy from the host waits for the device
+            self._tables[like.device] = self.table_KKM.to(like.device)
+        return self._tables[like.device][K - 1, k - 1].to(like.dtype).expand(like.shape[0], projections)
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def check(self, backbone: Backbone) -> None:
+        artifact.check_model(self.trained_for, backbone, "averaged rate")
+        self.objective.check(backbone)
+
+    def save_pretrained(self, folder: str | Path, *, lens: str = ".") -> None:
+        """`lens`: where its lens lies, from `folder`; only there (".") is it written too."""
+        config = {
+            "kind": "averaged",
+            "trained_for": self.trained_for,
+            "objective": self.objective.describe(lens),
+            "normalize": self.normalize,
+            "made_for": None if self.made_for is None else self.made_for.describe(),
+        }
+        artifact.save(Path(folder), NAME, config, {"table_KKM": self.table_KKM})
+        if lens == ".":
+            self.objective.save_lens(folder)

@@ -1,0 +1,50 @@
+"""One rate for everything: naive test-time adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ephemera.backbone import Backbone
+from ephemera.made_for import Reach
+from ephemera.rates.protocol import Normalize
+from ephemera.readout import PROMPT, Objective
+
+# Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
+UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
+
+
+@dataclass(frozen=True)
+class FixedRate:
+    """One rate for every prompt, step and projection (naive TTA; the paper's baseline is 5e-2)."""
+
+    rate: float
+    objective: Objective = PROMPT
+    normalize: Normalize = "none"
+    reach: Reach = "all"
+    made_for: None = None
+
+    def __post_init__(self):
+        if not 0 <= self.rate < float("inf"):
+            raise ValueError(f"a rate is a number >= 0; got {self.rate}.")
+
+    @property
+    def max_steps(self) -> None:
+        return None
+
+    @property
+    def base_rate(self) -> float:
+        return self.rate
+
+    @property
+    def uses_representation(self) -> Literal["no"]:
+        return "no"
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        return like.new_full((like.shape[0], projections), self.rate)
+
+    def check(self, backbone: Backbone) -> None:
+        """Fits every model; its objective may not."""
+        self.objective.check(backbone)

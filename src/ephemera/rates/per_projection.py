@@ -1,0 +1,90 @@
+"""Constant rates, one per projection and step: ScaleNet without its input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ephemera import artifact
+from ephemera.backbone import Backbone
+from ephemera.made_for import MadeFor, Reach
+from ephemera.rates.protocol import NAME
+from ephemera.readout import PROMPT, Objective
+
+
+class PerProjectionRate(nn.Module):
+    """The same rates for every prompt: `exp(log_rates_KM[k-1])` at step k, whatever K (ours).
+
+    The control that ScaleNet must beat, and where it may start. Trained as ScaleNet is, by Eq. 17-19.
+    """
+
+    def __init__(
+        self,
+        *,
+        projections: int,
+        base_rates: Sequence[float],
+        trained_for: dict[str, Any] | None = None,
+        objective: Objective = PROMPT,
+        made_for: MadeFor | None = None,
+    ):
+        super().__init__()
+        self.projections, self.trained_for = projections, trained_for
+        self.objective, self.made_for = objective, made_for
+        logs_K = torch.tensor([math.log(max(rate, 1e-8)) for rate in base_rates])
+        self.log_rates_KM = nn.Parameter(logs_K[:, None].repeat(1, projections))
+
+    @property
+    def max_steps(self) -> int:
+        return self.log_rates_KM.shape[0]
+
+    @property
+    def base_rates(self) -> tuple[float, ...]:
+        """Each step's geometric mean over projections."""
+        return tuple(self.log_rates_KM.detach().mean(1).exp().tolist())
+
+    @property
+    def base_rate(self) -> float:
+        return self.base_rates[0]
+
+    @property
+    def uses_representation(self) -> Literal["no"]:
+        return "no"
+
+    @property
+    def normalize(self) -> Literal["none"]:
+        return "none"
+
+    @property
+    def reach(self) -> Reach:
+        return "all" if self.made_for is None else self.made_for.reach
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        return self.log_rates_KM[k - 1].exp().expand(like.shape[0], -1)
+
+    def check(self, backbone: Backbone) -> None:
+        """ValueError if it was made for another model."""
+        if self.trained_for is not None:
+            artifact.check_model(self.trained_for, backbone, "per-projection rate")
+        self.objective.check(backbone)
+        if self.projections != len(backbone.projections):
+            raise ValueError(
+                f"these rates are for {self.projections} projections; {backbone.name} has {len(backbone.projections)}."
+            )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write rate.json and rate.safetensors."""
+        config = {
+            "kind": "per-projection",
+            "projections": self.projections,
+            "base_rates": list(self.base_rates),
+            "trained_for": self.trained_for,
+            "objective": self.objective.describe(),
+            "made_for": None if self.made_for is None else self.made_for.describe(),
+        }
+        artifact.save(Path(folder), NAME, config, self.state_dict())
+        self.objective.save_lens(folder)

@@ -1,0 +1,59 @@
+"""What the loop asks of a rate."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from ephemera.backbone import Backbone
+from ephemera.made_for import MadeFor, Reach
+from ephemera.readout import Objective
+
+MAX_STEPS = 5  # LDTTA 4.1
+NAME = "rate"  # of its files
+Normalize = Literal["none", "prompt", "projection"]
+
+
+class Rate(Protocol):
+    """A rule for steps: how far, along which gradient.
+
+    `uses_representation` says whether it wants h(x), and from which step. `objective` is what the gradient is of.
+    `normalize`: the gradient as it is (the paper's), or scaled to length one, over a prompt's projections together or
+    each projection by itself; rates are then lengths.
+    """
+
+    @property
+    def max_steps(self) -> int | None: ...
+
+    @property
+    def uses_representation(self) -> Literal["no", "step", "first"]: ...
+
+    @property
+    def objective(self) -> Objective: ...
+
+    @property
+    def base_rate(self) -> float:
+        """The rate of a whole first step: `stop_below` is a share of it."""
+        ...
+
+    @property
+    def normalize(self) -> Normalize: ...
+
+    @property
+    def reach(self) -> Reach:
+        """Where the adapters act once the steps are done (made_for.py)."""
+        ...
+
+    @property
+    def made_for(self) -> MadeFor | None:
+        """What it was trained for; None if it was not trained."""
+        ...
+
+    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
+        """Learning rates [B,M] of step k of K (from 1); `like` is any tensor [B,...] on the right device."""
+        ...
+
+    def check(self, backbone: Backbone) -> None:
+        """ValueError if it was made for another model."""
+        ...
