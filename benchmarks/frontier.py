@@ -59,6 +59,7 @@ class Schedule:
     normalize: Normalize = "none"
     reach: Reach = "all"
     made_for: None = None
+    gate: None = None
 
     @property
     def max_steps(self) -> int:

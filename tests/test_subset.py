@@ -119,6 +119,7 @@ class Falling:
     max_steps = None
     uses_representation = "no"
     reach = "all"
+    gate = None
     made_for = None
     normalize = "none"
     objective = Objective()

@@ -53,6 +53,7 @@ class TableRate:
     max_steps = None
     uses_representation = "no"
     reach = "all"
+    gate = None
     made_for = None
     objective = PROMPT
     normalize = "none"

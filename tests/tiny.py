@@ -224,6 +224,7 @@ class SomeRowsWild:
     max_steps = None
     uses_representation = "no"
     reach = "all"
+    gate = None
     made_for = None
     objective = PROMPT
     normalize = "none"

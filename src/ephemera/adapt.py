@@ -26,7 +26,7 @@ class Trace:
     `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
     `grads` holds each step's gradients, where they were kept. `lower`: the layers below the lowest adapted one, run once
     for all steps; `prefill` takes them too. `reading`: the base model's own pass over the prompts, as far as the first
-    step went, if it was kept.
+    step went, if it was kept. `h_BH`: the first step's h(x), if the rate looked at it.
     """
 
     lora: LoraBatch
@@ -38,6 +38,7 @@ class Trace:
     grads: list[FlatLora] = field(default_factory=list)
     lower: Lower | None = None
     reading: Lower | None = None
+    h_BH: Tensor | None = None
 
 
 def adapt(
@@ -71,9 +72,8 @@ def adapt(
     start = flat = FlatLora.of(initial_lora)
     B, M, like = batch.ids_BT.shape[0], len(initial_lora.projections), start.A_BN.detach()
     nlls, rates, grads_of_steps = [], [], []
-    first_h_BH: Tensor | None = None
     wants_h = rate is not None and rate.uses_representation != "no"
-    lower, reading = backbone.lower(batch) if steps else None, None
+    lower, reading, first_h_BH = backbone.lower(batch) if steps else None, None, None
     moving_B = torch.ones(B, dtype=torch.bool, device=like.device)
     steps_B = moving_B.long() * (steps if stop_below is None else 0)
     if steps and backbone.device.type != "cpu":
@@ -94,9 +94,8 @@ def adapt(
             )
         reading = reading or _reading(backbone, batch, out, rate)
         h_BH = out.representation_BH(batch) if wants_h else None
-        if rate.uses_representation == "first":
-            first_h_BH = h_BH if first_h_BH is None else first_h_BH
-            h_BH = first_h_BH
+        first_h_BH = h_BH if first_h_BH is None else first_h_BH
+        h_BH = first_h_BH if rate.uses_representation == "first" else h_BH
         with torch.set_grad_enabled(keep_grads or second_order):
             rates_BM = rate.rates_BM(h_BH, k, steps, like=like, projections=M)
         if stop_below is not None:
@@ -138,6 +137,7 @@ def adapt(
         grads=grads_of_steps,
         lower=lower,
         reading=reading,
+        h_BH=first_h_BH,
     )
 
 

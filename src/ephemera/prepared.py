@@ -49,6 +49,11 @@ class Prepared:
         """LDTTA Eq. 14 from B = 0."""
         return FlatLora.of(self.trace.initial_lora).step(self.trace.grads[0], rates_BM)
 
+    def adapted(self, rate: Rate) -> Trace:
+        """What `adapt` gives for one step of this rate."""
+        rates_BM = self.rates_BM(rate)
+        return replace(self.trace, lora=self.step(rates_BM).lora, rates_BKM=rates_BM[:, None], h_BH=self.h_BH)
+
     def read(self, lora: LoraBatch | None) -> Prefill:
         """The prompts read by the base model; with adapters, which act from the last token on."""
         reading = self.trace.reading
@@ -83,6 +88,7 @@ class _Still:
     uses_representation: Literal["step"] = "step"
     reach: Reach = "answer"
     made_for: MadeFor | None = None
+    gate: None = None
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         assert h_BH is not None

@@ -1,4 +1,4 @@
-"""Commands that train: ScaleNet, its lens, the generator, the task-LoRA baseline."""
+"""Commands that train: rates, their gate, a lens, the generator, the task-LoRA baseline."""
 
 from __future__ import annotations
 
@@ -122,3 +122,25 @@ def train_lora_command(
 
     quiet()
     print(train_task_lora(settings, resume=resume))
+
+
+@train_app.command(
+    "gate",
+    epilog="""Examples:
+
+    ephemera train gate --config configs/universal-gate.yaml
+
+    ephemera train gate --set network=runs/mine/network --set data.task=squad --set data.source=data/squad""",
+)
+def train_gate_command(config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False) -> None:
+    """Calibrate when a network leaves a prompt alone, so that at most a chosen share of prompts is harmed."""
+    from ephemera.config import TrainGate, dump_yaml, load_config
+
+    settings = load_config(TrainGate, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.training.gate import train_gate
+
+    quiet()
+    print(train_gate(settings))

@@ -165,3 +165,25 @@ class TrainTaskLora(Settings):
     checkpoint_every: int = Field(default=100, ge=1, description="optimiser steps")
     validate_every: int = Field(default=250, ge=1, description="optimiser steps")
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainGate(Settings):
+    """`ephemera train gate`: when a network should leave a prompt alone, calibrated on labelled rows"""
+
+    output: str = Field(default="runs/gate", description="folder of the calibration's records and tables")
+    network: str = Field(
+        default="universal", description="folder or shipped name of the network; the gate is put beside it"
+    )
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings(split="validation", limit=40, format="chat")
+    unseen: DataSettings | None = Field(
+        default=None, description="tasks that are only reported, never fitted or calibrated on"
+    )
+    alpha: float = Field(default=0.05, gt=0, lt=1, description="most of the prompts that may be harmed")
+    harm: float = Field(default=0.05, gt=0, description="nats per answer token that count as harm")
+    tau: float = Field(default=0.5, gt=0, description="trust region: most nats of KL of the first answer token")
+    penalty: float = Field(default=1.0, ge=0, description="L2 penalty of the risk's weights")
+    batch_size: int = Field(default=8, ge=1, description="prompts at once")
+    seed: int = Field(
+        default=0, description="of the split into fitting and calibration rows, and of the adapters' start"
+    )

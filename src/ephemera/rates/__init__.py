@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.backbone import Backbone
+from ephemera.gate import load_gate
 from ephemera.made_for import Format, read_made_for
 from ephemera.rates.averaged import AveragedRate
 from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
@@ -95,4 +96,5 @@ def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rat
         return AveragedRate(state["table_KKM"], **config)
     network = PerProjectionRate(**config) if kind == "per-projection" else ScaleNet(**config)
     network.load_state_dict(state)
+    network.gate = load_gate(folder)
     return network.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ephemera import artifact
 from ephemera.backbone import Backbone
+from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
 from ephemera.rates.protocol import NAME, Normalize
 from ephemera.readout import PROMPT, Objective
@@ -29,6 +30,7 @@ class AveragedRate:
     objective: Objective = PROMPT
     normalize: Normalize = "none"
     made_for: MadeFor | None = None
+    gate: Gate | None = None
 
     @property
     def reach(self) -> Reach:

@@ -25,6 +25,7 @@ class FixedRate:
     normalize: Normalize = "none"
     reach: Reach = "all"
     made_for: None = None
+    gate: None = None
 
     def __post_init__(self):
         if not 0 <= self.rate < float("inf"):

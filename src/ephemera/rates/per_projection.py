@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.backbone import Backbone
+from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
 from ephemera.rates.protocol import NAME
 from ephemera.readout import PROMPT, Objective
@@ -35,6 +36,7 @@ class PerProjectionRate(nn.Module):
         super().__init__()
         self.projections, self.trained_for = projections, trained_for
         self.objective, self.made_for = objective, made_for
+        self.gate: Gate | None = None
         logs_K = torch.tensor([math.log(max(rate, 1e-8)) for rate in base_rates])
         self.log_rates_KM = nn.Parameter(logs_K[:, None].repeat(1, projections))
 
@@ -88,3 +90,5 @@ class PerProjectionRate(nn.Module):
         }
         artifact.save(Path(folder), NAME, config, self.state_dict())
         self.objective.save_lens(folder)
+        if self.gate is not None:
+            self.gate.save(folder)

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from ephemera.backbone import Backbone
+from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
 from ephemera.readout import Objective
 
@@ -48,6 +49,11 @@ class Rate(Protocol):
     @property
     def made_for(self) -> MadeFor | None:
         """What it was trained for; None if it was not trained."""
+        ...
+
+    @property
+    def gate(self) -> Gate | None:
+        """When a prompt is left alone (gate.py); None: never."""
         ...
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.backbone import Backbone
+from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
 from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize
 from ephemera.readout import PROMPT, Objective
@@ -59,6 +60,7 @@ class ScaleNet(nn.Module):
         }
         self.objective = objective
         self.made_for = made_for
+        self.gate: Gate | None = None
         self.normalize: Normalize = normalize
         self.base_rates = tuple(base_rates)
         self.max_log_scale = max_log_scale
@@ -154,3 +156,5 @@ class ScaleNet(nn.Module):
         config = {"kind": "scalenet", **self.config, "objective": self.objective.describe(), "made_for": made_for}
         artifact.save(Path(folder), NAME, config, self.state_dict())
         self.objective.save_lens(folder)
+        if self.gate is not None:
+            self.gate.save(folder)

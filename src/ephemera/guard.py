@@ -1,0 +1,105 @@
+"""What stands between a network's rates and a user's answer: a trust region, and an abstention where harm is foreseen.
+
+Both look at the prompt only, after its steps, for the work of one token (reach `answer`). A rate of zero is an abstention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ephemera.adapt import Trace
+from ephemera.flat import FlatLora
+from ephemera.gate import Gate
+from ephemera.lora import LoraBatch
+from ephemera.prefill import Prefill, prefill
+
+SHRINK = 0.5  # the adapter's B times this, until the first token is inside the trust region
+SHRINKS = 6  # so often at most; then the row is left alone
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the gate did to each row [B]: its predicted risk, the share of the adapter that was kept (0: abstained)."""
+
+    risk_B: Tensor
+    share_B: Tensor
+    kl_B: Tensor
+    signals_BF: Tensor
+
+    @property
+    def abstained_B(self) -> Tensor:
+        return self.share_B == 0
+
+
+def guard(gate: Gate, read: Prefill, trace: Trace) -> tuple[Prefill, Verdict]:
+    """Shrink adapters into the trust region, then leave alone whom the risk says; prompts are read no second time."""
+    read, share_B, kl_B = trusted(read, trace, gate.tau)
+    signals_BF = signals(read, trace, share_B, kl_B)
+    risk_B = gate.risk_B(signals_BF, trace.h_BH)
+    share_B = torch.where(risk_B > gate.threshold, 0.0, share_B)
+    return with_share(read, trace, share_B), Verdict(risk_B, share_B, kl_B, signals_BF)
+
+
+@torch.no_grad()
+def trusted(read: Prefill, trace: Trace, tau: float) -> tuple[Prefill, Tensor, Tensor]:
+    """Rows whose first-token distribution is further than `tau` from the base model's are shrunk until it is not.
+
+    Also the share of the adapter that is left [B], and KL(adapted || base) [B] at the end, in nats.
+    """
+    base_BV = _log_p(read, read.base_BD)
+    kl_B = _kl(_log_p(read, read.hidden_BTD[:, -1]), base_BV)
+    share_B = torch.where(kl_B.isfinite(), 1.0, 0.0).to(kl_B)
+    for n in range(SHRINKS):
+        out_B = (kl_B > tau) | ~kl_B.isfinite()
+        if not bool(out_B.any()):
+            break
+        share_B = torch.where(out_B, share_B * SHRINK if n + 1 < SHRINKS else 0.0, share_B)
+        read = with_share(read, trace, share_B)
+        kl_B = torch.where(out_B, _kl(_log_p(read, read.hidden_BTD[:, -1]), base_BV), kl_B)
+    return read, share_B, kl_B
+
+
+def with_share(read: Prefill, trace: Trace, share_B: Tensor) -> Prefill:
+    """The same prompts with adapters of which only a share [B] of B is left; the last token is read anew."""
+    start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
+    B_BN = start.B_BN + (end.B_BN - start.B_BN) * share_B[:, None]
+    lora = replace(end, A_BN=torch.where(share_B[:, None] == 0, start.A_BN, end.A_BN), B_BN=B_BN).lora
+    if _same(lora, read.lora):
+        return read
+    return prefill(
+        read.backbone, read.batch, lora, trace.initial_lora, reach="answer", reading=trace.reading or trace.lower
+    )
+
+
+def _same(a: LoraBatch, b: LoraBatch | None) -> bool:
+    return b is not None and all(torch.equal(x, y) for x, y in zip(a.B, b.B, strict=True))
+
+
+@torch.no_grad()
+def signals(read: Prefill, trace: Trace, share_B: Tensor, kl_B: Tensor) -> Tensor:
+    """`SIGNALS` [B,F], from the prompt only."""
+    base_BV = _log_p(read, read.base_BD)
+    start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
+    moved_B = (end.B_BN - start.B_BN).square().sum(1).sqrt()
+    columns = [
+        trace.prompt_nll_BK[:, 0],
+        read.batch.lengths_B.log(),
+        -(base_BV.exp() * base_BV).sum(1),
+        kl_B.clamp(min=1e-6).log(),
+        moved_B.clamp(min=1e-6).log(),
+        trace.rates_BKM[:, 0].clamp(min=1e-6).log().mean(1),
+        share_B.clamp(min=1e-3).log(),
+    ]
+    return torch.stack([column.float().nan_to_num(0.0, 0.0, 0.0) for column in columns], 1)
+
+
+def _log_p(read: Prefill, h_BD: Tensor | None) -> Tensor:
+    assert h_BD is not None, "the gate needs reach answer"
+    return read.backbone.logits(h_BD).float().log_softmax(-1)
+
+
+def _kl(p_BV: Tensor, q_BV: Tensor) -> Tensor:
+    return (p_BV.exp() * (p_BV - q_BV)).sum(1)

@@ -1,0 +1,279 @@
+"""`ephemera train gate`: from labelled rows, the risk of harm, and the threshold that keeps the harmed share under alpha."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ephemera import artifact
+from ephemera.backbone import Backbone
+from ephemera.config import TrainGate, dump_yaml
+from ephemera.gate import SIGNALS, Gate
+from ephemera.guard import SHRINK, SHRINKS, signals, with_share
+from ephemera.inits import ZeroInit
+from ephemera.load import load_backbone
+from ephemera.prepared import prepare
+from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate, place_rate
+from ephemera.rates.protocol import NAME as RATE
+from ephemera.scoring import Encoded, batches_of, parts_of
+from ephemera.training.scalenet import load_rows
+
+SHARES = tuple(SHRINK**n for n in range(SHRINKS))
+TAUS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, float("inf"))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """N rows under a network: answer NLL of the base model and with each share S of the adapter, and what the prompt tells.
+
+    `kl_NS`: KL(adapted || base) of the first token. `signals_NSF`: the gate's signals, had it kept that share.
+    """
+
+    tasks: list[str]
+    ids: list[str]
+    base_N: Tensor
+    nll_NS: Tensor
+    kl_NS: Tensor
+    signals_NSF: Tensor
+    h_NH: Tensor
+
+    def rows(self, index: Sequence[int]) -> Measured:
+        at = list(index)
+        return Measured(
+            [self.tasks[i] for i in at],
+            [self.ids[i] for i in at],
+            *(t[at] for t in (self.base_N, self.nll_NS, self.kl_NS, self.signals_NSF, self.h_NH)),
+        )
+
+    def within(self, tau: float) -> Measured:
+        """Each row at the largest share inside the trust region, S = 1; the base model's where none is."""
+        inside_NS = (self.kl_NS <= tau) & self.kl_NS.isfinite()
+        first_N = torch.where(inside_NS.any(1), inside_NS.int().argmax(1), len(SHARES) - 1)
+        pick = torch.arange(len(first_N)), first_N
+        nll_N = torch.where(inside_NS.any(1), self.nll_NS[pick], self.base_N)
+        kl_N, signals_NF = self.kl_NS[pick], self.signals_NSF[pick]
+        return Measured(
+            self.tasks, self.ids, self.base_N, nll_N[:, None], kl_N[:, None], signals_NF[:, None], self.h_NH
+        )
+
+    @property
+    def change_N(self) -> Tensor:
+        return self.nll_NS[:, 0] - self.base_N
+
+
+@torch.no_grad()
+def measure(
+    backbone: Backbone, network: ScaleNet | PerProjectionRate, rows: Sequence[Encoded], *, batch_size: int, seed: int
+) -> Measured:
+    """Adapt to each row once, and score its answer with each share of the adapter."""
+    tasks: list[str] = []
+    ids: list[str] = []
+    found: list[list[Tensor]] = []
+    for some in batches_of(backbone, rows, batch_size):
+        parts = [[row.prompt for row in some[part]] for part in parts_of(backbone, some)]
+        ready = prepare(
+            backbone, ZeroInit(), parts, [seed] * len(some), objective=network.objective, normalize=network.normalize
+        )
+        trace, answers = ready.adapted(network), [row.answer for row in some]
+        whole = ready.read(trace.lora)
+        base_B = ready.answer_nll(answers, None)
+        nll, kl, told = [], [], []
+        for share in SHARES:
+            share_B = torch.full_like(base_B, share)
+            read = with_share(whole, trace, share_B)
+            kl_B = kl_of(backbone, read.hidden_BTD[:, -1], read.base_BD)
+            nll.append(read.answer_nll(answers))
+            kl.append(kl_B)
+            told.append(signals(read, trace, share_B, kl_B))
+        found.append([base_B, torch.stack(nll, 1), torch.stack(kl, 1), torch.stack(told, 1), ready.h_BH])
+        tasks += [row.task for row in some]
+        ids += [row.id for row in some]
+    base_N, nll_NS, kl_NS, signals_NSF, h_NH = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    return Measured(tasks, ids, base_N, nll_NS, kl_NS, signals_NSF, h_NH)
+
+
+def kl_of(backbone: Backbone, h_BD: Tensor, base_BD: Tensor | None) -> Tensor:
+    assert base_BD is not None
+    p_BV, q_BV = (backbone.logits(h).float().log_softmax(-1) for h in (h_BD, base_BD))
+    return (p_BV.exp() * (p_BV - q_BV)).sum(1)
+
+
+def fit(rows: Measured, harmed_N: Tensor, *, penalty: float) -> dict[str, Tensor]:
+    """Logistic regression of harm on the signals and h(x), both standardised, with an L2 penalty on the weights."""
+    x_NF, h_NH = rows.signals_NSF[:, 0], rows.h_NH
+    state = {"mean_F": x_NF.mean(0), "std_F": x_NF.std(0).clamp(min=1e-6)}
+    state |= {"mean_H": h_NH.mean(0), "std_H": h_NH.std(0).clamp(min=1e-6)}
+    weights = [torch.zeros(n, requires_grad=True) for n in (x_NF.shape[1], h_NH.shape[1])]
+    bias = torch.zeros((), requires_grad=True)
+    x_NF = ((x_NF - state["mean_F"]) / state["std_F"]).clamp(-5, 5)
+    h_NH = ((h_NH - state["mean_H"]) / state["std_H"]).clamp(-5, 5)
+    optimizer = torch.optim.LBFGS([*weights, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logit_N = bias + x_NF @ weights[0] + h_NH @ weights[1]
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logit_N, harmed_N.float(), reduction="sum")
+        # A feature of h counts as one of many: its weight is held so much tighter
+        value = value + penalty * (weights[0].square().sum() + weights[1].square().sum() * h_NH.shape[1] / 10)
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # pyright: ignore[reportArgumentType]
+    return {**state, "weight_F": weights[0].detach(), "weight_H": weights[1].detach(), "bias": bias.detach()}
+
+
+def calibrated(risk_N: Tensor, harmed_N: Tensor, alpha: float) -> float:
+    """The largest threshold on the risk that keeps the harmed share under alpha (conformal risk control).
+
+    With n rows, (harmed and adapted + 1) / (n + 1) <= alpha: then a further row like them is harmed with a probability of
+    at most alpha (Angelopoulos et al., 2024, Eq. 4). -1 where no threshold does: every row is left alone.
+    """
+    n, threshold = len(risk_N), -1.0
+    for candidate in sorted(set(risk_N.tolist())):
+        harmed = int((harmed_N & (risk_N <= candidate)).sum())
+        if (harmed + 1) / (n + 1) > alpha:
+            break
+        threshold = candidate
+    return threshold
+
+
+def auroc(score_N: Tensor, positive_N: Tensor) -> float | None:
+    """The chance that a positive row scores higher than another, ties counted half; None without both kinds."""
+    p, q = score_N[positive_N], score_N[~positive_N]
+    if not len(p) or not len(q):
+        return None
+    return ((p[:, None] > q).float().mean() + 0.5 * (p[:, None] == q).float().mean()).item()
+
+
+def train_gate(config: TrainGate) -> Path:
+    """`ephemera train gate`: fits on one half of the rows, calibrates on the other, and puts the gate beside the network."""
+    folder = Path(config.output)
+    network = load_rate(config.network)
+    if not isinstance(network, ScaleNet | PerProjectionRate) or network.reach != "answer":
+        raise ValueError(
+            f"network={config.network}: a gate is for a trained network with reach answer; this one has reach {network.reach}."
+        )
+    backbone = load_backbone(
+        config.model.name, dtype=config.model.dtype, device=config.model.device, **adapted_by(network)
+    )
+    place_rate(network, backbone)
+    rows = load_rows(backbone, config.data)
+    if len(rows) < 20:
+        raise ValueError(f"a gate needs at least 20 labelled rows; data has {len(rows)}. Raise data.limit.")
+    seen = measure(backbone, network, rows, batch_size=config.batch_size, seed=config.seed)
+    unseen = None
+    if config.unseen is not None:
+        others = load_rows(backbone, config.unseen)
+        unseen = measure(backbone, network, others, batch_size=config.batch_size, seed=config.seed)
+    gate, report = settle(seen, unseen, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch_free = {"report": report, "config": config.model_dump(mode="json")}
+    (folder / "gate.json").write_text(json.dumps(torch_free, indent=1) + "\n")
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    with (folder / "records.jsonl").open("w") as file:
+        for part, measured in (("seen", seen), ("unseen", unseen)):
+            for line in _lines(part, measured):
+                file.write(json.dumps(line) + "\n")
+    gate.save(artifact.find(config.network, RATE, also=["a folder"]))
+    return folder
+
+
+def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[Gate, dict[str, Any]]:
+    """The gate, and what it does: to the calibration half, by task, and to tasks it never saw."""
+    order = random.Random(config.seed).sample(range(len(seen.ids)), len(seen.ids))
+    half = len(order) // 2
+    within = seen.within(config.tau)
+    fitting, checking = within.rows(order[:half]), within.rows(order[half:])
+    state = fit(fitting, fitting.change_N > config.harm, penalty=config.penalty)
+    gate = Gate(config.tau, 1.0, state, {})
+    risk_N = gate.risk_B(checking.signals_NSF[:, 0], checking.h_NH)
+    harmed_N = checking.change_N > config.harm
+    threshold = calibrated(risk_N, harmed_N, config.alpha)
+    report: dict[str, Any] = {
+        "alpha": config.alpha,
+        "harm": config.harm,
+        "tau": config.tau,
+        "threshold": threshold,
+        "rows": {"fitted": len(fitting.ids), "calibrated": len(checking.ids)},
+        "trust_region": {str(tau): _figures(seen.within(tau).change_N, None, config.harm) for tau in TAUS},
+        "auroc": _aurocs(checking, risk_N, config.harm),
+        "calibration": _figures(checking.change_N, risk_N <= threshold, config.harm),
+        "curve": _curve(checking.change_N, risk_N, config.harm),
+        "tasks": _by_task(checking, risk_N <= threshold, config.harm),
+    }
+    if unseen is not None:
+        other = unseen.within(config.tau)
+        risk = gate.risk_B(other.signals_NSF[:, 0], other.h_NH)
+        report["unseen"] = _figures(other.change_N, risk <= threshold, config.harm)
+        report["unseen_curve"] = _curve(other.change_N, risk, config.harm)
+        report["unseen_tasks"] = _by_task(other, risk <= threshold, config.harm)
+    kept = {key: report[key] for key in ("alpha", "harm", "rows", "calibration")}
+    return Gate(config.tau, threshold, state, kept), report
+
+
+def _figures(change_N: Tensor, adapted_N: Tensor | None, harm: float) -> dict[str, float]:
+    adapted_N = torch.ones_like(change_N, dtype=torch.bool) if adapted_N is None else adapted_N
+    change_N = torch.where(adapted_N, change_N, 0.0)
+    return {
+        "n": len(change_N),
+        "change": change_N.mean().item(),
+        "harmed": (change_N > harm).float().mean().item(),
+        "helped": (change_N < -harm).float().mean().item(),
+        "adapted": adapted_N.float().mean().item(),
+    }
+
+
+def _by_task(rows: Measured, adapted_N: Tensor, harm: float) -> dict[str, dict[str, float]]:
+    found = {}
+    for task in sorted(set(rows.tasks)):
+        mine = [i for i, other in enumerate(rows.tasks) if other == task]
+        found[task] = {
+            **_figures(rows.change_N[mine], adapted_N[mine], harm),
+            "change_always": rows.change_N[mine].mean().item(),
+            "harmed_always": (rows.change_N[mine] > harm).float().mean().item(),
+        }
+    return found
+
+
+def _aurocs(rows: Measured, risk_N: Tensor, harm: float) -> dict[str, dict[str, float | None]]:
+    scores = {name: rows.signals_NSF[:, 0, i] for i, name in enumerate(SIGNALS)} | {"learned risk": risk_N}
+    change_N = rows.change_N
+    return {
+        name: {"harmed": auroc(score_N, change_N > harm), "helped": auroc(score_N, change_N < -harm)}
+        for name, score_N in scores.items()
+    }
+
+
+def _curve(change_N: Tensor, risk_N: Tensor, harm: float) -> list[dict[str, float]]:
+    """Risk and coverage: the same share adapted, by lowest risk; by chance it would be harmed in proportion."""
+    order = risk_N.argsort()
+    curve = []
+    for tenth in range(11):
+        chosen_N = torch.zeros_like(risk_N, dtype=torch.bool)
+        chosen_N[order[: round(len(order) * tenth / 10)]] = True
+        curve.append({"coverage": tenth / 10, **_figures(change_N, chosen_N, harm)})
+    return curve
+
+
+def _lines(part: str, measured: Measured | None) -> list[dict[str, Any]]:
+    if measured is None:
+        return []
+    return [
+        {
+            "part": part,
+            "task": task,
+            "id": measured.ids[i],
+            "base_nll": round(measured.base_N[i].item(), 5),
+            "nll": dict(zip(map(str, SHARES), (round(x, 5) for x in measured.nll_NS[i].tolist()), strict=True)),
+            "kl": [float(f"{x:.4g}") for x in measured.kl_NS[i].tolist()],
+            "signals": dict(zip(SIGNALS, (round(x, 4) for x in measured.signals_NSF[i, 0].tolist()), strict=True)),
+        }
+        for i, task in enumerate(measured.tasks)
+    ]
