@@ -46,7 +46,7 @@ LAYERS = (
         "export",
         "adaptation",
     ),
-    *("tasks", "scoring", "settings", "config", "model"),
+    *("tasks", "scoring", "settings", "config", "rows", "model"),
     *("training", "evaluation", "serving"),
     *("bench", "doctor", "demo", "cli", "__main__"),
 )

@@ -116,3 +116,29 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder that `ephemera 
     from ephemera.evaluation.report import write_report
 
     print(write_report(folder))
+
+
+@app.command(
+    epilog="""Examples:
+
+    ephemera survey --config configs/survey-universal.yaml --set "data.source=data/{task}"
+
+    ephemera survey --set data.task=own --set data.source=mine.jsonl"""
+)
+def survey(
+    config: ConfigFile = None,
+    set_: SetOption = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """What a network does to the answers of many tasks: NLL, harm, generated text, beside the base model and controls."""
+    from ephemera.config import Survey, dump_yaml, load_config
+
+    settings = load_config(Survey, str(config) if config else None, set_)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        return
+    from ephemera.evaluation.survey import survey as run
+
+    quiet()
+    folder = run(settings)
+    print((folder / "table.md").read_text())

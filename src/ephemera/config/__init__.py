@@ -9,7 +9,7 @@ from ephemera.config.base import (
     fill,
     source_of,
 )
-from ephemera.config.evaluate import METHODS, Analyse, Benchmark, BenchmarkData, Evaluate, Method, Variant
+from ephemera.config.evaluate import METHODS, Analyse, Benchmark, BenchmarkData, Evaluate, Method, Survey, Variant
 from ephemera.config.train import (
     AloneSettings,
     GeneratorSettings,
@@ -44,6 +44,7 @@ __all__ = [
     "OptimizerSettings",
     "ScaleNetSettings",
     "Settings",
+    "Survey",
     "TrainGate",
     "TrainGenerator",
     "TrainLens",

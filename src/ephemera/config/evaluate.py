@@ -125,3 +125,34 @@ class Analyse(Settings):
     )
     batch_size: int = Field(default=8, ge=1, description="prompts at once")
     seed: int = Field(default=0, description="of controls, shuffled labels and embeddings")
+
+
+SurveyMethod = Literal["none", "uniform", "constants", "network", "ungated", "swapped", "lora"]
+
+
+class Survey(Settings):
+    """`ephemera survey`: what one step does to the answers of many tasks, beside the base model and the controls"""
+
+    output: str = Field(default="runs/survey", description="folder of records and tables")
+    model: ModelSettings = ModelSettings()
+    network: str = Field(default="universal", description="folder or shipped name of the rate, with its gate")
+    constants: str | None = Field(default=None, description="folder of per-projection constants, for `constants`")
+    uniform_rate: float = Field(default=3.0, ge=0, description="one rate for all projections, for `uniform`")
+    lora: str | None = Field(default=None, description="folder of a static PEFT LoRA, for `lora`")
+    data: DataSettings = DataSettings(limit=200, format="chat")
+    methods: list[SurveyMethod] = Field(default=["none", "network"], min_length=1, description="columns of the table")
+    generate: list[SurveyMethod] = Field(default=["none", "network"], description="methods whose answers are generated")
+    generate_limit: int | None = Field(default=None, ge=1, description="rows of each task that generate; default: all")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="most new tokens; default: each task's own")
+    batch_size: int = Field(default=8, ge=2, description="prompts that adapt together")
+    seed: int = Field(default=0, description="of the adapters' start")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Survey:
+        if "constants" in self.methods and self.constants is None:
+            raise ValueError("methods has constants: give their folder (constants=FOLDER), or leave the method out")
+        if "lora" in self.methods and self.lora is None:
+            raise ValueError("methods has lora: give the adapter's folder (lora=FOLDER), or leave the method out")
+        if "none" not in self.methods:
+            raise ValueError("methods needs none, the base model: everything is compared with it")
+        return self

@@ -79,7 +79,30 @@ class ControlRecord(BaseModel):
         return self.task, self.id
 
 
-R = TypeVar("R", Record, AnswerRecord, ControlRecord)
+class SurveyRecord(BaseModel):
+    """One prompt of a task under one method of a survey."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    task: str
+    method: str
+    id: str
+    nll: float  # mean over the answer's tokens, nats
+    tokens: int  # of the answer
+    share: float = 1.0  # of the adapter that the gate kept; 0: abstained
+    kl: float | None = None  # of the first token from the base model's
+    prompt: str | None = None  # its end, where a text was generated
+    answer: str | None = None
+    text: str | None = None
+    quality: float | None = None  # 1 or 0 where the task judges answers, else ROUGE-Lsum
+    judged: bool = False  # whether quality is right or wrong
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.task, self.method, self.id
+
+
+R = TypeVar("R", Record, AnswerRecord, ControlRecord, SurveyRecord)
 
 
 class RecordFile(Generic[R]):

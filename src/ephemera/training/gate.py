@@ -22,8 +22,8 @@ from ephemera.load import load_backbone
 from ephemera.prepared import prepare
 from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.rates.protocol import NAME as RATE
+from ephemera.rows import load_rows
 from ephemera.scoring import Encoded, batches_of, parts_of
-from ephemera.training.scalenet import load_rows
 
 SHARES = tuple(SHRINK**n for n in range(SHRINKS))
 TAUS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, float("inf"))

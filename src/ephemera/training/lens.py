@@ -15,11 +15,11 @@ from ephemera.config import TrainLens
 from ephemera.lens import Lens
 from ephemera.objective import TokenBatch
 from ephemera.readout import Objective
+from ephemera.rows import load_rows
 from ephemera.scoring import Encoded, batches_of, prompt_batch
 from ephemera.training.card import write_lens_card
 from ephemera.training.loop import Schedule, train
 from ephemera.training.run import begin, kept_settings, open_run
-from ephemera.training.scalenet import load_rows
 
 SCALE_PROMPTS = 64
 MOST_TOKENS = 512  # of a batch: whole distributions over the vocabulary are held

@@ -15,7 +15,7 @@ from torch import nn
 
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, describe
-from ephemera.config import DataSettings, ObjectiveSettings, TrainScaleNet, fill
+from ephemera.config import ObjectiveSettings, TrainScaleNet
 from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.lens import Lens, load_lens
@@ -23,16 +23,15 @@ from ephemera.made_for import MadeFor
 from ephemera.prepared import bytes_of
 from ephemera.rates import AveragedRate, PerProjectionRate, ScaleNet, load_rate, place_rate
 from ephemera.readout import Objective
+from ephemera.rows import load_rows
 from ephemera.scoring import (
     Encoded,
     answer_nll,
     batches_of,
-    encode_examples,
     prompt_batch,
     search_base_rates,
     training_representations,
 )
-from ephemera.tasks import load_dataset
 from ephemera.training.card import write_card
 from ephemera.training.loop import Schedule, Trainee, train
 from ephemera.training.meta_gradient import scalenet_backward
@@ -136,32 +135,6 @@ def averaged_rate(
             rates.append(trace.rates_BKM[~trace.fallback_B])
         table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
     return AveragedRate(table_KKM, describe(backbone), network.objective, network.normalize, network.made_for)
-
-
-def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
-    """Examples of a task, or of several joined by "+", as token ids; what was left out is said."""
-    every: list[Encoded] = []
-    for task in settings.task.split("+"):
-        source = settings.sources.get(task) or fill(settings.source, task)
-        data = load_dataset(
-            task, split=settings.split, source=source, limit=settings.limit, seed=settings.seed, cut=settings.cut
-        )
-        rows, long = encode_examples(
-            backbone,
-            data.examples,
-            chat=settings.format == "chat",
-            max_tokens=settings.max_tokens,
-            system=data.task.system,
-            task=task,
-            max_answer_tokens=settings.max_answer_tokens,
-        )
-        print(
-            f"{task} {settings.split}: {len(rows)} rows from {data.source} "
-            f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
-            file=sys.stderr,
-        )
-        every += rows
-    return every
 
 
 def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:

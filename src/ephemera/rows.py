@@ -1,0 +1,58 @@
+"""Rows of one task or several, as settings name them, as token ids."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from ephemera.backbone import Backbone
+from ephemera.config import DataSettings, fill
+from ephemera.scoring import Encoded, encode_examples
+from ephemera.tasks import Example, Task, load_dataset
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRows:
+    """A task's examples by id, and their rows. `dropped` had no answer, `long` were longer than allowed."""
+
+    task: Task
+    examples: dict[str, Example]
+    rows: list[Encoded]
+    source: str
+    dropped: int
+    long: int
+
+
+def load_tasks(backbone: Backbone, settings: DataSettings) -> list[TaskRows]:
+    """The rows of each task that `settings.task` joins by "+"; what was left out is said."""
+    found = []
+    for name in settings.task.split("+"):
+        data = load_dataset(
+            name,
+            split=settings.split,
+            source=settings.sources.get(name) or fill(settings.source, name),
+            limit=settings.limit,
+            seed=settings.seed,
+            cut=settings.cut,
+        )
+        rows, long = encode_examples(
+            backbone,
+            data.examples,
+            chat=settings.format == "chat",
+            max_tokens=settings.max_tokens,
+            system=data.task.system,
+            task=name,
+            max_answer_tokens=settings.max_answer_tokens,
+        )
+        print(
+            f"{name} {settings.split}: {len(rows)} rows from {data.source} "
+            f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
+            file=sys.stderr,
+        )
+        found.append(TaskRows(data.task, {e.id: e for e in data.examples}, rows, data.source, data.dropped, long))
+    return found
+
+
+def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
+    """All tasks' rows, one task after the other."""
+    return [row for task in load_tasks(backbone, settings) for row in task.rows]
