@@ -27,17 +27,19 @@ from torch import Tensor
 
 from benchmarks.frontier_points import TEMPLATE, Point, points
 from benchmarks.frontier_report import write_report
-from ephemera.adapt import adapt
+from ephemera.adapt import Trace, adapt
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
+from ephemera.guard import guard
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.load import load_backbone
+from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
-from ephemera.prefill import prefill
+from ephemera.prefill import Prefill, prefill
 from ephemera.rates import FixedRate, Normalize, Rate, adapted_by, load_rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
@@ -96,12 +98,24 @@ def answer_nlls(
     for batch_rows in batches_of(backbone, rows, BATCH):
         batch = prompt_batch(backbone, batch_rows)
         lora = INIT(backbone, batch, [0] * len(batch_rows))
-        trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below)
-        read = prefill(backbone, batch, trace.lora, lora, lower=trace.lower)
+        read, trace = adapted(backbone, batch, lora, rule, K, stop_below)
         nll_B = read.answer_nll([row.answer for row in batch_rows])
         taken = zip(nll_B.tolist(), trace.steps_B.tolist(), strict=True)
         found |= {row.id: pair for row, pair in zip(batch_rows, taken, strict=True)}
     return [found[row.id][0] for row in rows], [found[row.id][1] for row in rows]
+
+
+def adapted(
+    backbone: Backbone, batch: TokenBatch, lora: LoraBatch, rule: Rate | None, K: int, stop_below: float | None
+) -> tuple[Prefill, Trace]:
+    """K steps and the reading that answers begin from, as the rate's reach and gate have it."""
+    reach = "all" if rule is None else rule.reach
+    trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below, keep_reading=reach == "answer")
+    kept = {"lower": trace.lower, "reading": trace.reading or trace.lower}
+    read = prefill(backbone, batch, trace.lora, lora, reach=reach, **kept)
+    if rule is not None and rule.gate is not None and K:
+        read, _ = guard(rule.gate, read, trace)
+    return read, trace
 
 
 def mean(values: Sequence[float]) -> float:
@@ -134,6 +148,11 @@ def known(network: str) -> bool:
     return network in shipped("rate") or Path(network).exists()
 
 
+def on(point: Point, whole: Backbone) -> Backbone:
+    targets = point.targets.split("+")
+    return whole.with_adapters_on(targets[0] if len(targets) == 1 else targets, point.layers)
+
+
 def network_of(point: Point, whole: Backbone) -> tuple[Backbone, Rate]:
     """A trained network, and the model with what it adapts."""
     assert point.network is not None
@@ -151,10 +170,12 @@ def quality(
         backbone, rule = network_of(point, whole)
         nlls, steps = answer_nlls(backbone, rows, rule, point.K, point.stop_below)
         return {"nlls": [round(x, 4) for x in nlls]} | ({} if point.stop_below is None else {"steps": steps})
-    backbone, objective = whole.with_adapters_on(point.targets, point.layers), objective_of(point, lens)
+    backbone, objective = on(point, whole), objective_of(point, lens)
 
     def loss(rates: tuple[float, ...]) -> float:
-        return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.normalize), len(rates))[0])
+        return mean(
+            answer_nlls(backbone, search, Schedule(rates, objective, point.normalize, point.reach), len(rates))[0]
+        )
 
     start = 4.0 if point.normalize == "prompt" else 1.0 if point.normalize == "projection" else 8.0
     seen = climb(lambda rate: loss((rate,)), start)
@@ -163,7 +184,7 @@ def quality(
         shares = {share: loss((*rates, rates[0] * share)) for share in LATER_GRID if share > 0}
         rates = (*rates, rates[0] * min(shares, key=lambda share: shares[share]))
         table[f"share_{k}"] = {f"{s:g}": v for s, v in shares.items()}
-    nlls, _ = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize), point.K)
+    nlls, _ = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize, point.reach), point.K)
     return {"rates": rates, "search": table, "nlls": [round(x, 4) for x in nlls]}
 
 
@@ -214,8 +235,7 @@ def first_token(
         read = prefill(backbone, batch, None)
     else:
         lora = INIT(backbone, batch, [0] * batch.ids_BT.shape[0])
-        trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below)
-        read = prefill(backbone, batch, trace.lora, lora, lower=trace.lower)
+        read, _ = adapted(backbone, batch, lora, rule, K, stop_below)
     return backbone.logits(read.hidden_BTD[:, -1]).argmax(-1)
 
 
@@ -257,12 +277,12 @@ def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Ten
     if point.network is not None:
         backbone, rule = network_of(point, whole)
     else:
-        backbone = whole.with_adapters_on(point.targets, point.layers)
+        backbone = on(point, whole)
         objective = objective_of(replace(point, lens=False), None)
         if point.lens and point.exit_layer is not None:  # what it holds does not change what it costs
             lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)
             objective = replace(objective, lens=lens)
-        rule = Schedule((1e-3,) * point.K, objective, point.normalize)
+        rule = Schedule((1e-3,) * point.K, objective, point.normalize, point.reach)
     return lambda: first_token(backbone, batch, rule, point.K, point.stop_below)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ephemera.made_for import Reach
 from ephemera.rates import Normalize
 from ephemera.tasks.nq_open import NQ_OPEN
 
@@ -23,6 +24,7 @@ class Point:
     network: str | None = None
     template: bool = True  # whether the loss counts the template's own words
     stop_below: float | None = None
+    reach: Reach = "all"  # of a network: its own
 
     @property
     def key(self) -> str:
@@ -36,6 +38,7 @@ class Point:
         parts += ["without the template's words"] * (not self.template)
         parts += [f"words {self.vocabulary}"] * (self.vocabulary is not None)
         parts += [f"normalized by {self.normalize}"] * (self.normalize != "none")
+        parts += ["reach answer"] * (self.reach == "answer")
         return ", ".join([*parts, f"K={self.K}"])
 
 
@@ -49,6 +52,12 @@ def points() -> list[Point]:
         Point(network="scalenet-nq-open"),
         Point(network="scalenet-fast"),
         Point(network="scalenet-nq-open-fast"),
+        # Adapters on the answer only: the base model's reading of the prompt is kept
+        Point(reach="answer"),
+        Point(targets="q_proj+o_proj+down_proj", reach="answer"),
+        Point("first-8", 8, vocabulary=COMMON, reach="answer"),
+        Point("first-8", 8, reach="answer"),
+        Point(network="universal"),
         # As many steps as its own rates ask for
         Point(network="scalenet-nq-open", K=5),
         Point(network="scalenet-nq-open", K=5, stop_below=0.01),

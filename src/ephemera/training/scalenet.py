@@ -38,7 +38,7 @@ from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.one_step import OneStepTrainee, plan_of
 from ephemera.training.run import begin, kept_settings, open_run
 
-NORMALIZATION_PROMPTS = 512
+NORMALIZATION_PROMPTS = 128
 AVERAGED_PROMPTS = 64
 
 
