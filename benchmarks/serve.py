@@ -3,7 +3,7 @@
     python -m benchmarks.serve [--concurrency 1,4,16,32] [--seconds 8] [--output docs/results/serving]
     python -m benchmarks.serve --soak 600 [--output docs/results/serving]
 
-Three servers run side by side, each a process of its own on a free port: ephemera with what ships (asked for the plain
+Three servers run side by side, each a process of its own on a free port: ephemera with the preset `full` (asked for the plain
 model and for one adapted step), ephemera with the preset `fast`, and `transformers serve`. They take turns, two windows
 each at a concurrency (twice as long for one client), and only one is asked at a time. Clients are threads of this process, each with one streamed greedy
 chat request under way, and walk through the same questions. A request that the end of its window cuts counts by the
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     cells: list[dict[str, Any]] = []
     missing = None
     with ExitStack() as servers:
-        shipped = servers.enter_context(ours(args.dtype))
+        shipped = servers.enter_context(ours(args.dtype, "--rate", "full"))
         fast = servers.enter_context(ours(args.dtype, "--rate", "fast"))
         layerwise = f"{DEFAULT_MODEL}:layerwise"
         contenders = [

@@ -22,7 +22,8 @@ def soak(seconds: float) -> dict[str, Any]:
     """Mixed clients for some time; every completed greedy answer against its solo answer."""
     counts = {"right": 0, "wrong": 0, "hung up": 0, "busy": 0, "lost": 0}
     lock, memory, wrong = threading.Lock(), [], []
-    with ours("float32") as (url, pid), httpx.Client(base_url=url, timeout=300) as http:
+    methods = ("--rate", "scalenet-nq-open", "--rate", "stepwise-nq-open", "--init", "taskweaver")
+    with ours("float32", *methods) as (url, pid), httpx.Client(base_url=url, timeout=300) as http:
         cases = solo_answers(http)
         begun = time.monotonic()
         end = begun + seconds

@@ -140,7 +140,17 @@ def test_answer_writes_answers_to_stdout_alone(llama_folder, monkeypatch, capsys
     code, out, err = run(monkeypatch, capsys, *words, "--json", "--compare", "the cat sat on the mat")
     assert code == 0
     record = json.loads(out)
-    assert set(record) == {"prompt", "answer", "base_answer", "steps", "prompt_nll", "mean_rates", "note", "seconds"}
+    assert set(record) == {
+        "prompt",
+        "answer",
+        "base_answer",
+        "steps",
+        "reach",
+        "prompt_nll",
+        "mean_rates",
+        "note",
+        "seconds",
+    }
     assert len(record["prompt_nll"]) == 2
     assert record["mean_rates"] == [0.1, 0.1]
     code, out, err = run(monkeypatch, capsys, *words, "the cat sat on the mat")

@@ -8,10 +8,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ephemera import Adaptation, AdaptiveLM, FixedRate, ZeroInit
+from ephemera.adaptation import FELL_BACK, UNCHANGED
 from ephemera.backbone import Backbone
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.lora import LoraLinear
-from ephemera.model import BATCH_SIZE, FELL_BACK, UNCHANGED
+from ephemera.model import BATCH_SIZE
 from ephemera.prefill import prefill
 from tiny import (
     ARCHITECTURES,

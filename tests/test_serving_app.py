@@ -54,7 +54,7 @@ def test_chat_equals_the_library(served, client, name):
     assert made.choices[0].message.content == solo(backbone, known[name], PROMPTS[0], steps=steps, chat=True)
     assert made.ephemera["method"] == name
     assert made.ephemera["steps"] == steps
-    assert len(made.ephemera["prompt_nll"]) == steps  # the last step's own is told with the trace
+    assert len(made.ephemera["prompt_nll"]) == (steps + 1 if steps else 0)  # and what the last step left
     assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
     assert made.object == "chat.completion"
 
@@ -89,7 +89,7 @@ def test_streaming_gives_the_same(client, raw):
     assert chunks[-1].usage == whole.usage
     last = [c for c in chunks if c.choices][-1]
     assert last.choices[0].finish_reason == whole.choices[0].finish_reason
-    for key in ("prompt_nll", "trace", "steps", "method", "note"):
+    for key in ("prompt_nll", "trace", "steps", "method", "reach", "note"):
         assert last.ephemera[key] == whole.ephemera[key]
     assert len(last.ephemera["trace"]["rates"]) == 2
     lines = raw.post("/v1/chat/completions", json={**ask, "stream": True}).text.split("\n\n")
@@ -166,7 +166,12 @@ def test_adapt(raw, served):
 def test_models(client):
     listed = {m.id: m for m in client.models.list()}
     assert listed["tiny-llama"].method == "none"
+    assert listed["tiny-llama"].format == ["chat", "plain"]
+    assert listed["tiny-llama"].reach is None
     assert listed["tiny-llama:layerwise"].max_steps == 5
+    assert listed["tiny-llama:layerwise"].steps == 2
+    assert listed["tiny-llama:layerwise"].reach == "all"
+    assert listed["tiny-llama:generated"].format == ["plain"]
     assert listed["tiny-llama:generated"].max_steps == 0
     assert set(listed) >= {"tiny-llama:fixed", "tiny-llama:generated+fixed", "tiny-llama:generated+layerwise"}
     assert client.models.retrieve("tiny-llama:fixed").id == "tiny-llama:fixed"

@@ -130,7 +130,9 @@ def test_the_chat_templates_words_are_run_once(llama, monkeypatch):
     with running(Engine(llama)) as engine:
         found = [text_of(collect([job], engine)[0]) for job in jobs]
     assert found == want
-    assert scored == [len(chats[0]) - 1, *(len(chat) - len(beginning) for chat in chats[1:])]
+    stepped = [len(chats[0]) - 1, *(len(chat) - len(beginning) for chat in chats[1:])]
+    left = [len(chat) - 1 for chat in chats]  # the loss after the step, of which the adapter sees every token
+    assert scored == [n for pair in zip(stepped, left, strict=True) for n in pair]
 
 
 def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):

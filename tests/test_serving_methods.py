@@ -2,32 +2,83 @@
 
 import pytest
 
+from ephemera import rates
+from ephemera.backbone import describe
 from ephemera.inits import ZeroInit
-from ephemera.rates import AveragedRate, FixedRate, ScaleNet
+from ephemera.made_for import MadeFor
+from ephemera.rates import AveragedRate, FixedRate, PerProjectionRate, ScaleNet, load_rate
 from ephemera.serving import methods
-from ephemera.store import DEFAULT_MODEL
+from ephemera.serving.methods import Method
 from serving_fixtures import tiny_generator
 from tiny import random_scalenet
 
 
-def test_the_default_model_comes_with_its_networks():
-    rules, start = methods.specs(DEFAULT_MODEL, [], None)
-    assert [methods.kind_of(rule) for rule in rules] == ["layerwise", "stepwise", "fixed"]
-    assert start == "taskweaver"
+@pytest.fixture
+def ships(llama, tmp_path, monkeypatch):
+    """Two tiny networks, of chat and of plain prompts, that ship for a model."""
+    for format in ("chat", "plain"):
+        made_for = MadeFor(("squad", "xsum"), format=format, reach="answer", steps=2)
+        trained_for = describe(llama)
+        rate = PerProjectionRate(projections=4, base_rates=[0.3, 0.2], trained_for=trained_for, made_for=made_for)
+        rate.save_pretrained(tmp_path / format)
+    names = {"tiny": {format: str(tmp_path / format) for format in ("chat", "plain")}}
+    monkeypatch.setattr(rates, "DEFAULT_RATES", names)
+    return names["tiny"]
 
 
-def test_other_models_come_with_the_paper_s_rate():
-    rules, start = methods.specs("some/model", [], None)
-    assert [(type(rule), getattr(rule, "rate", None)) for rule in rules] == [(FixedRate, 0.05)]
-    assert start == "zero"
-    assert methods.trained(rules) is None
+def test_nothing_ships_for_another_model():
+    found = methods.offer("some/model", [])
+    assert found.rates == (FixedRate(0.05),)
+    assert (found.init, found.defaults, found.trained) == ("zero", {}, None)
 
 
-def test_a_rate_for_some_layers_is_not_joined_with_the_generator_of_all():
-    rules, start = methods.specs(DEFAULT_MODEL, ["fast"], None)
-    assert start == "zero"
-    assert methods.trained(rules) is rules[0]
-    assert methods.specs(DEFAULT_MODEL, ["fast"], "taskweaver")[1] == "taskweaver"  # as asked; loading then refuses it
+def test_what_ships_is_offered_beside_what_is_named(ships):
+    found = methods.offer("tiny", [])
+    assert list(found.defaults) == ["chat", "plain"]
+    assert found.trained is found.defaults["chat"]
+    assert found.rates == (FixedRate(0.05),)
+    assert methods.offer("tiny", ["0.2"]).rates == (FixedRate(0.2),)
+    assert list(methods.offer("tiny", ["0.2"]).defaults) == ["chat", "plain"]
+    assert list(methods.offer("tiny", [ships["chat"]]).defaults) == ["chat", "plain"]
+    assert methods.offer("tiny", ["scalenet-squad"]).defaults == {}  # for other projections
+    assert methods.offer("tiny", [], "taskweaver").defaults == {}  # rates fit the start they were trained from
+    del ships["plain"]
+    assert list(methods.offer("tiny", []).defaults) == ["chat"]
+
+
+def test_a_format_chooses_between_the_networks_that_ship(llama, ships):
+    found = methods.offer("tiny", [])
+    known = methods.build(llama, "zero", found.rates, defaults=found.defaults)
+    assert [m.model_id for m in known] == [
+        "tiny-llama",
+        "tiny-llama:universal",
+        "tiny-llama:universal",
+        "tiny-llama:fixed",
+    ]
+    for format in ("chat", "plain"):
+        method = methods.find(known, "tiny-llama:universal", format)
+        assert isinstance(method, Method)
+        assert (method.format, method.reach, method.steps(None), method.max_steps) == (format, "answer", 2, 2)
+        assert method.beyond(format, 2) is None
+    fixed = methods.find(known, "tiny-llama:fixed", "chat")
+    assert isinstance(fixed, Method)
+    assert (fixed.format, fixed.reach, fixed.steps(None), fixed.beyond("chat", 1)) == (None, "all", 1, None)
+
+
+def test_a_network_for_other_prompts_says_so(llama, ships):
+    alone = methods.build(llama, "zero", [load_rate(ships["chat"])])[1]
+    assert alone.name == "constant"
+    words = "this network was trained on chat prompts of squad, xsum, with 2 steps"
+    assert alone.beyond("plain", 2) == words
+    assert alone.beyond("chat", 2) is None
+    assert alone.beyond("plain", 0) is None  # it is not used
+    (_, everywhere) = methods.build(llama, "zero", [load_rate(ships["chat"])], reach="all")
+    assert everywhere.reach == "all"
+    assert everywhere.beyond("chat", 2) == words
+    generated = methods.build(llama, tiny_generator(llama), [FixedRate(0.1)])[-1]
+    assert generated.format == "plain"
+    assert generated.beyond("chat", 1) == methods.PLAIN_GENERATOR
+    assert generated.beyond("plain", 1) is None
 
 
 def test_ids(llama):
@@ -39,11 +90,10 @@ def test_ids(llama):
     ]
 
 
-def test_learned_rates_from_another_start_are_served_where_asked_for(llama):
-    rates, start = [random_scalenet(llama), FixedRate(0.1)], tiny_generator(llama)
-    names = [m.name for m in methods.build(llama, start, rates, joined=False)]
-    assert names == ["none", "layerwise", "fixed", "generated", "generated+fixed"]
-    assert "generated+layerwise" in [m.name for m in methods.build(llama, start, rates)]
+def test_another_start_is_served_beside_zero(llama):
+    rules, start = [random_scalenet(llama), FixedRate(0.1)], tiny_generator(llama)
+    names = [m.name for m in methods.build(llama, start, rules)]
+    assert names == ["none", "layerwise", "fixed", "generated", "generated+layerwise", "generated+fixed"]
 
 
 def test_two_rates_of_one_kind(llama):

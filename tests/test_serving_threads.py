@@ -46,7 +46,7 @@ def test_commands_load_on_another_thread(words, monkeypatch):
         raise ValueError("seen enough")
 
     monkeypatch.setattr(AdaptiveLM, "from_pretrained", note)
-    monkeypatch.setattr(methods, "specs", note)
+    monkeypatch.setattr(methods, "offer", note)
     CliRunner().invoke(app, words)
     assert loaded
     assert threading.current_thread() not in loaded

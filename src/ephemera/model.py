@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import FELL_BACK, UNCHANGED, Adaptation
+from ephemera.adaptation import Adaptation, beyond, kept_start, steps_of
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.encoding import encode_answer, encode_prompt
@@ -23,12 +24,13 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import prefill, whole_reading
-from ephemera.rates import Rate, adapted_by, default_rate, default_steps, load_rate, place_rate
+from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
 
 BATCH_SIZE = 16  # rows that adapt together
 
 RateLike = Rate | str | Path | float | None
 InitLike = Init | str | Path | None
+Lowers = Mapping[tuple[int, ...], Lower]
 
 
 class AdaptiveLM:
@@ -47,6 +49,7 @@ class AdaptiveLM:
         truncate: Literal["left"] | None = None,
         stop_below: float | None = None,
         reach: Reach | None = None,
+        special_tokens: bool = False,
     ):
         """`reach`: where adapters act; default: as the rate was trained for, else on every token (`from_pretrained`)."""
         self.backbone = backbone
@@ -56,6 +59,7 @@ class AdaptiveLM:
         self.chat = chat
         self.truncate = truncate
         self.stop_below = stop_below
+        self.special_tokens = special_tokens
 
     @classmethod
     def from_pretrained(
@@ -71,6 +75,7 @@ class AdaptiveLM:
         truncate: Literal["left"] | None = None,
         stop_below: float | None = None,
         reach: Reach | None = None,
+        special_tokens: bool = False,
         checkpoint: bool = False,
         **kwargs: Any,
     ) -> AdaptiveLM:
@@ -81,16 +86,17 @@ class AdaptiveLM:
         folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`), a preset
         ("full", "fast"), a number, or "none" for the plain model. By default the network that ships for the model and
         the prompts' format, if there is one and neither `init` nor `lora` is given. `reach`: "answer" lets adapters
-        act from the last prompt token on, "all" on every token; by default as the rate was trained for. `dtype`: "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any
-        of `r`, `lora_alpha`, `init_std`, `target_modules`, `layers`; what is adapted is by default what init or rate
-        was trained for. `chat`: put prompts in the model's chat template. `truncate="left"`: cut prompts longer
-        than the model's window instead of refusing them. `stop_below`: a prompt takes no further step once all of its rates
-        are below this share of the rate's base rate. `checkpoint`: steps keep each layer's input alone and run the layer
-        again in the backward pass: less memory, more time, the same adapters. Further keywords go to transformers.
-        ValueError names what
-        is wrong and what is allowed.
+        act from the last prompt token on, "all" on every token; by default as the rate was trained for. `dtype`:
+        "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`, `lora_alpha`, `init_std`,
+        `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put
+        prompts in the model's chat template. `special_tokens`: a special token that a prompt spells is one; else it
+        is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them. `stop_below`:
+        a prompt takes no further step once all of its rates are below this share of the rate's base rate.
+        `checkpoint`: steps keep each layer's input alone and run the layer again in the backward pass: less memory,
+        more time, the same adapters. Further keywords go to transformers.
+        ValueError names what is wrong and what is allowed.
         """
-        settings = dict(lora or {})
+        reach, settings = None if reach is None else checked_reach(reach), dict(lora or {})
         allowed = ["r", "lora_alpha", "init_std", "target_modules", "layers"]
         for key in settings:
             if key not in allowed:
@@ -110,7 +116,8 @@ class AdaptiveLM:
         backbone = load_backbone(
             name, dtype=dtype, device=device, checkpoint=checkpoint, **(adapted or adapted_by(rate)), **kwargs
         )
-        return cls(backbone, init=init, rate=rate, chat=chat, truncate=truncate, stop_below=stop_below, reach=reach)
+        about: dict[str, Any] = {"chat": chat, "truncate": truncate, "special_tokens": special_tokens}
+        return cls(backbone, init=init, rate=rate, stop_below=stop_below, reach=reach, **about)
 
     @property
     def format(self) -> Format:
@@ -125,7 +132,7 @@ class AdaptiveLM:
         """Token ids of a prompt; `reserve` places of the model's window stay free after it."""
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text to adapt to and answer.")
-        ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat)
+        ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat, special_tokens=self.special_tokens)
         room = self.backbone.max_length - reserve
         if room < 1:
             raise ValueError(
@@ -165,23 +172,15 @@ class AdaptiveLM:
         prompts: tuple[str, ...],
         *,
         steps: int | None,
-        rate: RateLike,
-        init: InitLike,
         seed: int,
+        rate: RateLike = None,
+        init: InitLike = None,
         stop_below: float | None = None,
     ) -> tuple[Adaptation, dict[tuple[int, ...], Lower]]:
         """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
         start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
-        steps = default_steps(rule) if steps is None else steps
-        if steps < 0:
-            raise ValueError(f"steps is {steps}; it must be 0 or more.")
-        if steps and rule is None:
-            raise ValueError(
-                "steps without a rate: give rate= a number, a folder or a shipped name (`ephemera models`)."
-            )
-        if rule is not None and rule.max_steps is not None and steps > rule.max_steps:
-            raise ValueError(f"steps is {steps}, but this rate was trained for at most {rule.max_steps} (Kmax).")
+        steps = steps_of(rule, steps)
         stop_below = self.stop_below if stop_below is None else stop_below
         reach: Reach = self.reach or ("all" if rule is None else rule.reach)
         zero = isinstance(start_from, ZeroInit)
@@ -205,12 +204,7 @@ class AdaptiveLM:
         order = torch.tensor([i for rows in batches for i in rows])
         back = order.argsort()
         fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
-
-        def said(note: str) -> str:
-            return note.replace("unadapted", "from its start") if lora_of(start_from) else note
-
-        other = self.beyond(rule) if steps else None
-
+        started, other = bool(lora_of(start_from)), self.beyond(rule) if steps else None
         adaptation = Adaptation(
             prompts=prompts,
             lora=LoraBatch.cat([t.lora for t in traces]).rows(back),
@@ -218,7 +212,7 @@ class AdaptiveLM:
             prompt_nll_BK=torch.cat([t.prompt_nll_BK for t in traces]).cpu()[back],
             rates_BKM=torch.cat([t.rates_BKM.detach() for t in traces]).cpu()[back],
             notes=tuple(
-                said(FELL_BACK) if fell else said(UNCHANGED) if len(i) < 2 and steps else other
+                kept_start(fell_back=fell, tokens=len(i), steps=steps, started=started) or other
                 for fell, i in zip(fallback_B.tolist(), ids, strict=True)
             ),
             seconds=time.perf_counter() - start,
@@ -226,15 +220,13 @@ class AdaptiveLM:
             base_model=str(self.backbone.path),
             reach=reach,
             readings=readings,
+            whole_loss=rule is None or rule.objective.describe() is None,
         )
         return adaptation, lowers
 
     def beyond(self, rule: Rate | None) -> str | None:
         """A sentence if a network is used outside what it was made for: another format, or another reach."""
-        made = None if rule is None else rule.made_for
-        if made is None or (made.format == self.format and self.reach in (None, made.reach)):
-            return None
-        return made.words
+        return None if rule is None else beyond(rule.made_for, self.format, self.reach)
 
     def answer_nll(
         self, prompts: Sequence[str] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
@@ -263,39 +255,62 @@ class AdaptiveLM:
     ) -> list[str]:
         """Adapt, answer, forget: the new text of each prompt.
 
-        `steps`: by default those that the rate was validated at; none without a rate. Greedy unless `do_sample=True`; further keywords go to transformers' `generate`. With
-        `adaptation`, its adapters are used and no step is taken.
+        `steps`: by default those that the rate was validated at; none without a rate. Greedy unless `do_sample=True`;
+        further keywords go to transformers' `generate`. With `adaptation`, its adapters are used and no step is taken.
         """
-        prompts = _texts(prompts)
-        for prompt in prompts:  # before any step is taken: is there room for an answer?
-            self.encode(prompt, reserve=max_new_tokens)
-        lowers: dict[tuple[int, ...], Lower] = {}
+        prompts = self._with_room(prompts, max_new_tokens)
+        lowers: Lowers = {}
         if adaptation is None:
-            adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, init=None, seed=seed)
+            adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, seed=seed)
         elif steps is not None:
             raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")
+        return self._generate(prompts, adaptation, lowers, max_new_tokens, losses=False, **kwargs)[0]
+
+    def reply(
+        self, prompts: Sequence[str] | str, *, steps: int | None = None, seed: int = 0, max_new_tokens: int = 64
+    ) -> tuple[list[str], Adaptation]:
+        """`generate`, greedy, with the adaptation, whose notes also say where the steps did not lower a prompt's loss."""
+        prompts = self._with_room(prompts, max_new_tokens)
+        adaptation, lowers = self._adapt(prompts, steps=steps, seed=seed)
+        texts, left_B = self._generate(prompts, adaptation, lowers, max_new_tokens, losses=True)
+        return texts, adaptation.after_reading(left_B)
+
+    def _with_room(self, prompts: Sequence[str] | str, max_new_tokens: int) -> tuple[str, ...]:
+        """The prompts, checked before any step is taken: is there room for an answer?"""
+        for prompt in _texts(prompts):
+            self.encode(prompt, reserve=max_new_tokens)
+        return _texts(prompts)
+
+    def _generate(
+        self, prompts: Sequence[str], adaptation: Adaptation, lowers: Lowers, new: int, *, losses: bool, **kwargs: Any
+    ) -> tuple[list[str], list[float] | None]:
+        """Answers; with `losses` also the prompts' own under their adapters, where those act on the prompts."""
         repeats = kwargs.get("num_return_sequences") or 1
-        texts = [""] * (len(prompts) * repeats)
+        texts, left_B = [""] * (len(prompts) * repeats), [math.nan] * len(prompts)
+        losses = losses and adaptation.reach == "all" and adaptation.whole_loss and bool(adaptation.steps_B.any())
         with self.backbone.lock:
-            for rows, read in self._prefills(prompts, adaptation, [max_new_tokens] * len(prompts), lowers):
-                ids = read.generate(max_new_tokens=max_new_tokens, **kwargs)
-                new = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for rows, read in self._prefills(prompts, adaptation, [new] * len(prompts), lowers):
+                ids = read.generate(max_new_tokens=new, **kwargs)
+                said = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                nll_B = read.prompt_nll().tolist() if losses else left_B
                 for place, i in enumerate(rows):
-                    texts[i * repeats : (i + 1) * repeats] = new[place * repeats : (place + 1) * repeats]
-        return texts
+                    texts[i * repeats : (i + 1) * repeats] = said[place * repeats : (place + 1) * repeats]
+                    left_B[i] = nll_B[place]
+        return texts, left_B if losses else None
 
     def encode_answer(self, prompt: str, answer: str) -> list[int]:
         """Token ids of an answer as it continues a prompt."""
         if not answer.strip():
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
-        return encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat)
+        special = self.special_tokens
+        return encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=special)
 
     def _prefills(
         self,
         prompts: Sequence[str],
         adaptation: Adaptation | None,
         reserve: Sequence[int],
-        lowers: Mapping[tuple[int, ...], Lower] | None = None,
+        lowers: Lowers | None = None,
     ):
         """(row indices, Prefill) of all prompts, in batches of similar length."""
         if adaptation is not None and adaptation.prompts != tuple(prompts):
@@ -306,18 +321,10 @@ class AdaptiveLM:
         ids = [self.encode(p, reserve=room) for p, room in zip(prompts, reserve, strict=True)]
         for rows in self._batches(ids):
             batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-            lora = adaptation.lora.rows(rows) if adaptation is not None else None
-            initial = adaptation.initial_lora.rows(rows) if adaptation is not None else None
-            lower = (lowers or {}).get(tuple(rows))
-            if lower is not None and not torch.equal(lower.ids_BT, batch.ids_BT):
-                lower = None  # an answer's room has cut a prompt since
-            if adaptation is None or adaptation.reach == "all":
-                yield rows, prefill(self.backbone, batch, lora, initial, lower=lower)
+            if adaptation is None:
+                yield rows, prefill(self.backbone, batch, None)
                 continue
-            reading = adaptation.readings.get(tuple(rows))
-            if reading is not None and not torch.equal(reading.ids_BT, batch.ids_BT):
-                reading = None
-            yield rows, prefill(self.backbone, batch, lora, initial, reach="answer", reading=reading)
+            yield rows, adaptation.read(self.backbone, batch, rows, (lowers or {}).get(tuple(rows)))
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""

@@ -1,37 +1,43 @@
-"""Commands on prompts: answer, export."""
+"""Commands on prompts: answer, try, export."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from ephemera.cli.compare import compared
 from ephemera.cli.options import (
-    DEFAULT_RATE,
     Chat,
     Device,
     Dtype,
     InitOption,
     Model,
     RateOption,
+    ReachOption,
     Seed,
+    SpecialTokens,
     Steps,
     StopBelow,
     Truncate,
     app,
     quiet,
+    unshipped,
 )
 from ephemera.errors import unknown
 from ephemera.store import DEFAULT_MODEL
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 
 
 @app.command(
     epilog="""Examples:
 
-    ephemera answer "Question: what is the capital of France? Answer:"
+    ephemera answer --chat "What is the capital of France?"
 
     ephemera answer --compare --steps 3 --rate scalenet-nq-open "Question: who wrote Hamlet? Answer:"
 
@@ -50,44 +56,86 @@ def answer(
     steps: Steps = None,
     rate: RateOption = None,
     init: InitOption = "zero",
+    reach: ReachOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the base model's answer beside it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, with losses and rates.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
     stop_below: StopBelow = None,
     chat: Chat = False,
+    special_tokens: SpecialTokens = False,
     truncate: Truncate = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Adapt to each prompt, answer it, forget."""
     prompts = _prompts(prompt, file)
-    steps, rate = _moves(steps, rate, init)
-    lm = _load(model, init=init, rate=rate, dtype=dtype, device=device, chat=chat, truncate=truncate)
-    adaptation = lm.adapt(prompts, steps=steps, seed=seed, stop_below=stop_below)
-    answers = lm.generate(prompts, adaptation=adaptation, max_new_tokens=max_new_tokens)
+    _check_steps(steps, rate, init)
+    options = {"init": init, "rate": rate, "reach": reach, "stop_below": stop_below, "chat": chat, "device": device}
+    lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
+    _say_unshipped(lm, model, steps, rate, init)
+    _answer(lm, prompts, steps=steps, seed=seed, compare=compare, as_json=as_json, max_new_tokens=max_new_tokens)
+
+
+@app.command(
+    name="try",
+    epilog="""Examples:
+
+    ephemera try "Who wrote Hamlet?"
+
+    ephemera try --rate 0.05 "Explain in one sentence why the sea is salty.\"""",
+)
+def try_(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, standard input.")] = None,
+    model: Model = DEFAULT_MODEL,
+    steps: Steps = None,
+    rate: RateOption = None,
+    reach: ReachOption = None,
+    max_new_tokens: MaxNewTokens = 64,
+    device: Device = None,
+) -> None:
+    """Ask the model as in a chat, and see what adapting to the question changes: `answer --chat --compare`."""
+    prompts = _prompts(prompt, None)
+    lm = _load(model, init="zero", rate=rate, reach=reach, chat=True, device=device)
+    _say_unshipped(lm, model, steps, rate, "zero")
+    _answer(lm, prompts, steps=steps, seed=0, compare=True, as_json=False, max_new_tokens=max_new_tokens)
+
+
+def _answer(
+    lm: Any,
+    prompts: list[str],
+    *,
+    steps: int | None,
+    seed: int,
+    compare: bool,
+    as_json: bool,
+    max_new_tokens: int,
+) -> None:
+    """Answers on stdout, beside the base model's if asked for; notes and costs on stderr."""
+    begun = time.perf_counter()
+    answers, adaptation = lm.reply(prompts, steps=steps, seed=seed, max_new_tokens=max_new_tokens)
+    answering = time.perf_counter() - begun - adaptation.seconds
     bases: list[str | None] = [None] * len(prompts)
-    if compare:
-        plain = lm.adapt(prompts, steps=0, init="zero")  # --init may be a generator: that is no base model
-        bases = list(lm.generate(prompts, adaptation=plain, max_new_tokens=max_new_tokens))
+    if compare:  # with reach answer over the reading that the adapted answer had
+        bases = list(lm.generate(prompts, adaptation=adaptation.unadapted(), max_new_tokens=max_new_tokens))
     for row, (text, base) in enumerate(zip(answers, bases, strict=True)):
-        note = adaptation.notes[row]
         if as_json:
             _print_json(adaptation, row, text, base)
             continue
-        if note:
-            print(f"prompt {row + 1}: {note}", file=sys.stderr)
-        if base is not None:
-            print(f"base:    {base.strip()}")
-        print(f"adapted: {text.strip()}" if compare else text.strip())
-    if not as_json and steps:
-        nll = adaptation.prompt_nll_BK.nanmean(0)[: int(adaptation.steps_B.max())].tolist()
-        taken = f"{steps}" if stop_below is None else f"{adaptation.steps_B.float().mean().item():.3g} of {steps}"
-        print(
-            f"{taken} steps on {len(prompts)} prompt(s) in {adaptation.seconds:.1f} s; prompt NLL by step: "
-            + ", ".join(f"{x:.3f}" for x in nll),
-            file=sys.stderr,
-        )
+        if compare and len(prompts) > 1:
+            print(f"prompt {row + 1}: {' '.join(adaptation.prompts[row].split())[:72]}")
+        print("\n".join(compared(base, text)) if base is not None else text.strip(), flush=True)
+        if adaptation.notes[row]:
+            print(f"prompt {row + 1}: {adaptation.notes[row]}", file=sys.stderr)
+    taken_B = adaptation.steps_B.tolist()
+    if as_json or not any(taken_B):
+        return
+    nll = adaptation.prompt_nll_BK.nanmean(0)[: max(taken_B)].tolist()
+    print(
+        f"{sum(taken_B) / len(taken_B):.3g} steps on {len(prompts)} prompt(s) in {adaptation.seconds:.2f} s, "
+        f"then answered in {answering:.2f} s; prompt NLL by step: " + ", ".join(f"{x:.3f}" for x in nll),
+        file=sys.stderr,
+    )
 
 
 def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
@@ -98,6 +146,7 @@ def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
     rates_KM = adaptation.rates_BKM[row, :taken]
     record |= {
         "steps": taken,
+        "reach": adaptation.reach,
         "prompt_nll": [round(x, 5) for x in adaptation.prompt_nll_BK[row, :taken].tolist()],
         "mean_rates": [float(f"{x:.4g}") for x in (rates_KM.mean(1).tolist() if len(rates_KM) else [])],
         "note": adaptation.notes[row],
@@ -118,50 +167,53 @@ def export(
     steps: Steps = None,
     rate: RateOption = None,
     init: InitOption = "zero",
+    reach: ReachOption = None,
     seed: Seed = 0,
     chat: Chat = False,
+    special_tokens: SpecialTokens = False,
     truncate: Truncate = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Adapt to a prompt and keep the adapter, in PEFT's format."""
-    steps, rate = _moves(steps, rate, init)
-    lm = _load(model, init=init, rate=rate, dtype=dtype, device=device, chat=chat, truncate=truncate)
+    _check_steps(steps, rate, init)
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
+    lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
+    _say_unshipped(lm, model, steps, rate, init)
     adaptation = lm.adapt([prompt], steps=steps, seed=seed)
     if adaptation.notes[0]:
         print(adaptation.notes[0], file=sys.stderr)
     print(adaptation.export_peft(output, row=0))
 
 
-def _moves(steps: int | None, rate: str | None, init: str) -> tuple[int, str | None]:
-    """Steps and their rate; the shipped default rate was trained from the zero start, so it is not another's."""
-    if steps is None:
-        steps = 3 if init == "zero" or rate is not None else 0
+def _check_steps(steps: int | None, rate: str | None, init: str) -> None:
+    """The networks that ship were trained from the zero start, so they are no other start's default."""
     if steps and rate is None and init != "zero":
         raise ValueError(
-            f"--steps {steps} from --init {init} needs a --rate: the default, {DEFAULT_RATE}, was trained from the zero start. "
+            f"--steps {steps} from --init {init} needs a --rate: those that ship were trained from the zero start. "
             "Give a number, or a folder that `ephemera train scalenet` wrote with this init."
         )
-    return steps, (rate or DEFAULT_RATE) if steps else None
+    if steps and rate == "none":
+        raise ValueError(f"--steps {steps} with --rate none: give a number or a network, or leave out --steps.")
 
 
-def _load(
-    model: str,
-    *,
-    init: str,
-    rate: str | None,
-    dtype: str | None,
-    device: str | None,
-    chat: bool,
-    truncate: str | None,
-) -> Any:
+def _say_unshipped(lm: Any, model: str, steps: int | None, rate: str | None, init: str) -> None:
+    """What happens where nobody named a rate and no network ships: no steps, and a line that says so."""
+    if lm.rate is not None or rate is not None or init != "zero" or steps == 0:
+        return
+    if steps:
+        raise ValueError(unshipped(model, lm.format, f"--steps {steps} cannot be taken"))
+    print(unshipped(model, lm.format, "answered unadapted"), file=sys.stderr)
+
+
+def _load(model: str, *, truncate: str | None = None, **options: Any) -> Any:
     if truncate not in (None, "left"):
         raise unknown("--truncate", truncate, ["left"])
     from ephemera.model import AdaptiveLM
 
     quiet()
     side: Literal["left"] | None = "left" if truncate else None
-    return AdaptiveLM.from_pretrained(model, init=init, rate=rate, dtype=dtype, device=device, chat=chat, truncate=side)
+    return AdaptiveLM.from_pretrained(model, truncate=side, **options)
 
 
 def _prompts(prompt: str | None, file: Path | None) -> list[str]:

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from ephemera.cli.options import DEFAULT_RATE, Device, Dtype, InitOption, Model, RateOption, Seed, app, quiet
+from ephemera.cli.options import (
+    Device,
+    Dtype,
+    InitOption,
+    Model,
+    RateOption,
+    ReachOption,
+    Seed,
+    Steps,
+    app,
+    quiet,
+    unshipped,
+)
 from ephemera.store import DEFAULT_MODEL
 
 HELP = "/base: the last question again, unadapted  /steps N  /why: losses and rates of the last answer  /quit"
@@ -19,15 +31,16 @@ HELP = "/base: the last question again, unadapted  /steps N  /why: losses and ra
 
     ephemera chat
 
-    ephemera chat --steps 1 --rate scalenet-squad
+    ephemera chat --steps 1 --rate 0.05
 
-    echo "Who wrote Hamlet?" | ephemera chat --steps 1 --max-tokens 40"""
+    echo "Who wrote Hamlet?" | ephemera chat --max-tokens 40"""
 )
 def chat(
     model: Model = DEFAULT_MODEL,
-    steps: Annotated[int, typer.Option("--steps", "-k", min=0, help="Gradient steps on each turn.")] = 1,
+    steps: Steps = None,
     rate: RateOption = None,
     init: InitOption = "zero",
+    reach: ReachOption = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
@@ -42,13 +55,16 @@ def chat(
     from ephemera.serving.threads import in_passing_thread
 
     quiet()
-    rule = rate or (DEFAULT_RATE if steps or init == "zero" else None)
-    lm = in_passing_thread(lambda: AdaptiveLM.from_pretrained(model, init=init, rate=rule, dtype=dtype, device=device))
+    options: dict[str, Any] = {"init": init, "rate": rate, "reach": reach, "dtype": dtype, "device": device}
+    lm = in_passing_thread(lambda: AdaptiveLM.from_pretrained(model, chat=True, **options))
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000
-    adapted, base = Method(model, "adapted", lm.init, lm.rate, most), Method(model, BASE, None, None, 0)
+    adapted = Method(model, "adapted", lm.init, lm.rate, most, lm.reach)
+    base = Method(model, BASE, None, None, 0)
+    if lm.rate is None and rate is None and init == "zero":
+        _say(unshipped(model, "chat", "answers are the model's own"))
     engine = Engine(lm.backbone).start()
     talk = _Talk(engine, adapted, base, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
-    talk.set_steps(str(steps))
+    talk.set_steps(str(adapted.steps(None) if steps is None else steps))
     _say(HELP)
     try:
         for line in _lines():
@@ -97,12 +113,16 @@ class _Talk:
         else:
             asked = [*self.messages, {"role": "user", "content": line}]
             text, self.facts = self.answer(asked, self.adapted, self.steps)
+            if self.facts.get("note"):
+                _say(f"note: {self.facts['note']}")
             self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def set_steps(self, given: str) -> None:
         if not given.isdigit():
             raise ValueError(f"/steps takes a number from 0 to {self.adapted.max_steps}; got {given!r}.")
         if int(given) > self.adapted.max_steps:
+            if self.adapted.rate is None:
+                raise ValueError(f"{given} steps need a rate; start with --rate, a number or a network.")
             raise ValueError(f"{given} steps are more than this rate was trained for ({self.adapted.max_steps}).")
         self.steps = int(given)
 
@@ -116,8 +136,6 @@ class _Talk:
         if self.facts is None:
             raise ValueError("nothing was answered yet.")
         nll, rates = self.facts["prompt_nll"], self.facts["trace"]["rates"]
-        if self.facts["note"]:
-            _say(self.facts["note"])
         kinds = [p["kind"] for p in self.facts["trace"]["projections"]]
         for k, loss in enumerate(nll, 1):
             shown = f"{loss:.4f}" if loss is not None else "not finite"
@@ -151,7 +169,7 @@ class _Talk:
             )
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         sampling = Sampling(temperature=self.temperature, max_tokens=min(self.max_tokens, room), seed=self.seed)
-        job = Job(ids, method, steps, events.put, sampling=sampling, seed=self.seed, trace=True)
+        job = Job(ids, method, steps, events.put, "chat", sampling=sampling, seed=self.seed, trace=True)
         self.engine.submit([job])
         said, facts = "", {}
         try:

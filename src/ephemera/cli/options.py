@@ -24,8 +24,6 @@ train_app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 
-DEFAULT_RATE = "scalenet-nq-open"
-
 Model = Annotated[
     str, typer.Option("--model", "-m", help=f"Hub id, folder, GGUF file or {DEFAULT_MODEL}.", show_default=True)
 ]
@@ -34,8 +32,8 @@ Steps = Annotated[
     typer.Option(
         "--steps",
         "-k",
-        help="Gradient steps on each prompt; 0 leaves the adapter at its start. Default: 3, and 0 where --init is given "
-        "without --rate.",
+        help="Gradient steps on each prompt; 0 leaves the adapter at its start. Default: what the rate was validated at (1 for a "
+        "number), and 0 without a rate.",
         show_default=False,
     ),
 ]
@@ -44,9 +42,22 @@ RateOption = Annotated[
     typer.Option(
         "--rate",
         "-r",
-        help=f"Preset (full, fast), shipped name, folder, or a number (see `ephemera models`). Default: {DEFAULT_RATE}, from the zero start alone.",
+        help="Preset (full, fast), shipped name, folder, a number, or none (see `ephemera models`). Default: the network that "
+        "ships for the model and the prompts' format, from the zero start alone.",
         show_default=False,
     ),
+]
+ReachOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reach",
+        help="Where adapters act: all (every token) or answer (from the last prompt token on). Default: as the rate was "
+        "trained; all for a number.",
+        show_default=False,
+    ),
+]
+SpecialTokens = Annotated[
+    bool, typer.Option("--special-tokens", help="A special token that a prompt spells is one; else it stays text.")
 ]
 InitOption = Annotated[
     str, typer.Option("--init", "-i", help="Where adapters start: zero, a generator (name or folder), a PEFT folder.")
@@ -80,3 +91,11 @@ def quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def unshipped(model: str, format: str, told: str) -> str:
+    """A line where no network ships and none was named: what is done, and what to do."""
+    return (
+        f"no network ships for {model} and {format} prompts: {told}. Give --rate: a number such as 0.05, or a network "
+        "(`ephemera models` lists them, `ephemera train scalenet` makes one)."
+    )

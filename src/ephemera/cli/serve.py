@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ephemera.cli.options import Device, Dtype, Model, StopBelow, app, quiet
+from ephemera.cli.options import Device, Dtype, Model, ReachOption, StopBelow, app, quiet, unshipped
 from ephemera.store import DEFAULT_MODEL
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -19,14 +19,21 @@ Rates = Annotated[
     typer.Option(
         "--rate",
         "-r",
-        help="Name, folder or number; one of each kind (fixed, stepwise, layerwise, averaged). Repeatable. Default: what "
-        "ships for the model, or 0.05.",
+        help="Name, folder or number; one of each kind (fixed, stepwise, layerwise, constant, averaged). Repeatable. Served "
+        "beside the networks that ship for the model, if they adapt the same projections, and the fixed rate 0.05.",
         show_default=False,
     ),
 ]
-Start = Annotated[
-    str | None,
-    typer.Option("--init", "-i", help="zero, a generator or a PEFT folder. Default: what ships.", show_default=False),
+Start = Annotated[str, typer.Option("--init", "-i", help="Where adapters start: zero, a generator or a PEFT folder.")]
+StepsDefault = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        "-k",
+        min=0,
+        help="Steps of a request that names none. Default: what each method's rate was validated at, 1 for a number.",
+        show_default=False,
+    ),
 ]
 
 
@@ -35,15 +42,16 @@ Start = Annotated[
 
     ephemera serve
 
-    ephemera serve --port 8080 --rate scalenet-squad --init zero --steps 1
+    ephemera serve --port 8080 --rate scalenet-squad --steps 3
 
     EPHEMERA_API_KEYS=first,second ephemera serve --host 0.0.0.0"""
 )
 def serve(
     model: Model = DEFAULT_MODEL,
     rate: Rates = None,
-    init: Start = None,
-    steps: Annotated[int, typer.Option("--steps", "-k", min=0, help="Steps of a request that names none.")] = 3,
+    init: Start = "zero",
+    steps: StepsDefault = None,
+    reach: ReachOption = None,
     stop_below: StopBelow = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -78,6 +86,9 @@ def serve(
         from ephemera.serving.app import Settings, create_app
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; `pip install 'ephemera[serve]'` brings it.") from None
+    from ephemera.made_for import FORMATS, checked_reach
+
+    everywhere = None if reach is None else checked_reach(reach)
     listening = _bind(host, port)
     from ephemera.model import AdaptiveLM
     from ephemera.serving import methods
@@ -89,9 +100,12 @@ def serve(
     quiet()
 
     def load() -> tuple[AdaptiveLM, list[methods.Method]]:
-        rates, start = methods.specs(model, rate or [], init)
-        lm = AdaptiveLM.from_pretrained(model, init=start, rate=methods.trained(rates), dtype=dtype, device=device)
-        return lm, methods.build(lm.backbone, lm.init, rates, most_steps=max_steps, joined=init is not None)
+        found = methods.offer(model, rate or [], init)
+        lm = AdaptiveLM.from_pretrained(
+            model, init=found.init, rate=found.trained or "none", dtype=dtype, device=device
+        )
+        options: dict[str, Any] = {"defaults": found.defaults, "most_steps": max_steps, "reach": everywhere}
+        return lm, methods.build(lm.backbone, lm.init, found.rates, **options)
 
     lm, known = in_passing_thread(load)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
@@ -99,10 +113,14 @@ def serve(
     engine = Engine(
         lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics, stop_below=stop_below
     ).start()
-    reader = Reader(lm.backbone, known, steps=steps, limits=limits)
+    reader = Reader(lm.backbone, known, limits=limits, steps=steps)
     web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving {', '.join(m.model_id for m in known)}", file=sys.stderr)
+    print(f"serving {', '.join(dict.fromkeys(m.model_id for m in known))}", file=sys.stderr)
+    missing = [f for f in FORMATS if all(m.name != methods.DEFAULT or m.format != f for m in known)]
+    if missing and not rate and init == "zero":
+        served = "the model itself and a fixed rate are served" if missing == [*FORMATS] else "those are not adapted to"
+        print(unshipped(model, " and ".join(missing), served), file=sys.stderr)
     print(f"at http://{shown}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
     config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=drain, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])

@@ -142,11 +142,11 @@ def _state_routes(app: FastAPI, engine: Engine, reader: Reader, metrics: Metrics
 
     @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [reader.describe(m, created) for m in reader.methods]}
+        return {"object": "list", "data": reader.described(created)}
 
     @app.get("/v1/models/{model_id:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
     async def model(model_id: str) -> dict[str, Any]:
-        return reader.describe(reader.method(model_id), created)
+        return reader.describe(model_id, created)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

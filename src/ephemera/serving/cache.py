@@ -103,9 +103,10 @@ class Rows:
             self._resize(capacity, max(self.end - self.start, width))
         index = torch.tensor(list(rows), device=self.keys[0].device)
         for k, v, (new_k, new_v) in zip(self.keys, self.values, layers, strict=True):
-            place = (slice(count, count + len(rows)), slice(None), slice(self.end - width, self.end))
-            k[place] = new_k[:, :, -width:].index_select(0, index)
-            v[place] = new_v[:, :, -width:].index_select(0, index)
+            kept = min(width, new_k.shape[2])  # a sliding layer that was cropped holds its window alone
+            place = (slice(count, count + len(rows)), slice(None), slice(self.end - kept, self.end))
+            k[place] = new_k[:, :, -kept:].index_select(0, index)
+            v[place] = new_v[:, :, -kept:].index_select(0, index)
         self.lengths += list(lengths)
 
     def leave(self, row: int) -> None:

@@ -15,7 +15,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -23,13 +22,14 @@ from ephemera.adapt import Trace, adapt
 from ephemera.backbone import Backbone
 from ephemera.beginnings import Beginnings
 from ephemera.encoding import chat_beginning
-from ephemera.objective import TokenBatch, batch_tokens, length_batches, mean_nll, pad
+from ephemera.inits import ZeroInit
+from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import Prefill, prefill
-from ephemera.serving.adapter import zipped
 from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
 from ephemera.serving.cache import check_cache
+from ephemera.serving.reporting import Times, reports
 from ephemera.serving.threads import in_passing_thread
-from ephemera.serving.work import Adapting, Busy, Failed, Job, Observer, Report
+from ephemera.serving.work import Adapting, Busy, Failed, Job, Observer
 
 log = logging.getLogger("ephemera.serving")
 GROUP = 16  # prompts that adapt together
@@ -196,13 +196,16 @@ class Engine:
                 method.rate,
                 steps,
                 stop_below=self.stop_below,
+                # from another start the first step's pass is not the base model's
+                keep_reading=method.reach == "answer" and isinstance(method.init, ZeroInit),
                 after_step=lambda k: self._between(group, k, steps),
             )
         seconds = time.perf_counter() - start
         if trace is None:
             read = prefill(backbone, batch, None)
         else:
-            read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=trace.lower)
+            kept = trace.reading or trace.lower
+            read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=method.reach)
         with torch.no_grad():
             logits_BV = backbone.logits(read.hidden_BTD[:, -1])
         answers, sources = [], []
@@ -218,68 +221,19 @@ class Engine:
                 fail(answer, Failed(500, "the model's logits were not finite.", "not_finite"))
             else:
                 answer.take(logits_BV[source], token)
-        self._report(group, trace, read, seconds, first)
+        self._report(group, trace, read, Times(seconds, first))
         self._part([a for a in answers if a.reason is not None])
 
-    def _report(self, group: list[Job], trace: Trace | None, read: Prefill, seconds: float, first: float) -> None:
-        """The `ephemera` object of each response."""
-        last_B = self._last_nll(read, group)
-        fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
-        nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
-        taken_B = trace.steps_B.tolist() if trace else [0] * len(group)
-        for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
-            note = job.method.note(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
-            seen_K = nll_BK[row][: taken_B[row]]
-            nll_K = (*seen_K, *last)
-            rule = job.method.rate  # an early exit's loss is another than the whole model's
-            alike_K = nll_K if rule is None or rule.objective.describe() is None else seen_K
-            facts = {
-                "method": job.method.name,
-                "steps": job.steps,
-                "steps_taken": taken_B[row],
-                "note": note or risen(alike_K),
-                "prompt_nll": [_number(x) for x in nll_K],
-                "adapt_seconds": seconds if trace else 0.0,
-                "first_token_seconds": first - job.arrived,
-                "trace": self._trace(trace, row) if job.trace else None,
-            }
-            packed = None
-            if job.adapter and read.lora is not None:
-                packed = zipped(read.lora, row, base_model=self.backbone.name)
-            job.tell(Report(facts, packed))
-            self.observer.adapted(job, seconds if trace else 0.0, note)
+    def _report(self, group: list[Job], trace: Trace | None, read: Prefill, times: Times) -> None:
+        for job, (report, kept) in zip(group, reports(self.backbone, group, trace, read, times), strict=True):
+            job.tell(report)
+            self.observer.adapted(job, report.facts["adapt_seconds"], kept)
             if job.cancelled:
                 self.observer.ended(job, "cancelled", 0)
             elif job.n:
-                self.observer.first_token(job, first - job.arrived)
+                self.observer.first_token(job, report.facts["first_token_seconds"])
             else:
                 self.observer.ended(job, "complete", 0)
-
-    def _last_nll(self, read: Prefill, group: list[Job]) -> list[list[float]]:
-        """The loss that the last step left, for the rows whose trace was asked for: their head is a fifth of a prefill.
-
-        Computed when the first tokens are out; no answer is lost where memory is too short for it.
-        """
-        rows = [row for row, job in enumerate(group) if job.trace]
-        found: list[list[float]] = [[] for _ in group]
-        if not rows:
-            return found
-        try:
-            batch = TokenBatch(read.batch.ids_BT[rows], read.batch.mask_BT[rows])
-            with torch.no_grad():
-                last = mean_nll(read.hidden_BTD[rows], batch, self.backbone.logits).tolist()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            last = [math.nan] * len(rows)
-        for row, nll in zip(rows, last, strict=True):
-            found[row] = [nll]
-        return found
-
-    def _trace(self, trace: Trace | None, row: int) -> dict[str, Any]:
-        projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in self.backbone.projections]
-        rates_KM = trace.rates_BKM[row, : int(trace.steps_B[row])].tolist() if trace else []
-        return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
 
     def _between(self, group: list[Job], k: int, steps: int) -> None:
         """After an adaptation step: who waits hears of it, plain prompts begin, and the answers under way get a token."""
@@ -334,16 +288,6 @@ class Engine:
             torch.cuda.empty_cache()
 
 
-def risen(nll_K: Sequence[float]) -> str | None:
-    """Words where steps made the prompt less likely: rates that were trained from another start, or are too bold."""
-    if len(nll_K) < 2 or not nll_K[-1] > nll_K[0]:
-        return None
-    return (
-        f"the steps raised the prompt's loss ({nll_K[0]:.2f} to {nll_K[-1]:.2f} nats per token), so the answer may be "
-        "worse than without them; take fewer steps or another method"
-    )
-
-
 def end_tokens(backbone: Backbone) -> frozenset[int]:
     """The tokens that end an answer, as transformers' generate takes them."""
     config = backbone.model.generation_config
@@ -352,11 +296,6 @@ def end_tokens(backbone: Backbone) -> frozenset[int]:
         ends = backbone.tokenizer.eos_token_id
     found = ends if isinstance(ends, list) else [ends]
     return frozenset(int(e) for e in found if e is not None)
-
-
-def _number(x: float) -> float | None:
-    """JSON has no NaN."""
-    return x if math.isfinite(x) else None
 
 
 def _log(error: Exception) -> None:

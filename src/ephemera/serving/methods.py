@@ -2,58 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ephemera.adaptation import beyond, kept_start, told
 from ephemera.backbone import Backbone
 from ephemera.errors import nearest
 from ephemera.generator import LoraGenerator, lora_of
 from ephemera.inits import Init, ZeroInit
-from ephemera.model import FELL_BACK, UNCHANGED, AdaptiveLM
-from ephemera.rates import AveragedRate, FixedRate, Rate, ScaleNet, adapted_by, load_rate, place_rate
-from ephemera.store import DEFAULT_MODEL
+from ephemera.made_for import FORMATS, Format, Reach
+from ephemera.model import AdaptiveLM
+from ephemera.rates import (
+    AveragedRate,
+    FixedRate,
+    PerProjectionRate,
+    Rate,
+    ScaleNet,
+    adapted_by,
+    default_rate,
+    default_steps,
+    load_rate,
+    place_rate,
+)
 
 BASE = "none"
-SHIPPED_RATES = ("scalenet-nq-open", "stepwise-nq-open", "0.05")  # for the default model; the last is the paper's
-SHIPPED_INIT = "taskweaver"
+DEFAULT = "universal"  # the networks that ship for a model, one for each prompt format
+FIXED = 0.05  # the paper's (LDTTA 4.1)
+PLAIN_GENERATOR = "this generator was trained on plain prompts"
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One model id: no start and no rate is the model itself. `max_steps`: the most that a request may ask for."""
+    """One model id: no start and no rate is the model itself. `max_steps`: the most that a request may ask for.
+
+    `asked_reach`: where adapters act, if not as the rate was trained for.
+    """
 
     model_id: str
     name: str
     init: Init | None
     rate: Rate | None
     max_steps: int
+    asked_reach: Reach | None = None
+
+    @property
+    def reach(self) -> Reach:
+        return self.asked_reach or ("all" if self.rate is None else self.rate.reach)
+
+    @property
+    def format(self) -> Format | None:
+        """The prompts that its network was trained on; None: it was not trained."""
+        if self.rate is not None and self.rate.made_for is not None:
+            return self.rate.made_for.format
+        return "plain" if isinstance(self.init, LoraGenerator) else None
 
     def adapts(self, steps: int) -> bool:
         """Whether an adapter is needed at all: LoRA's own start without a step changes nothing."""
         return self.init is not None and (steps > 0 or not isinstance(self.init, ZeroInit))
 
-    def note(self, *, fell_back: bool, tokens: int, steps: int) -> str | None:
+    def steps(self, asked: int | None) -> int:
+        """As asked, else what the rate was validated at; never more than may be asked for."""
+        return min(default_steps(self.rate) if asked is None else asked, self.max_steps)
+
+    def kept_start(self, *, fell_back: bool, tokens: int, steps: int) -> str | None:
         """Why an answer came from the adapter's start."""
-        note = FELL_BACK if fell_back else UNCHANGED if tokens < 2 and steps else None
         started = self.init is not None and bool(lora_of(self.init))
-        return note.replace("unadapted", "from its start") if note and started else note
+        return kept_start(fell_back=fell_back, tokens=tokens, steps=steps, started=started)
+
+    def beyond(self, format: Format, steps: int) -> str | None:
+        """What to say where a network answers prompts of another kind than it was trained on."""
+        made = self.rate.made_for if self.rate is not None and steps else None
+        generated = isinstance(self.init, LoraGenerator) and format != "plain"
+        return told(beyond(made, format, self.asked_reach), PLAIN_GENERATOR if generated else None)
 
 
-def specs(model: str, rates: Sequence[str], init: str | None) -> tuple[list[Rate], str]:
-    """Rates and init as given, or what comes with the package for the default model, or the paper's fixed rate.
+@dataclass(frozen=True)
+class Offer:
+    """What a server is to be loaded with: the rates that were named, where adapters start, the networks that ship."""
 
-    The shipped generator starts adapters on every layer: beside a rate for some of them the start is zero.
+    rates: tuple[Rate, ...]
+    init: str
+    defaults: Mapping[Format, Rate]
+
+    @property
+    def trained(self) -> Rate | None:
+        """The first rate that was trained for certain projections: the model is loaded with those."""
+        return next((rule for rule in (*self.rates, *self.defaults.values()) if adapted_by(rule)), None)
+
+
+def offer(model: str, rates: Sequence[str], init: str = "zero") -> Offer:
+    """What is named, the networks that ship for the model, and the paper's fixed rate.
+
+    Those that ship are left out beside a rate for other projections, and where adapters have another start: the model is
+    loaded with one set of projections.
     """
-    ships = model == DEFAULT_MODEL
-    rules = [load_rate(spec) for spec in rates or (SHIPPED_RATES if ships else ("0.05",))]
-    everywhere = all(adapted_by(rule).get("layers", "all") == "all" for rule in rules)
-    return rules, init or (SHIPPED_INIT if ships and everywhere else "zero")
-
-
-def trained(rules: Sequence[Rate]) -> Rate | None:
-    """The first rate that was trained for certain projections: the model is loaded with those."""
-    return next((rule for rule in rules if adapted_by(rule)), None)
+    named = [load_rate(spec) for spec in rates]
+    sets = [adapted_by(rule) for rule in named if adapted_by(rule)]
+    defaults: dict[Format, Rate] = {}
+    for format in reversed(FORMATS) if init == "zero" else ():
+        rule = default_rate(model, format)
+        if rule is not None and all(given == adapted_by(rule) for given in sets):
+            defaults[format] = rule
+    fixed = [] if any(isinstance(rule, FixedRate) for rule in named) else [FixedRate(FIXED)]
+    return Offer((*named, *fixed), init, defaults)
 
 
 def kind_of(rate: Rate) -> str:
@@ -61,17 +113,25 @@ def kind_of(rate: Rate) -> str:
         return "fixed"
     if isinstance(rate, AveragedRate):
         return "averaged"
+    if isinstance(rate, PerProjectionRate):
+        return "constant"
     assert isinstance(rate, ScaleNet)
     return "layerwise" if rate.config["granularity"] == "layer" else "stepwise"
 
 
 def build(
-    backbone: Backbone, init: str | Init, rates: Sequence[Rate], *, most_steps: int = 8, joined: bool = True
+    backbone: Backbone,
+    init: str | Init,
+    rates: Sequence[Rate],
+    *,
+    defaults: Mapping[Format, Rate] | None = None,
+    most_steps: int = 8,
+    reach: Reach | None = None,
 ) -> list[Method]:
-    """Every model id that these make, the unadapted model first. ValueError where one does not fit the model.
+    """Every method that these make, the unadapted model first. ValueError where one does not fit the model.
 
-    `joined`: also learned rates from a start other than zero. Those that ship were trained from zero, and from the
-    shipped generator their first step ruins the answer: together they are only served where that start was asked for.
+    The networks of `defaults` share one model id: a request's format chooses between them (`find`). `reach`: of all
+    methods, in place of each rate's own.
     """
     started = AdaptiveLM(backbone, init=init).init
     name = "generated" if isinstance(started, LoraGenerator) else "peft"
@@ -88,23 +148,24 @@ def build(
 
     def add(name: str, start: Init, rule: Rate | None) -> None:
         most = 0 if rule is None else min(most_steps, rule.max_steps or most_steps)
-        methods.append(Method(f"{model}:{name}", name, start, rule, most))
+        methods.append(Method(f"{model}:{name}", name, start, rule, most, reach))
 
+    for rule in (defaults or {}).values():
+        add(DEFAULT, zero, place_rate(rule, backbone))
     for kind, rule in moves.items():
         add(kind, zero, rule)
     for start_name, start in starts:
         add(start_name, start, None)
         for kind, rule in moves.items():
-            if joined or isinstance(rule, FixedRate):
-                add(f"{start_name}+{kind}", start, rule)
+            add(f"{start_name}+{kind}", start, rule)
     return methods
 
 
-def find(methods: Sequence[Method], model_id: str) -> Method | str:
-    """The method of a model id, or words that name the nearest."""
-    for method in methods:
-        if method.model_id == model_id:
-            return method
-    ids = [m.model_id for m in methods]
+def find(methods: Sequence[Method], model_id: str, format: Format | None = None) -> Method | str:
+    """The method of a model id, of several the one made for a format; or words that name the nearest."""
+    found = [method for method in methods if method.model_id == model_id]
+    if found:
+        return next((method for method in found if method.format == format), found[0])
+    ids = list(dict.fromkeys(m.model_id for m in methods))
     hint = nearest(model_id, ids)
     return f"no model {model_id!r} here. {hint + ' ' if hint else ''}GET /v1/models lists them: {', '.join(ids)}."

@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from ephemera.backbone import Backbone
 from ephemera.encoding import encode_chat, encode_prompt
+from ephemera.made_for import FORMATS, Format
 from ephemera.serving.errors import ApiError
 from ephemera.serving.methods import Method, find
 from ephemera.serving.sampling import Sampling
@@ -35,18 +36,29 @@ def _nobody(_event: Event) -> None:
 class Reader:
     """Checks requests against the model and the limits; ApiError says what is wrong."""
 
-    def __init__(self, backbone: Backbone, methods: Sequence[Method], *, steps: int, limits: Limits):
+    def __init__(self, backbone: Backbone, methods: Sequence[Method], *, limits: Limits, steps: int | None = None):
+        """`steps`: of a request that names none; by default what each method's rate was validated at."""
         self.backbone, self.methods, self.steps, self.limits = backbone, methods, steps, limits
 
-    def method(self, model_id: str) -> Method:
-        found = find(self.methods, model_id)
+    def method(self, model_id: str, format: Format | None = None) -> Method:
+        found = find(self.methods, model_id, format)
         if isinstance(found, str):
             raise ApiError(404, found, param="model", code="model_not_found")
         return found
 
-    def describe(self, method: Method, created: int) -> dict[str, Any]:
-        entry = {"id": method.model_id, "object": "model", "created": created, "owned_by": "ephemera"}
-        return {**entry, "method": method.name, "max_steps": method.max_steps}
+    def describe(self, model_id: str, created: int) -> dict[str, Any]:
+        """What a model id takes: by default as many `steps`, at most `max_steps`; prompts of each `format`."""
+        first = self.method(model_id)
+        alike = [method for method in self.methods if method.model_id == model_id]
+        formats = [f for f in reversed(FORMATS) if any(m.format in (None, f) for m in alike)]
+        if not self.backbone.tokenizer.chat_template and formats != ["chat"]:
+            formats = ["plain"]
+        entry = {"id": model_id, "object": "model", "created": created, "owned_by": "ephemera", "method": first.name}
+        steps = {"steps": first.steps(self.steps), "max_steps": first.max_steps}
+        return {**entry, **steps, "format": formats, "reach": first.reach if first.init is not None else None}
+
+    def described(self, created: int) -> list[dict[str, Any]]:
+        return [self.describe(model_id, created) for model_id in dict.fromkeys(m.model_id for m in self.methods)]
 
     def plain(self, prompt: str) -> list[int]:
         if not prompt.strip():
@@ -74,7 +86,8 @@ class Reader:
 
     def jobs(self, body: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Job]:
         """One job per prompt."""
-        method = self.method(body.model)
+        format: Format = "chat" if isinstance(body, ChatRequest) else "plain"
+        method = self.method(body.model, format)
         steps = self._steps(method, body.adapt)
         n = body.n or 1
         if n * len(prompts) > self.limits.rows:
@@ -100,6 +113,7 @@ class Reader:
                     method,
                     steps,
                     _nobody,
+                    format,
                     sampling=sampling,
                     n=n,
                     seed=options.seed,
@@ -110,19 +124,19 @@ class Reader:
         return made
 
     def adaptation(self, body: AdaptRequest, ids: list[int], *, adapter: bool) -> Job:
-        method = self.method(body.model)
+        format: Format = "plain" if body.messages is None else "chat"
+        method = self.method(body.model, format)
         steps = self._steps(method, body.adapt)
         if adapter and not method.adapts(steps):
             words = f"adapter: {body.model} with {steps} steps has no adapter; choose another model or more steps."
             raise ApiError(400, words, param="adapter")
         self._fits_template(method, steps, ids)
-        seed = body.adapt.seed if body.adapt else 0
-        seconds = self.limits.seconds
-        return Job(ids, method, steps, _nobody, n=0, seed=seed, trace=True, adapter=adapter, seconds=seconds)
+        seed, wait = body.adapt.seed if body.adapt else 0, self.limits.seconds
+        return Job(ids, method, steps, _nobody, format, n=0, seed=seed, trace=True, adapter=adapter, seconds=wait)
 
     def _steps(self, method: Method, options: AdaptOptions | None) -> int:
         if options is None or options.steps is None:
-            return min(self.steps, method.max_steps)
+            return method.steps(self.steps)
         if options.steps > method.max_steps:
             words = f"adapt.steps: {options.steps} is more than {method.model_id} takes ({method.max_steps})."
             raise ApiError(400, words, param="adapt.steps")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ephemera.made_for import Format
 from ephemera.serving.methods import Method
 from ephemera.serving.sampling import Sampling
 
@@ -69,6 +70,7 @@ class Job:
     method: Method
     steps: int
     emit: Callable[[Event], None]
+    format: Format = "plain"  # of the prompt
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
     seed: int = 0  # of the adapter's start

@@ -1,0 +1,102 @@
+"""How the adaptations of a group went: the `ephemera` object of each response."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ephemera.adapt import Trace
+from ephemera.adaptation import risen, told
+from ephemera.backbone import Backbone
+from ephemera.objective import TokenBatch, mean_nll
+from ephemera.prefill import Prefill
+from ephemera.serving.adapter import zipped
+from ephemera.serving.batch import out_of_memory
+from ephemera.serving.work import Job, Report
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that adapting took, and when the first tokens were out."""
+
+    adapting: float
+    first: float
+
+
+def reports(
+    backbone: Backbone, group: Sequence[Job], trace: Trace | None, read: Prefill, times: Times
+) -> list[tuple[Report, str | None]]:
+    """A report for each job, and why its answer came from the adapter's start, if it did.
+
+    Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
+    """
+    taken_B = trace.steps_B.tolist() if trace else [0] * len(group)
+    last_B = _last_nll(backbone, read, group, taken_B)
+    fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
+    nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
+    made = []
+    for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
+        method = job.method
+        kept = method.kept_start(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
+        seen_K = nll_BK[row][: taken_B[row]]
+        nll_K = (*seen_K, *last)
+        facts = {
+            "method": method.name,
+            "steps": job.steps,
+            "steps_taken": taken_B[row],
+            "reach": method.reach if method.init is not None else None,
+            "note": kept or told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K)),
+            "prompt_nll": [_number(x) for x in nll_K],
+            "adapt_seconds": times.adapting if trace else 0.0,
+            "first_token_seconds": times.first - job.arrived,
+            "trace": _rates(backbone, trace, row) if job.trace else None,
+        }
+        packed = None
+        if job.adapter and read.lora is not None:
+            packed = zipped(read.lora, row, base_model=backbone.name)
+        made.append((Report(facts, packed), kept))
+    return made
+
+
+def _whole(job: Job) -> bool:
+    """Whether the steps' losses are the whole model's: an early exit's are others."""
+    return job.method.rate is None or job.method.rate.objective.describe() is None
+
+
+def _last_nll(backbone: Backbone, read: Prefill, group: Sequence[Job], taken_B: Sequence[int]) -> list[list[float]]:
+    """The loss that the last step left, where it is asked for or to be compared; with reach `answer` there is none.
+
+    No answer is lost where memory is too short for it.
+    """
+    found: list[list[float]] = [[] for _ in group]
+    if read.base_BD is not None:
+        return found
+    rows = [row for row, job in enumerate(group) if job.trace or (taken_B[row] and _whole(job))]
+    if not rows:
+        return found
+    try:
+        batch = TokenBatch(read.batch.ids_BT[rows], read.batch.mask_BT[rows])
+        with torch.no_grad():
+            last = mean_nll(read.hidden_BTD[rows], batch, backbone.logits).tolist()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        last = [math.nan] * len(rows)
+    for row, nll in zip(rows, last, strict=True):
+        found[row] = [nll]
+    return found
+
+
+def _rates(backbone: Backbone, trace: Trace | None, row: int) -> dict[str, Any]:
+    projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in backbone.projections]
+    rates_KM = trace.rates_BKM[row, : int(trace.steps_B[row])].tolist() if trace else []
+    return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
+
+
+def _number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None
