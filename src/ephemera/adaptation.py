@@ -138,5 +138,10 @@ class Adaptation:
         return replace(self, notes=tuple(notes))
 
     def export_peft(self, folder: str | Path, row: int = 0) -> Path:
-        """Write one row's adapter in PEFT's format; PEFT opens it with the same logits."""
-        return export_peft(self.lora, row, Path(folder), base_model=self.base_model)
+        """Write one row's adapter in PEFT's format; PEFT opens it with the same logits.
+
+        With reach `answer` those are PEFT's activated LoRA's (the folder's README.md).
+        """
+        found = [(rows.index(row), reading) for rows, reading in self.readings.items() if row in rows]
+        last = next((int(reading.ids_BT[place, -1]) for place, reading in found), None)
+        return export_peft(self.lora, row, Path(folder), base_model=self.base_model, last_token=last)

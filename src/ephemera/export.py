@@ -3,27 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save_file
 
 from ephemera.lora import LoraBatch
 
+CONFIG = "adapter_config.json"
+ACTIVATED = "adapter_config.alora.json"
+CARD = """# An adapter for one prompt
 
-def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors; returns the folder."""
+Made by ephemera for one prompt of {base_model}, with reach `answer`: the adapter acts from the prompt's last token on, over
+what the base model's own keys and values say of the prompt.
+
+PEFT reads `{config}`, and then applies the adapter to every token of the prompt too. That gives other answers than here.
+
+PEFT's activated LoRA (aLoRA) applies it as here. `{activated}` names the prompt's last token, {token}, as the
+invocation token:
+
+```python
+import json
+
+from peft import LoraConfig, PeftModel
+
+with open("{folder}/{activated}") as file:
+    config = LoraConfig(**json.load(file))
+model = PeftModel.from_pretrained(model, "{folder}", config=config)
+model.generate(**prompt)
+```
+
+`generate` looks for that token in the prompt, so it begins at the right place. A forward pass over prompt and answer together
+takes the token's last place in both. Where the answer may hold it too, say where to begin: `model(..., alora_offsets=[n])`
+with n = 1 + the answer's tokens. PEFT cannot merge an activated LoRA into the weights.
+"""
+
+
+def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, last_token: int | None = None) -> Path:
+    """Write adapter_config.json and adapter_model.safetensors; returns the folder.
+
+    `last_token`: the prompt's, where the adapter acts from there on (reach `answer`); a configuration for PEFT's activated
+    LoRA, and a card that explains it, are written then.
+    """
     factors, r, lora_alpha = lora.peft_factors(row)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha,  # pyright: ignore[reportArgumentType]
-        target_modules=sorted(factors),
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        inference_mode=True,
-    )
+    settings: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "target_modules": sorted(factors),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    if last_token is not None:
+        LoraConfig(**settings, alora_invocation_tokens=[last_token]).save_pretrained(str(folder))
+        (folder / CONFIG).replace(folder / ACTIVATED)
+        words = {"config": CONFIG, "activated": ACTIVATED, "folder": folder.name, "token": last_token}
+        (folder / "README.md").write_text(CARD.format(base_model=base_model, **words))
+    LoraConfig(**settings).save_pretrained(str(folder))
     save_file(lora.peft_state_dict(row), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder

@@ -1,4 +1,4 @@
-"""One row's adapter as a zip of PEFT's two files."""
+"""One row's adapter as a zip of PEFT's files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ephemera.export import export_peft
 from ephemera.lora import LoraBatch
 
 
-def zipped(lora: LoraBatch, row: int, *, base_model: str) -> bytes:
+def zipped(lora: LoraBatch, row: int, *, base_model: str, last_token: int | None = None) -> bytes:
+    """`last_token`: as in `export_peft`."""
     packed = io.BytesIO()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = export_peft(lora, row, Path(scratch), base_model=base_model)
+        folder = export_peft(lora, row, Path(scratch) / "adapter", base_model=base_model, last_token=last_token)
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in ("adapter_config.json", "adapter_model.safetensors"):
-                archive.write(folder / name, name)
+            for path in sorted(folder.iterdir()):
+                archive.write(path, path.name)
     return packed.getvalue()

@@ -57,7 +57,8 @@ def reports(
         }
         packed = None
         if job.adapter and read.lora is not None:
-            packed = zipped(read.lora, row, base_model=backbone.name)
+            token = job.ids[-1] if read.base_BD is not None else None
+            packed = zipped(read.lora, row, base_model=backbone.name, last_token=token)
         made.append((Report(facts, packed), kept))
     return made
 
