@@ -174,6 +174,25 @@ def test_with_steps_texts_are_adaptive_lms(llama_folder, adaptive):
     assert want != lm.generate(contexts, steps=0, max_new_tokens=8)
 
 
+def test_with_reach_answer_scores_and_texts_are_adaptive_lms(llama_folder, adaptive):
+    """Choices that share a context, as they do in a task; their tokens are those of `AdaptiveLM` here."""
+    reached = EphemeraLM(str(llama_folder), rate=60.0, steps=1, reach="answer", batch_size=2)
+    pairs = [pair for pair in PAIRS[:5] if not pair[0].endswith(" ")]
+    lm = AdaptiveLM.from_pretrained(str(llama_folder), rate=60.0, reach="answer")
+    contexts, continuations = zip(*pairs, strict=True)
+    nll_B = lm.answer_nll(contexts, [c.strip() for c in continuations], lm.adapt(contexts, steps=1))
+    lengths = [len(lm.encode_answer(a, b.strip())) for a, b in pairs]
+    have = [logp for logp, _ in reached.loglikelihood(ask("loglikelihood", pairs))]
+    assert have == pytest.approx([-nll * n for nll, n in zip(nll_B.tolist(), lengths, strict=True)], abs=1e-3)
+    everywhere = EphemeraLM(str(llama_folder), rate=60.0, steps=1).loglikelihood(ask("loglikelihood", pairs))
+    assert all(abs(h - logp) > 1e-3 for h, (logp, _) in zip(have, everywhere, strict=True))
+    requests = ask("generate_until", [(c, {"until": [], "max_gen_toks": 8}) for c in contexts[-2:]])
+    want = [t.split("</s>")[0] for t in lm.generate(contexts[-2:], steps=1, max_new_tokens=8)]
+    assert reached.generate_until(requests) == want
+    assert reached.get_model_info()["ephemera"]["reach"] == "answer"
+    assert adaptive.get_model_info()["ephemera"]["reach"] == "all"
+
+
 def test_adapters_do_not_depend_on_continuations_and_contexts_share_them(adaptive, monkeypatch):
     made: dict[tuple[int, ...], list[torch.Tensor]] = {}
     real = EphemeraLM._adapt
@@ -293,6 +312,7 @@ def test_mistakes_are_named(llama_folder, base):
         ({"batch_size": "auto:4"}, "batch_size is 'auto:4'"),
         ({"max_length": 97}, "window is 96"),
         ({"dtype": "flot32"}, "Did you mean 'float32'?"),
+        ({"reach": "al"}, "unknown reach 'al'. Did you mean 'all'?"),
     ):
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
             make(**settings)
@@ -301,7 +321,7 @@ def test_mistakes_are_named(llama_folder, base):
     for gen_kwargs in ({"max_gen_toks": 96}, {"max_length": 9}, {"num_return_sequences": 2}):
         with pytest.raises(ValueError, match="max_gen_toks"):
             base.generate_until(ask("generate_until", [("The mill", gen_kwargs)]))
-    assert make(rate=RATE).steps == 3
+    assert make(rate=RATE).steps == 1
     assert make().steps == 0
 
 

@@ -29,6 +29,7 @@ from ephemera.errors import unknown
 from ephemera.generator import LoraGenerator
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Reach
 from ephemera.model import AdaptiveLM
 from ephemera.objective import length_batches, pad
 from ephemera.prefill import Prefill, prefill
@@ -72,8 +73,8 @@ logger = logging.getLogger(__name__)
 class EphemeraLM(TemplateLM):
     """A model for lm-eval that gives every context its own adapter.
 
-    `pretrained`, `init`, `rate`, `dtype` and `device` as in `AdaptiveLM.from_pretrained`; `steps` by default 3 where
-    there is a rate, else 0; `batch_size` contexts adapt together, "auto" for as many as the device likes;
+    `pretrained`, `init`, `rate`, `reach`, `dtype` and `device` as in `AdaptiveLM.from_pretrained`; `steps` by default
+    what the rate was validated at, 0 without one; `batch_size` contexts adapt together, "auto" for as many as the device likes;
     `max_length` narrows the model's window; `seed` draws the zero init. ValueError names an unknown argument.
     """
 
@@ -86,6 +87,7 @@ class EphemeraLM(TemplateLM):
         init: str | None = None,
         rate: str | float | None = None,
         steps: int | None = None,
+        reach: Reach | None = None,
         dtype: str | None = None,
         device: str | None = None,
         batch_size: int | str = 1,
@@ -98,7 +100,9 @@ class EphemeraLM(TemplateLM):
             raise unknown("model argument", name, ["pretrained", *(type(self).__init__.__kwdefaults__ or {})])
         self.seed = _whole("seed", seed)
         self.batch_size = None if batch_size == "auto" else _whole("batch_size", batch_size, least=1)
-        self.lm = AdaptiveLM.from_pretrained(str(pretrained), init=init, rate=rate, dtype=dtype, device=device)
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.lm = AdaptiveLM.from_pretrained(str(pretrained), init=init, rate=rate, reach=reach, **where)
+        self.reach: Reach = self.lm.reach or ("all" if self.lm.rate is None else self.lm.rate.reach)
         steps = default_steps(self.lm.rate) if steps is None else steps
         self.steps = _whole("steps", steps)
         self.lm.adapt(TRIAL, steps=self.steps, seed=self.seed)  # a wrong rate shows now, not after the tasks' download
@@ -107,6 +111,7 @@ class EphemeraLM(TemplateLM):
         if self.max_length > self.backbone.max_length:
             raise ValueError(f"max_length is {max_length}; {pretrained}'s window is {self.backbone.max_length}.")
         self.settings = {"pretrained": pretrained, "init": init, "rate": rate, "steps": steps, "seed": seed}
+        self.settings["reach"] = self.reach
         self.fell_back = 0  # contexts whose adapter was not finite, answered with their first one
         self._device = self.backbone.device
 
@@ -311,7 +316,7 @@ class EphemeraLM(TemplateLM):
         if adapters is None:
             return prefill(self.backbone, batch, None)
         lora, start = (both.rows(list(places)) for both in adapters)
-        read = prefill(self.backbone, batch, lora, start)
+        read = prefill(self.backbone, batch, lora, start, reach=self.reach)
         self._count(int(read.fallback_B.sum()))
         return read
 
