@@ -37,7 +37,8 @@ class MadeFor:
     validation: dict[str, float] | None = None
 
     def __post_init__(self):
-        if self.format not in FORMATS or self.reach not in REACHES or self.steps < 0:
+        known = self.format in FORMATS and self.reach in REACHES
+        if not known or not isinstance(self.steps, int) or self.steps < 0:
             raise ValueError(f"made_for holds format {self.format!r}, reach {self.reach!r}, steps {self.steps!r}")
 
     @property
@@ -55,8 +56,10 @@ class MadeFor:
 def read_made_for(record: dict[str, Any] | None, folder: Path) -> MadeFor:
     """From a network's file. Files from before there was a record count as plain, of the task in their card."""
     if record is not None:
+        if not isinstance(record["tasks"], list):
+            raise ValueError(f"made_for holds tasks {record['tasks']!r}")
         return MadeFor(**{**record, "tasks": tuple(record["tasks"])})
-    card = folder / "README.md" if (folder / "README.md").exists() else folder.parent / "README.md"
+    card = (folder.parent if folder.name == "averaged" else folder) / "README.md"
     text = card.read_text(errors="replace") if card.exists() else ""
     found = re.match(r"#.* on ([\w/+-]+)", text)
     mixture = re.search(r"drawn from (.+?)\.\n", text)

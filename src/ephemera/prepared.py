@@ -137,8 +137,15 @@ def _whole(backbone: Backbone, batch: TokenBatch, trace: Trace) -> Trace:
     """With the base model's whole reading of the batch, of which only the last token's state is kept."""
     reading = whole_reading(backbone, batch, trace.reading or trace.lower)
     reading = replace(reading, hidden_BTD=reading.hidden_BTD[:, -1:].clone())
+    lora = _no_B(trace.initial_lora)  # after a step of length zero
     zero_BN = trace.grads[0].A_BN.new_zeros(1, 1).expand_as(trace.grads[0].A_BN)  # B = 0: A has no gradient
-    return replace(trace, grads=[replace(trace.grads[0], A_BN=zero_BN)], reading=reading, lower=None)
+    grads = [replace(trace.grads[0], A_BN=zero_BN, like=lora)]
+    return replace(trace, lora=lora, initial_lora=lora, grads=grads, reading=reading, lower=None)
+
+
+def _no_B(lora: LoraBatch) -> LoraBatch:
+    """The same with one zero in place of every B, which takes no memory."""
+    return replace(lora, B=tuple(B_BOR.new_zeros(1, 1, 1).expand_as(B_BOR) for B_BOR in lora.B))
 
 
 def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tuple[TokenBatch, Trace]:
@@ -159,7 +166,7 @@ def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tup
             values.append(torch.nn.functional.pad(v_BGTC, (0, 0, T - v_BGTC.shape[2], 0)))
         cache.update(torch.cat(keys), torch.cat(values), layer)
     hidden_B1D = torch.cat([reading.hidden_BTD for reading in readings])
-    lora = LoraBatch.cat([trace.initial_lora for trace in traces])
+    lora = _no_B(LoraBatch.cat([trace.initial_lora for trace in traces]))
     grads = [trace.grads[0] for trace in traces]
     zero_BN = grads[0].A_BN[:1].expand(len(ids_BT), -1)
     joined = Trace(

@@ -98,7 +98,7 @@ class OneStepTrainee:
         self.backbone, self.init, self.network = backbone, init, network
         self.plan, self.clip_prompt, self.harm_weight, self.seed = plan, clip_prompt, harm_weight, seed
         self.chunk = -1
-        self.held: dict[tuple[str, ...], Scored] = {}
+        self.held: dict[tuple[int, ...], Scored] = {}
         self.validation = validation
         self.batch_size = batch_size
         self.checked: list[Scored] | None = None
@@ -111,7 +111,7 @@ class OneStepTrainee:
         if self.plan.chunks[step] != self.chunk:
             self.chunk = self.plan.chunks[step]
             self.held.clear()
-        key = tuple(row.id for row in rows)
+        key = tuple(map(id, rows))  # the very rows, which are held: two tasks may have rows of one name
         if key not in self.held:
             seed = self.seed * 1_000_003 + self.chunk
             self.held[key] = scored(self.backbone, self.init, rows, self.network, seed)
