@@ -448,6 +448,89 @@ def test_shows_the_note_of_a_prompt_that_could_not_adapt(visit: Visit):
     assert page.locator(".heat").count() == 0
 
 
+def test_an_abstention_stands_out(visit: Visit):
+    extension = {"method": "universal", "steps": 1, "steps_taken": 1, "reach": "answer", "prompt_nll": [3.5], "trace": None,
+                 "note": "abstained: the answer would probably get worse", "adapt_seconds": 0.5, "first_token_seconds": 0.6}  # fmt: skip
+    chunk = {"choices": [{"index": 0, "text": "An answer", "finish_reason": "stop"}], "ephemera": extension}
+    body = f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+    visit.ready().route(
+        "**/v1/completions", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=body)
+    )
+    visit.ask()
+    page = visit.finished()
+    assert page.inner_text("#adapted .badge") == "Abstained"
+    assert "abstained: the answer would probably get worse" in page.inner_text("#adapted .note")
+    # One number, of the model without its adapter: no claim that the step lowered it
+    assert "acts on the answer alone" in page.inner_text("#curve-note")
+    assert "no steps" not in page.inner_text("#curve-note")
+
+
+def listing(*entries: tuple[str, list[str], str | None, int]):
+    data = [
+        {"id": "m" if method == "none" else f"m:{method}", "method": method, "format": formats, "reach": reach}
+        | {"steps": steps, "max_steps": steps}
+        for method, formats, reach, steps in entries
+    ]
+    return lambda route: route.fulfill(status=200, content_type="application/json", body=json.dumps({"data": data}))
+
+
+BOTH = ["chat", "plain"]
+NONE, FIXED = ("none", BOTH, None, 0), ("fixed", BOTH, "all", 1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "method", "format", "steps"),
+    [
+        ([NONE, ("universal", BOTH, "answer", 2), FIXED], "universal", "chat", "2"),
+        ([NONE, ("universal", ["plain"], "answer", 1), FIXED], "universal", "completion", "1"),
+        ([NONE, FIXED], "none", "chat", "0"),
+        ([("none", ["plain"], None, 0), FIXED], "none", "completion", "0"),
+        ([NONE, FIXED, ("stepwise", ["plain"], "all", 3)], "stepwise", "completion", "3"),
+    ],
+)
+def test_begins_with_the_network_that_ships(browser: sync_api.Browser, server: str, entries, method, format, steps):
+    visit = Visit(browser, server)
+    page = visit.page
+    page.route("**/v1/models", listing(*entries))
+    page.reload()
+    visit.ready()
+    assert page.locator("#method").input_value() == ("m" if method == "none" else f"m:{method}")
+    assert page.locator("input[name=format]:checked").input_value() == format
+    assert page.locator("#steps").input_value() == steps
+    assert page.locator("#download").is_disabled() == (method == "none")
+    if method == "universal":
+        assert "It acts on the answer alone." in page.inner_text("#method-hint")
+    visit.context.close()
+
+
+def test_a_method_brings_its_format(visit: Visit):
+    page = visit.ready()  # the server's network was trained on plain prompts
+    assert page.locator("input[name=format]:checked").input_value() == "completion"
+    assert "Trained on plain prompts." in page.inner_text("#method-hint")
+    page.get_by_role("radio", name="Chat").check()
+    page.get_by_label("Method").select_option(body_of(visit, "fixed")["model"])
+    assert page.locator("input[name=format]:checked").input_value() == "chat"
+    page.get_by_label("Method").select_option(body_of(visit, "layerwise")["model"])
+    assert page.locator("input[name=format]:checked").input_value() == "completion"
+    page.get_by_role("radio", name="Chat").check()  # it may be asked for all the same, and the answer says so
+    visit.ask()
+    visit.finished()
+    assert "was trained on plain prompts" in page.inner_text("#adapted .note")
+
+
+def test_the_model_alone_is_asked_once(visit: Visit):
+    page = visit.ready()
+    page.get_by_label("Method").select_option(body_of(visit, "none")["model"])
+    visit.ask()
+    page.wait_for_selector("#base[data-state=done]")
+    page.get_by_role("button", name="Run").wait_for()
+    want = post(visit.url, "/v1/completions", body_of(visit, "none"))
+    assert words(page.text_content("#base .text")) == words(want["choices"][0]["text"])
+    assert page.get_attribute("#adapted", "data-state") == "empty"
+    assert page.inner_text("#announce") == "The answer is complete."
+    assert sum(url.endswith("/v1/completions") for url in visit.asked) == 1
+
+
 def test_reads_event_streams_however_they_are_cut(visit: Visit):
     text = ": adapting 1/2\r\n\r\ndata: é\r\ndata: two\r\n\r\n: adapting 2/2\n\ndata:three\n\ndata: \U0001f98b\r\r"
     want = [{"comment": "adapting 1/2"}, {"data": "é\ntwo"}, {"comment": "adapting 2/2"}, {"data": "three"}, {"data": "\U0001f98b"}]  # fmt: skip

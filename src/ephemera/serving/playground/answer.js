@@ -25,6 +25,12 @@ export function problem(error, retry) {
     el("p", { class: "problem-title" }, title), el("p", {}, error.message), facts ? el("p", { class: "facts" }, facts) : null, button);
 }
 
+// What the server says of an answer; that the model was left as it is stands out.
+function noteOf(note) {
+  const left = /^abstained\b/i.test(note);
+  return el("p", { class: "note" }, left ? el("span", { class: "badge" }, "Abstained") : el("strong", {}, "Note: "), left ? " " : "", note);
+}
+
 export function answerColumn(root, emptyText) {
   const subtitle = el("p", { class: "subtitle" });
   const progress = el("div", { class: "progress", hidden: true });
@@ -86,7 +92,7 @@ export function answerColumn(root, emptyText) {
       progress.hidden = true;
       become("done");
       column.show();
-      if (extension?.note) aside.append(el("p", { class: "note" }, el("strong", {}, "Note: "), extension.note));
+      if (extension?.note) aside.append(noteOf(extension.note));
       if (finish === "length") aside.append(el("p", { class: "footnote" }, "Cut at the token limit."));
       state.adapting = extension?.adapt_seconds ?? 0;
       showTimes(...(usage ? [entry("Tokens", String(usage.completion_tokens))] : []),

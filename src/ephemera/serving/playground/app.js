@@ -5,16 +5,10 @@ import { downloadAdapter, listModels, streamAnswer } from "./api.js";
 import { byId, count, el, nllText, rateText } from "./dom.js";
 import { EXAMPLES } from "./examples.js";
 import { heatMap, nllCurve, nllTable, rateTable, readTrace } from "./figures.js";
+import { fittingFormat, isBase, methodHint, methodName, preferred } from "./methods.js";
 import { curl, python } from "./snippets.js";
 import { compare } from "./words.js";
 
-const RATES = { fixed: "Fixed rate", stepwise: "Step-wise", layerwise: "Layer-wise", averaged: "Averaged" };
-const HINTS = {
-  fixed: "One rate for every layer and step.",
-  stepwise: "A network predicts one rate for each step.",
-  layerwise: "A network predicts a rate for each layer and step.",
-  averaged: "The network's rates, averaged over its training prompts.",
-};
 const FIELDS = { prompt: "prompt", messages: "prompt", model: "method", max_tokens: "max-tokens", max_completion_tokens: "max-tokens",
   "adapt.steps": "steps", "adapt.seed": "seed", seed: "seed" };
 const KEY_STORE = "ephemera-api-key";
@@ -30,21 +24,8 @@ let difference = null;
 
 const checked = (name) => document.querySelector(`input[name="${name}"]:checked`).value;
 const announce = (words) => { byId("announce").textContent = words; };
-const isBase = ({ method }) => !method || method === "none";
 const baseModel = () => models.find(isBase);
 const chosen = () => models.find(({ id }) => id === page.method.value);
-
-function methodName(method) {
-  const [start, rate] = method.startsWith("generated") ? ["Generated", method.split("+")[1]] : [null, method];
-  if (!start) return RATES[rate] ?? rate;
-  return rate ? `${start}, then ${(RATES[rate] ?? rate).toLowerCase()}` : start;
-}
-
-function methodHint(method) {
-  if (!method.startsWith("generated")) return HINTS[method] ?? "";
-  const rate = method.split("+")[1];
-  return `A generator writes the adapter in one pass${rate ? ", then steps refine it" : ", and no steps follow"}. ${rate ? HINTS[rate] ?? "" : ""}`.trim();
-}
 
 // ---- the form ----
 
@@ -62,16 +43,25 @@ function clearErrors() {
   page.banner.replaceChildren();
 }
 
-let wantedSteps = 3;
+let wantedSteps = null; // until someone writes a number, as many as the method was made for
+function fitMethod() { // the format and the steps that suit the method
+  const model = chosen();
+  if (!model) return;
+  const format = fittingFormat(model, checked("format"));
+  document.querySelector(`input[name="format"][value="${format}"]`).checked = true;
+  page.download.disabled = isBase(model);
+  fitSteps();
+}
+
 function fitSteps() {
   const model = chosen();
   if (!model) return;
   const most = model.max_steps;
-  byId("method-hint").textContent = methodHint(model.method);
+  byId("method-hint").textContent = methodHint(model);
   byId("steps-hint").textContent = most === 0 ? "This method takes no steps." : most === null ? "Steps: 0 or more." : `Steps: 0 to ${most}.`;
   page.steps.disabled = most === 0;
   page.steps.max = most ?? "";
-  page.steps.value = most === null ? wantedSteps : Math.min(wantedSteps, most);
+  page.steps.value = Math.min(wantedSteps ?? model.steps ?? 1, most ?? Infinity);
   fieldError("steps", null);
 }
 
@@ -139,19 +129,18 @@ async function loadModels() {
   }
   clearErrors();
   const before = page.method.value;
-  const choices = models.filter((model) => !isBase(model));
+  const choices = [...models.filter((model) => !isBase(model)), baseModel()];
   page.method.replaceChildren(...choices.map(({ id, method }) => el("option", { value: id }, methodName(method))));
-  const first = choices.find(({ id }) => id === before) ?? choices.find(({ method }) => method === "layerwise") ?? choices[0];
-  page.method.value = first?.id ?? "";
-  page.method.disabled = page.run.disabled = page.download.disabled = !first;
+  page.method.value = (choices.find(({ id }) => id === before) ?? preferred(models)).id;
+  page.method.disabled = page.run.disabled = false;
   serverIs("ready", baseModel().id);
   base.name("Without an adapter");
-  fitSteps();
+  fitMethod();
   nameAdapted();
   refreshSnippet();
 }
 
-const nameAdapted = () => adapted.name(`${methodName(chosen().method)}, ${count(Number(page.steps.value), "step")}`);
+const nameAdapted = () => adapted.name(isBase(chosen()) ? "Choose a method to compare with" : `${methodName(chosen().method)}, ${count(Number(page.steps.value), "step")}`);
 
 // An error that belongs to the page as a whole.
 function report(error, retry) {
@@ -175,7 +164,7 @@ async function run() {
   if (running || page.run.disabled || !valid()) return;
   const control = new AbortController();
   begin(control);
-  const pairs = [[base, request(baseModel())], [adapted, request(chosen())]];
+  const pairs = [[base, request(baseModel())], ...(isBase(chosen()) ? [] : [[adapted, request(chosen())]])];
   const outcomes = await Promise.allSettled(pairs.map(([column, { path, body }]) => {
     column.start();
     return streamAnswer(path, body, { key: page.key.value, signal: control.signal, onAdapting: column.adapting, onText: column.add })
@@ -187,7 +176,8 @@ async function run() {
     pairs.forEach(([column], i) => errors[i] && column.stop());
     return announce("Stopped.");
   }
-  if (errors[0] && errors[1] && errors[0].message === errors[1].message && !base.text && !adapted.text) {
+  const same = errors.every((error) => error && error.message === errors[0].message);
+  if (same && !base.text && !adapted.text) {
     base.empty();
     adapted.empty();
     return report(errors[0], run);
@@ -197,12 +187,14 @@ async function run() {
     pairs[i][0].fail(error, run);
     blame(error);
   });
-  if (!errors[1]) showInside(outcomes[1].value.extension, outcomes[0].value?.extension);
+  const last = outcomes.at(-1);
+  if (last.value) showInside(last.value.extension, outcomes[0].value?.extension);
   const longest = Math.max(base.total ?? 0, adapted.total ?? 0);
   [base, adapted].forEach((column) => column.compareTimes(longest));
   byId("timing-note").hidden = errors.some(Boolean);
   if (errors.some(Boolean)) return announce(errors.find(Boolean).message);
-  showDifference(outcomes[1].value.extension?.note);
+  if (pairs.length === 1) return announce("The answer is complete.");
+  showDifference(last.value.extension?.note);
 }
 
 function begin(control) {
@@ -216,7 +208,8 @@ function begin(control) {
   page.run.hidden = byId("shortcut").hidden = true;
   page.stop.hidden = false;
   if (focused) page.stop.focus();
-  announce("Running. Both answers are on their way.");
+  if (isBase(chosen())) adapted.empty();
+  announce(isBase(chosen()) ? "Running. The answer is on its way." : "Running. Both answers are on their way.");
 }
 
 function end() {
@@ -258,8 +251,9 @@ function showInside(extension, baseExtension) {
   if (!nll.length) return;
   shown = { nll, baseNll: baseExtension?.prompt_nll?.[0] ?? null };
   const [first, last] = [nll[0], nll.at(-1)];
-  const steps = nll.length - 1;
+  const steps = extension.steps_taken ?? nll.length - 1;
   byId("curve-note").textContent = steps === 0 ? `${nllText(first)} nats per token; no steps were taken.`
+    : extension.reach === "answer" ? `${nllText(first)} nats per token before the first step. The adapter acts on the answer alone, so the prompt keeps this loss.`
     : Number.isFinite(last) ? `From ${nllText(first)} to ${nllText(last)} nats per token. The steps lower this loss; it does not measure the answer.`
       : "The loss stopped being finite.";
   byId("curve-table").replaceChildren(nllTable(nll));
@@ -324,8 +318,8 @@ async function download() {
 
 page.form.addEventListener("submit", (event) => { event.preventDefault(); run(); });
 page.stop.addEventListener("click", () => running?.abort());
-page.method.addEventListener("change", fitSteps);
-page.steps.addEventListener("input", () => { wantedSteps = Number(page.steps.value); });
+page.method.addEventListener("change", fitMethod);
+page.steps.addEventListener("input", () => { wantedSteps = page.steps.value.trim() === "" ? null : Number(page.steps.value); });
 page.form.addEventListener("input", refreshSnippet);
 page.form.addEventListener("change", refreshSnippet);
 page.prompt.addEventListener("input", () => fieldError("prompt", null));
