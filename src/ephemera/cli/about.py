@@ -93,9 +93,9 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for records, figures and report.html.")] = Path(
         "demo"
     ),
-    rows: Annotated[int, typer.Option(min=2, help="NQ-Open test questions to answer.")] = 40,
+    rows: Annotated[int, typer.Option(min=2, help="Prompts of each kind.")] = 6,
 ) -> None:
-    """Adapt the default model to real questions and to this project's own examples, and compare."""
+    """Answer real questions and this project's own examples with and without adapting, side by side."""
     from ephemera.demo import run
 
     quiet()

@@ -195,7 +195,7 @@ def evaluate(config: Evaluate) -> Path:
         raise ValueError(f"uniform_rates has no rate for K = {missing[0]}; give one for each of steps, or none at all.")
     grid = Grid(backbone, init, rules, uniform, config.seed)
     answers = {e.id: e.answer for e in data.examples}
-    batches = _at_least_two(batches_of(backbone, rows, config.batch_size))
+    batches = at_least_two(batches_of(backbone, rows, config.batch_size))
     try:
         for batch_rows in track(batches, "evaluating", console=_stderr(), disable=not sys.stderr.isatty()):
             _fill(grid, batch_rows, config, records, answers, data.task.max_new_tokens)
@@ -333,7 +333,7 @@ def _settle_uniform(
     return run
 
 
-def _at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
+def at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
     """A batch of one has no neighbour to swap with: two of them make a pair, a last one joins the batch before."""
     joined: list[list[Encoded]] = []
     for batch in batches:

@@ -164,6 +164,10 @@ def read_records(path: Path, kind: type[R]) -> list[R]:
     return records
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_json(path: Path, value: Any) -> None:
     """The file appears whole or not at all."""
     write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())

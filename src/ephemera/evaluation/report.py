@@ -93,10 +93,10 @@ def write_report(folder: Path) -> Path:
     figures = write_figures(folder, run, records, cells, consistency)
     names = method_names(run)
     body = [
-        _table(nll_table(cells, names)),
+        html_table(nll_table(cells, names)),
         "<h2>Figures</h2>",
         *(_figure(caption, path) for caption, path in figures.items()),
-        _table(details_table(cells, names)),
+        html_table(details_table(cells, names)),
         _samples(records, names),
         _conditions(conditions(run, cells)),
     ]
@@ -125,7 +125,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     return run, records
 
 
-def _table(table: Table) -> str:
+def html_table(table: Table) -> str:
     header = "".join(
         f'<th scope="col"{" class=label" if i < table.labels else ""}>{escape(text)}</th>'
         for i, text in enumerate(table.header)

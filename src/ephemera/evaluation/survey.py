@@ -6,9 +6,11 @@ A prompt is read and differentiated once for all methods that take one step; onl
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.config import Survey
-from ephemera.evaluation.grid import STOPPED, command, commit, versions
+from ephemera.evaluation.grid import STOPPED, at_least_two, command, commit, versions
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
+from ephemera.evaluation.survey_report import write_survey_report
 from ephemera.evaluation.survey_tables import write_tables
 from ephemera.guard import guard
 from ephemera.inits import PeftInit, ZeroInit
@@ -99,6 +102,8 @@ def survey(config: Survey) -> Path:
     place_rate(network, backbone)
     methods = Methods(config, backbone, network)
     tasks = load_tasks(backbone, config.data)
+    if any(len(task.rows) < 2 for task in tasks):
+        raise ValueError("a survey needs at least 2 rows of each task; raise data.limit or data.max_tokens.")
     folder.mkdir(parents=True, exist_ok=True)
     records = RecordFile(folder, SurveyRecord)
     run: dict[str, Any] = {
@@ -110,18 +115,34 @@ def survey(config: Survey) -> Path:
         "commit": commit(),
         "command": command(),
     }
+    run["price"] = price(methods, tasks[0].rows[: config.batch_size])
     write_json(folder / RUN, run)
     try:
         for task in tasks:
-            batches = [b for b in batches_of(backbone, task.rows, config.batch_size) if len(b) > 1]
+            batches = at_least_two(batches_of(backbone, task.rows, config.batch_size))
             for rows in track(batches, task.task.name, disable=not sys.stderr.isatty()):
                 _fill(config, methods, task, rows, records)
             write_tables(folder, records.records, run)
+            write_survey_report(folder, records.records, run)
             print(f"{task.task.name}: done", file=sys.stderr)
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
         raise SystemExit(130) from None
     return folder
+
+
+@torch.no_grad()
+def price(methods: Methods, rows: Sequence[Encoded], rounds: int = 3) -> float:
+    """Time to the first token of `network`, in plain prefills: the median over rounds on one batch of prompts."""
+    ratios = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for part in parts_of(methods.backbone, rows):
+            prefill(methods.backbone, prompt_batch(methods.backbone, rows[part]), None)
+        middle = time.perf_counter()
+        methods.answered(methods.prepare(rows), rows, "network")
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    return round(median(ratios), 3)
 
 
 def _fill(

@@ -99,5 +99,26 @@ def write_tables(folder: Path, records: Sequence[SurveyRecord], run: dict[str, A
     if not cells:
         return
     write_json(folder / RESULTS, {"run": run, "cells": [asdict(c) for c in cells]})
-    made = f"\nMade by `{run['command']}` at commit {run['commit']}.\n"
+    price = f"\nTime to the first token with the network: {run['price']:.2f} plain prefills.\n"
+    made = f"{price}\nMade by `{run['command']}` at commit {run['commit']}.\n"
     write_bytes(folder / TABLE_MD, (table_of(cells).markdown() + made).encode())
+
+
+def verdict(cells: Sequence[SurveyCell], price: float) -> str:
+    """One sentence: is adapting worth it on these tasks?"""
+    mine = [c for c in cells if c.method == "network"]
+    n = sum(c.n for c in mine)
+    better = sum(c.change.high < 0 for c in mine)
+    worse = sum(c.change.low > 0 for c in mine)
+    change = sum(c.change.mean * c.n for c in mine) / n
+    harmed, left = (sum(share * c.n for share, c in pairs) / n for pairs in _shares(mine))
+    told = "better" if change < 0 else "no better"
+    return (
+        f"Over {n} prompts of {len(mine)} kinds the adapted answers are {told} by NLL ({change:+.3f} nats per token): better on "
+        f"{better} kinds, worse on {worse}, by intervals that exclude zero; {100 * harmed:.0f} % of prompts harmed, "
+        f"{100 * left:.0f} % left alone, for {price:.1f} plain prefills to the first token."
+    )
+
+
+def _shares(cells: Sequence[SurveyCell]) -> tuple[list[tuple[float, SurveyCell]], list[tuple[float, SurveyCell]]]:
+    return [(c.harmed, c) for c in cells], [(c.abstained, c) for c in cells]

