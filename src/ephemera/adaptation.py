@@ -9,18 +9,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ephemera.adapt import Trace
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.export import export_peft
+from ephemera.gate import Gate
+from ephemera.guard import guard
+from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
 from ephemera.objective import TokenBatch
-from ephemera.prefill import Prefill, prefill
+from ephemera.prefill import Prefill, prefill, whole_reading
 from ephemera.rates import Rate, default_steps
 
 UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
 FELL_BACK = "non-finite loss or update: answered unadapted"
+ABSTAINED = "abstained: adapting to this prompt would probably make its answer worse, answered unadapted"
 ALIKE = 1e-3  # nats per token: losses that differ by less are the same
+
+
+def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
+    """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
+    return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
+
+
+def guarded(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tuple[Trace, Tensor]:
+    """The trace with what the gate leaves of its adapters, and which rows [B] it leaves alone."""
+    reading = whole_reading(backbone, batch, trace.reading or trace.lower)
+    trace = replace(trace, reading=reading)
+    read = prefill(backbone, batch, trace.lora, trace.initial_lora, reach="answer", reading=reading)
+    read, verdict = guard(gate, read, trace)
+    assert read.lora is not None
+    return replace(trace, lora=read.lora), verdict.abstained_B
 
 
 def steps_of(rule: Rate | None, steps: int | None) -> int:
@@ -132,7 +152,9 @@ class Adaptation:
         notes = []
         for row, note in enumerate(self.notes):
             seen_K = self.prompt_nll_BK[row, : int(self.steps_B[row])].tolist()
-            kept = (note or "").startswith((FELL_BACK.partition(":")[0], UNCHANGED.partition(":")[0]))
+            kept = (note or "").startswith(
+                tuple(words.partition(":")[0] for words in (FELL_BACK, UNCHANGED, ABSTAINED))
+            )
             loss = None if kept else risen(seen_K if left_B is None or not seen_K else [*seen_K, left_B[row]])
             notes.append(told(note, loss))
         return replace(self, notes=tuple(notes))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import Adaptation, beyond, kept_start, steps_of
+from ephemera.adaptation import ABSTAINED, Adaptation, beyond, gate_of, guarded, kept_start, steps_of
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.encoding import encode_answer, encode_prompt
@@ -56,10 +56,8 @@ class AdaptiveLM:
         self.reach: Reach | None = None if reach is None else checked_reach(reach)
         self.init = self._init(init)
         self.rate = self._rate(rate)
-        self.chat = chat
-        self.truncate = truncate
-        self.stop_below = stop_below
-        self.special_tokens = special_tokens
+        self.chat, self.special_tokens = chat, special_tokens
+        self.truncate, self.stop_below = truncate, stop_below
 
     @classmethod
     def from_pretrained(
@@ -183,26 +181,28 @@ class AdaptiveLM:
         steps = steps_of(rule, steps)
         stop_below = self.stop_below if stop_below is None else stop_below
         reach: Reach = self.reach or ("all" if rule is None else rule.reach)
-        zero = isinstance(start_from, ZeroInit)
+        gate, alone = gate_of(rule, reach, start_from), set[int]()
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
-        traces: list[Trace] = []
-        lowers: dict[tuple[int, ...], Lower] = {}
-        readings: dict[tuple[int, ...], Lower] = {}
-        batches = self._batches(ids)
+        batches, traces = self._batches(ids), list[Trace]()
+        lowers, readings = dict[tuple[int, ...], Lower](), dict[tuple[int, ...], Lower]()
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
                 lora = start_from(self.backbone, batch, [seed] * len(rows))
-                keeps = reach == "answer" and zero  # from another start the first pass is not the base model's
+                keeps = reach == "answer" and isinstance(
+                    start_from, ZeroInit
+                )  # from another start the first pass is not the base model's
                 trace = adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below, keep_reading=keeps)
+                if gate is not None and steps:
+                    trace, left_B = guarded(gate, self.backbone, batch, trace)
+                    alone.update(rows[place] for place in left_B.nonzero()[:, 0].tolist())
                 traces.append(trace)
                 if reach == "answer":
                     readings[tuple(rows)] = whole_reading(self.backbone, batch, trace.reading or trace.lower)
                 elif trace.lower is not None:
                     lowers[tuple(rows)] = trace.lower
-        order = torch.tensor([i for rows in batches for i in rows])
-        back = order.argsort()
+        back = torch.tensor([i for rows in batches for i in rows]).argsort()
         fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
         started, other = bool(lora_of(start_from)), self.beyond(rule) if steps else None
         adaptation = Adaptation(
@@ -212,8 +212,9 @@ class AdaptiveLM:
             prompt_nll_BK=torch.cat([t.prompt_nll_BK for t in traces]).cpu()[back],
             rates_BKM=torch.cat([t.rates_BKM.detach() for t in traces]).cpu()[back],
             notes=tuple(
-                kept_start(fell_back=fell, tokens=len(i), steps=steps, started=started) or other
-                for fell, i in zip(fallback_B.tolist(), ids, strict=True)
+                kept_start(fell_back=fell, tokens=len(i), steps=steps, started=started)
+                or (ABSTAINED if row in alone else other)
+                for row, (fell, i) in enumerate(zip(fallback_B.tolist(), ids, strict=True))
             ),
             seconds=time.perf_counter() - start,
             steps_B=torch.cat([t.steps_B for t in traces]).cpu()[back],
@@ -258,8 +259,7 @@ class AdaptiveLM:
         `steps`: by default those that the rate was validated at; none without a rate. Greedy unless `do_sample=True`;
         further keywords go to transformers' `generate`. With `adaptation`, its adapters are used and no step is taken.
         """
-        prompts = self._with_room(prompts, max_new_tokens)
-        lowers: Lowers = {}
+        prompts, lowers = self._with_room(prompts, max_new_tokens), {}
         if adaptation is None:
             adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, seed=seed)
         elif steps is not None:
@@ -302,8 +302,9 @@ class AdaptiveLM:
         """Token ids of an answer as it continues a prompt."""
         if not answer.strip():
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
-        special = self.special_tokens
-        return encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=special)
+        return encode_answer(
+            self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=self.special_tokens
+        )
 
     def _prefills(
         self,
@@ -328,8 +329,8 @@ class AdaptiveLM:
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""
-        max_tokens = batch_tokens(self.backbone.device)
-        return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=max_tokens)
+        most = batch_tokens(self.backbone.device)
+        return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=most)
 
     def _init(self, init: InitLike) -> Init:
         made = load_init(init) if isinstance(init, str | Path) else init or ZeroInit()

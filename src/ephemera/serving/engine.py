@@ -17,8 +17,10 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
+from ephemera.adaptation import guarded
 from ephemera.backbone import Backbone
 from ephemera.beginnings import Beginnings
 from ephemera.encoding import chat_beginning
@@ -200,6 +202,10 @@ class Engine:
                 keep_reading=method.reach == "answer" and isinstance(method.init, ZeroInit),
                 after_step=lambda k: self._between(group, k, steps),
             )
+        left_B: Tensor | None = None
+        gate = None if trace is None or not steps else method.gate
+        if trace is not None and gate is not None:
+            trace, left_B = guarded(gate, backbone, batch, trace)
         seconds = time.perf_counter() - start
         if trace is None:
             read = prefill(backbone, batch, None)
@@ -221,11 +227,14 @@ class Engine:
                 fail(answer, Failed(500, "the model's logits were not finite.", "not_finite"))
             else:
                 answer.take(logits_BV[source], token)
-        self._report(group, trace, read, Times(seconds, first))
+        self._report(group, trace, read, Times(seconds, first), left_B)
         self._part([a for a in answers if a.reason is not None])
 
-    def _report(self, group: list[Job], trace: Trace | None, read: Prefill, times: Times) -> None:
-        for job, (report, kept) in zip(group, reports(self.backbone, group, trace, read, times), strict=True):
+    def _report(
+        self, group: list[Job], trace: Trace | None, read: Prefill, times: Times, left_B: Tensor | None
+    ) -> None:
+        found = reports(self.backbone, group, trace, read, times, left_B)
+        for job, (report, kept) in zip(group, found, strict=True):
             job.tell(report)
             self.observer.adapted(job, report.facts["adapt_seconds"], kept)
             if job.cancelled:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ephemera.adaptation import beyond, kept_start, told
+from ephemera.adaptation import beyond, gate_of, kept_start, told
 from ephemera.backbone import Backbone
 from ephemera.errors import nearest
+from ephemera.gate import Gate
 from ephemera.generator import LoraGenerator, lora_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.made_for import FORMATS, Format, Reach
@@ -56,6 +57,10 @@ class Method:
         if self.rate is not None and self.rate.made_for is not None:
             return self.rate.made_for.format
         return "plain" if isinstance(self.init, LoraGenerator) else None
+
+    @property
+    def gate(self) -> Gate | None:
+        return None if self.init is None else gate_of(self.rate, self.reach, self.init)
 
     def adapts(self, steps: int) -> bool:
         """Whether an adapter is needed at all: LoRA's own start without a step changes nothing."""

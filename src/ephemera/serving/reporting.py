@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ephemera.adapt import Trace
-from ephemera.adaptation import risen, told
+from ephemera.adaptation import ABSTAINED, risen, told
 from ephemera.backbone import Backbone
 from ephemera.objective import TokenBatch, mean_nll
 from ephemera.prefill import Prefill
@@ -28,11 +29,16 @@ class Times:
 
 
 def reports(
-    backbone: Backbone, group: Sequence[Job], trace: Trace | None, read: Prefill, times: Times
+    backbone: Backbone,
+    group: Sequence[Job],
+    trace: Trace | None,
+    read: Prefill,
+    times: Times,
+    left_B: Tensor | None = None,
 ) -> list[tuple[Report, str | None]]:
     """A report for each job, and why its answer came from the adapter's start, if it did.
 
-    Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
+    `left_B`: rows that the gate left alone. Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
     """
     taken_B = trace.steps_B.tolist() if trace else [0] * len(group)
     last_B = _last_nll(backbone, read, group, taken_B)
@@ -44,12 +50,16 @@ def reports(
         kept = method.kept_start(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
         seen_K = nll_BK[row][: taken_B[row]]
         nll_K = (*seen_K, *last)
+        if left_B is not None and bool(left_B[row]):
+            note = kept or ABSTAINED
+        else:
+            note = kept or told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K))
         facts = {
             "method": method.name,
             "steps": job.steps,
             "steps_taken": taken_B[row],
             "reach": method.reach if method.init is not None else None,
-            "note": kept or told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K)),
+            "note": note,
             "prompt_nll": [_number(x) for x in nll_K],
             "adapt_seconds": times.adapting if trace else 0.0,
             "first_token_seconds": times.first - job.arrived,
