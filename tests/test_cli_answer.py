@@ -218,3 +218,48 @@ def test_chat_without_a_network_says_so(llama_folder):
     assert done.stdout == f"{lm.generate(PROMPT, steps=0, max_new_tokens=8)[0]}\n"
     assert "no network ships for" in done.stderr
     assert "1 steps need a rate" in done.stderr
+
+
+@pytest.fixture
+def serve(run, monkeypatch):
+    """What `ephemera serve` says before it would listen, and the application that it made."""
+    uvicorn = pytest.importorskip("uvicorn")
+    apps = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: apps.append(self.config.app))
+
+    def serve(*words: str) -> tuple[str, list[dict]]:
+        from fastapi.testclient import TestClient
+
+        code, out, err = run("serve", "--port", "0", *words)
+        assert (code, out) == (0, ""), err
+        with TestClient(apps[-1]) as client:  # its end ends the engine
+            return err, client.get("/v1/models").json()["data"]
+
+    return serve
+
+
+def test_serve_offers_what_ships(ships, serve):
+    err, listed = serve("--model", ships)
+    told = [(m["id"].partition(":")[2], m["format"], m["reach"], m["steps"]) for m in listed]
+    assert told == [
+        ("", ["chat", "plain"], None, 0),
+        ("universal", ["chat", "plain"], "answer", 2),
+        ("fixed", ["chat", "plain"], "all", 1),
+    ]
+    assert "no network ships" not in err
+    _, listed = serve("--model", ships, "--steps", "1", "--reach", "all", "--rate", "0.3")
+    assert [(m["steps"], m["reach"]) for m in listed] == [(0, None), (1, "all"), (1, "all")]
+
+
+def test_serve_says_what_does_not_ship(ships, serve, monkeypatch):
+    del rates.DEFAULT_RATES[ships]["plain"]
+    err, listed = serve("--model", ships)
+    assert listed[1]["format"] == ["chat"]
+    assert f"no network ships for {ships} and plain prompts: those are not adapted to." in err
+    monkeypatch.setattr(rates, "DEFAULT_RATES", {})
+    err, listed = serve("--model", ships)
+    assert [m["method"] for m in listed] == ["none", "fixed"]
+    assert (
+        f"no network ships for {ships} and plain and chat prompts: the model itself and a fixed rate are served." in err
+    )
+    assert "no network ships" not in serve("--model", ships, "--rate", "0.3")[0]
