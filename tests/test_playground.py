@@ -459,7 +459,7 @@ def test_an_abstention_stands_out(visit: Visit):
     visit.ask()
     page = visit.finished()
     assert page.inner_text("#adapted .badge") == "Abstained"
-    assert "abstained: the answer would probably get worse" in page.inner_text("#adapted .note")
+    assert page.inner_text("#adapted .note") == "Abstained the answer would probably get worse"
     # One number, of the model without its adapter: no claim that the step lowered it
     assert "acts on the answer alone" in page.inner_text("#curve-note")
     assert "no steps" not in page.inner_text("#curve-note")

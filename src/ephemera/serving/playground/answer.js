@@ -27,8 +27,9 @@ export function problem(error, retry) {
 
 // What the server says of an answer; that the model was left as it is stands out.
 function noteOf(note) {
-  const left = /^abstained\b/i.test(note);
-  return el("p", { class: "note" }, left ? el("span", { class: "badge" }, "Abstained") : el("strong", {}, "Note: "), left ? " " : "", note);
+  const reason = /^abstained\b[:;,.]?\s*(.*)$/is.exec(note)?.[1];
+  return reason === undefined ? el("p", { class: "note" }, el("strong", {}, "Note: "), note)
+    : el("p", { class: "note" }, el("span", { class: "badge" }, "Abstained"), " ", reason);
 }
 
 export function answerColumn(root, emptyText) {
