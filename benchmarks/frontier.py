@@ -40,7 +40,7 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill, prefill
-from ephemera.rates import FixedRate, Normalize, Rate, adapted_by, load_rate
+from ephemera.rates import FixedRate, Normalize, Rate, Trains, adapted_by, load_rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.store import DEFAULT_MODEL
@@ -62,6 +62,7 @@ class Schedule:
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
+    trains: Trains = "both"
 
     @property
     def max_steps(self) -> int:

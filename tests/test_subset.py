@@ -120,6 +120,7 @@ class Falling:
     uses_representation = "no"
     reach = "all"
     gate = None
+    trains = "both"
     made_for = None
     normalize = "none"
     objective = Objective()

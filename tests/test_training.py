@@ -54,6 +54,7 @@ class TableRate:
     uses_representation = "no"
     reach = "all"
     gate = None
+    trains = "both"
     made_for = None
     objective = PROMPT
     normalize = "none"

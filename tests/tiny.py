@@ -225,6 +225,7 @@ class SomeRowsWild:
     uses_representation = "no"
     reach = "all"
     gate = None
+    trains = "both"
     made_for = None
     objective = PROMPT
     normalize = "none"

@@ -111,7 +111,7 @@ def adapt(
                     nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True
                 )
             )
-            grads = normalized(grads, rate.normalize)
+            grads = normalized(grads if rate.trains == "both" else grads.without_A(), rate.normalize)
         with torch.set_grad_enabled(second_order):
             flat = current.step(grads, rates_BM if second_order else rates_BM.detach())
         if stop_below is not None:

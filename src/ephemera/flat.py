@@ -69,6 +69,10 @@ class FlatLora:
         """Each projection's A and B times a number."""
         return self.with_tensors([t * self._spread(factors_BM, kind) for kind, t in enumerate(self.tensors)])
 
+    def without_A(self) -> FlatLora:
+        """Zero for A: a gradient that moves B only."""
+        return replace(self, A_BN=torch.zeros_like(self.A_BN))
+
     def dot_BM(self, other: FlatLora) -> Tensor:
         """Inner product of each prompt's and projection's numbers, those of A and of B together."""
         A, B = (

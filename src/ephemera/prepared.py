@@ -23,7 +23,7 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor, Reach
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import Prefill, fork, nll_after, prefill, whole_reading
-from ephemera.rates import Normalize, Rate
+from ephemera.rates import Normalize, Rate, Trains
 from ephemera.readout import Objective
 
 
@@ -89,6 +89,7 @@ class _Still:
     reach: Reach = "answer"
     made_for: MadeFor | None = None
     gate: None = None
+    trains: Trains = "both"
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         assert h_BH is not None

@@ -50,6 +50,7 @@ class ScaleNetSettings(Settings):
     )
     normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
     representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
+    trains: Literal["both", "B"] = Field(default="both", description="a step moves A and B, or B only")
     normalize: Literal["none", "prompt", "projection"] = Field(
         default="none", description="gradients as they are, or scaled to length one, over a prompt or each projection"
     )
@@ -61,6 +62,12 @@ class AloneSettings(ScaleNetSettings):
     )
     start: str | None = Field(
         default=None, description="folder of per-projection constants to start from; default: base_rates"
+    )
+    constants: float | None = Field(
+        default=None,
+        gt=0,
+        description="train per-projection constants first, on the same prepared prompts, at this learning rate; ScaleNet "
+        "starts from them (reach answer with one step)",
     )
     harm_weight: float = Field(
         default=0.0, ge=0, description="further weight of an answer that adaptation made less likely"

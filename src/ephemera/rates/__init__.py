@@ -14,7 +14,7 @@ from ephemera.made_for import Format, read_made_for
 from ephemera.rates.averaged import AveragedRate
 from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
 from ephemera.rates.per_projection import PerProjectionRate
-from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize, Rate
+from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize, Rate, Trains
 from ephemera.rates.scalenet import ScaleNet
 from ephemera.readout import load_objective
 from ephemera.store import DEFAULT_MODEL
@@ -28,6 +28,7 @@ __all__ = [
     "PerProjectionRate",
     "Rate",
     "ScaleNet",
+    "Trains",
     "adapted_by",
     "default_rate",
     "default_steps",

@@ -14,7 +14,7 @@ from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
-from ephemera.rates.protocol import NAME, Normalize
+from ephemera.rates.protocol import NAME, Normalize, Trains
 from ephemera.readout import PROMPT, Objective
 
 
@@ -31,6 +31,7 @@ class AveragedRate:
     normalize: Normalize = "none"
     made_for: MadeFor | None = None
     gate: Gate | None = None
+    trains: Trains = "both"
 
     @property
     def reach(self) -> Reach:
@@ -68,6 +69,7 @@ class AveragedRate:
             "trained_for": self.trained_for,
             "objective": self.objective.describe(lens),
             "normalize": self.normalize,
+            "trains": self.trains,
             "made_for": None if self.made_for is None else self.made_for.describe(),
         }
         artifact.save(Path(folder), NAME, config, {"table_KKM": self.table_KKM})

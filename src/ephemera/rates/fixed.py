@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.made_for import Reach
-from ephemera.rates.protocol import Normalize
+from ephemera.rates.protocol import Normalize, Trains
 from ephemera.readout import PROMPT, Objective
 
 # Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
@@ -26,6 +26,7 @@ class FixedRate:
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
+    trains: Trains = "both"
 
     def __post_init__(self):
         if not 0 <= self.rate < float("inf"):

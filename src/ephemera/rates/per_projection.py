@@ -14,7 +14,7 @@ from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
-from ephemera.rates.protocol import NAME
+from ephemera.rates.protocol import NAME, Trains
 from ephemera.readout import PROMPT, Objective
 
 
@@ -32,11 +32,13 @@ class PerProjectionRate(nn.Module):
         trained_for: dict[str, Any] | None = None,
         objective: Objective = PROMPT,
         made_for: MadeFor | None = None,
+        trains: Trains = "both",
     ):
         super().__init__()
         self.projections, self.trained_for = projections, trained_for
         self.objective, self.made_for = objective, made_for
         self.gate: Gate | None = None
+        self.trains: Trains = trains
         logs_K = torch.tensor([math.log(max(rate, 1e-8)) for rate in base_rates])
         self.log_rates_KM = nn.Parameter(logs_K[:, None].repeat(1, projections))
 
@@ -86,6 +88,7 @@ class PerProjectionRate(nn.Module):
             "base_rates": list(self.base_rates),
             "trained_for": self.trained_for,
             "objective": self.objective.describe(),
+            "trains": self.trains,
             "made_for": None if self.made_for is None else self.made_for.describe(),
         }
         artifact.save(Path(folder), NAME, config, self.state_dict())

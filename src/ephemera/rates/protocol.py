@@ -14,6 +14,7 @@ from ephemera.readout import Objective
 MAX_STEPS = 5  # LDTTA 4.1
 NAME = "rate"  # of its files
 Normalize = Literal["none", "prompt", "projection"]
+Trains = Literal["both", "B"]
 
 
 class Rate(Protocol):
@@ -40,6 +41,11 @@ class Rate(Protocol):
 
     @property
     def normalize(self) -> Normalize: ...
+
+    @property
+    def trains(self) -> Trains:
+        """Whether a step moves A and B, as in the papers, or B only (ours)."""
+        ...
 
     @property
     def reach(self) -> Reach:

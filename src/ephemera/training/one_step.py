@@ -6,6 +6,7 @@ So the meta-gradient (LDTTA Eq. 17-19) stays exact while the prompts of a chunk 
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,21 @@ class OneStepTrainee:
         self.validation = validation
         self.batch_size = batch_size
         self.checked: list[Scored] | None = None
+
+    def with_network(self, network: ScaleNet | PerProjectionRate) -> OneStepTrainee:
+        """The same training of another network."""
+        other = copy.copy(self)
+        other.network, other.held = network, {}
+        return other
+
+    def take_over(self, other: OneStepTrainee) -> None:
+        """Go on with the prompts that another network's training has prepared."""
+        self.chunk, self.held, self.checked = other.chunk, other.held, other.checked
+
+    @property
+    def held_h(self) -> Tensor:
+        """h(x) [N,H] of the prompts that are kept."""
+        return torch.cat([some.prepared.h_BH for some in self.held.values()])
 
     @property
     def learning_rates(self) -> dict[str, float]:

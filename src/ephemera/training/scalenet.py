@@ -15,7 +15,7 @@ from torch import nn
 
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, describe
-from ephemera.config import ObjectiveSettings, TrainScaleNet
+from ephemera.config import ObjectiveSettings, OptimizerSettings, TrainScaleNet
 from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.lens import Lens, load_lens
@@ -134,7 +134,9 @@ def averaged_rate(
             trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
             rates.append(trace.rates_BKM[~trace.fallback_B])
         table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
-    return AveragedRate(table_KKM, describe(backbone), network.objective, network.normalize, network.made_for)
+    return AveragedRate(
+        table_KKM, describe(backbone), network.objective, network.normalize, network.made_for, trains=network.trains
+    )
 
 
 def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
@@ -153,11 +155,23 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     config = _settle(config, folder, backbone, init, validation, accelerator, objective, resume=resume)
     network = _network(config, backbone, objective)
     sample = random.Random(config.optimizer.seed).sample(list(rows), min(NORMALIZATION_PROMPTS, len(rows)))
-    if isinstance(network, ScaleNet):
-        network.fit_normalization(training_representations(backbone, sample, exit_layer=objective.exit_layer).cpu())
-    network.to(backbone.device)
     trainee, plan = _trainee(config, backbone, init, network, rows, validation)
     schedule = Schedule(config.checkpoint_every, config.validate_every)
+    h_NH = None
+    if config.scalenet.constants is not None and isinstance(trainee, OneStepTrainee) and isinstance(network, ScaleNet):
+        first = _constants(config, trainee, backbone, objective)
+        train(first, rows, _faster(config), schedule, folder / "constants", accelerator, resume=resume, plan=plan)
+        assert isinstance(first.network, PerProjectionRate)
+        first.network.made_for = _made_for(config, folder / "constants")
+        first.network.save_pretrained(folder / "constants" / "network")
+        network.start_from(first.network.log_rates_KM.detach().exp().cpu())
+        trainee.take_over(first)
+        h_NH = trainee.held_h
+    if isinstance(network, ScaleNet):
+        if h_NH is None:
+            h_NH = training_representations(backbone, sample, exit_layer=objective.exit_layer)
+        network.fit_normalization(h_NH.cpu())
+    network.to(backbone.device)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume, plan=plan)
     if objective.lens is not None:
         objective.lens.requires_grad_(False)
@@ -165,7 +179,11 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         network.made_for = _made_for(config, folder)
         network.save_pretrained(folder / "network")
         write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
-        if isinstance(network, ScaleNet) and config.scalenet.granularity == "layer":
+        if (
+            isinstance(network, ScaleNet)
+            and isinstance(trainee, ScaleNetTrainee)
+            and config.scalenet.granularity == "layer"
+        ):
             average = averaged_rate(
                 backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
             )
@@ -173,6 +191,20 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers, and ends the process group: nothing may wait after it
     return folder / "network"
+
+
+def _faster(config: TrainScaleNet) -> OptimizerSettings:
+    assert config.scalenet.constants is not None
+    return config.optimizer.model_copy(update={"learning_rate": config.scalenet.constants, "weight_decay": 0.0})
+
+
+def _constants(
+    config: TrainScaleNet, trainee: OneStepTrainee, backbone: Backbone, objective: Objective
+) -> OneStepTrainee:
+    """The same training of constants, which see no prompt."""
+    settings = config.scalenet.model_copy(update={"granularity": "constant"})
+    network = _network(config.model_copy(update={"scalenet": settings}), backbone, objective)
+    return trainee.with_network(network.to(backbone.device))
 
 
 def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) -> ScaleNet | PerProjectionRate:
@@ -185,10 +217,13 @@ def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) ->
         "trained_for": describe(backbone),
         "objective": objective,
         "made_for": made_for,
+        "trains": settings.trains,
     }
     if settings.granularity == "constant":
         return PerProjectionRate(**common)
-    own = settings.model_dump(exclude={"max_steps", "base_rates", "reach", "start", "harm_weight"})
+    own = settings.model_dump(
+        exclude={"max_steps", "base_rates", "trains", "reach", "start", "constants", "harm_weight"}
+    )
     network = ScaleNet(hidden_size=backbone.hidden_size, **common, **own)
     if settings.start is not None:
         constants = place_rate(load_rate(settings.start), backbone)
@@ -212,7 +247,12 @@ def _trainee(
     optimizer, settings = config.optimizer, config.scalenet
     one_step = settings.reach == "answer" and settings.max_steps == 1 and isinstance(init, ZeroInit)
     if not one_step:
-        for name, given in (("optimizer.passes", optimizer.passes > 1), ("scalenet.harm_weight", settings.harm_weight)):
+        alone = {
+            "optimizer.passes": optimizer.passes > 1,
+            "scalenet.harm_weight": settings.harm_weight,
+            "scalenet.constants": settings.constants is not None,
+        }
+        for name, given in alone.items():
             if given:
                 raise ValueError(f"{name} is for one step from the zero start with reach answer; leave it out.")
         if config.objective.tune_lens and isinstance(network, PerProjectionRate):
