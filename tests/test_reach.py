@@ -265,7 +265,6 @@ def test_an_early_exit_leaves_the_lower_part_which_is_finished(architecture, lay
     check_read(backbone, prompts, trace.lora, read)
 
 
-@pytest.mark.xfail(strict=True, reason="adapt._reading keeps the state without the final norm as if it were whole")
 def test_an_exit_at_the_top():
     backbone = tiny_backbone("llama")
     prompts = random_ids(LENGTHS)

@@ -144,7 +144,12 @@ def adapt(
 def _reading(backbone: Backbone, batch: TokenBatch, out: Forward, rate: Rate) -> Lower | None:
     if not isinstance(out.cache, DynamicCache):
         return None
-    return Lower(batch.ids_BT, rate.objective.exit_layer or backbone.layers, out.hidden_BTD.detach(), out.cache)
+    layers, hidden_BTD = rate.objective.exit_layer, out.hidden_BTD.detach()
+    if layers == backbone.layers:  # an exit at the top stops before the final norm
+        assert backbone.final_norm is not None
+        with torch.no_grad():
+            hidden_BTD = backbone.decoder.get_submodule(backbone.final_norm)(hidden_BTD)
+    return Lower(batch.ids_BT, layers or backbone.layers, hidden_BTD, out.cache)
 
 
 def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:

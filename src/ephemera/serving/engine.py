@@ -236,7 +236,7 @@ class Engine:
         found = reports(self.backbone, group, trace, read, times, left_B)
         for job, (report, kept) in zip(group, found, strict=True):
             job.tell(report)
-            self.observer.adapted(job, report.facts["adapt_seconds"], kept)
+            self.observer.adapted(job, report.facts["adapt_seconds"], kept, abstained=report.facts["abstained"])
             if job.cancelled:
                 self.observer.ended(job, "cancelled", 0)
             elif job.n:

@@ -25,6 +25,13 @@ class Metrics(Observer):
         self.fallbacks = Counter(
             "ephemera_fallbacks", "Prompts answered from their start.", ["method"], registry=self.registry
         )
+        self.prompts = Counter("ephemera_prompts", "Prompts by method.", ["method"], registry=self.registry)
+        self.abstained = Counter(
+            "ephemera_abstained",
+            "Prompts that a gate left alone; their share is this by ephemera_prompts.",
+            ["method"],
+            registry=self.registry,
+        )
         self.memory = Counter("ephemera_out_of_memory", "Batches that had to be split.", registry=self.registry)
         self.first = Histogram(
             "ephemera_first_token_seconds",
@@ -42,7 +49,9 @@ class Metrics(Observer):
     def first_token(self, job: Job, seconds: float) -> None:
         self.first.labels(job.method.name).observe(seconds)
 
-    def adapted(self, job: Job, seconds: float, note: str | None) -> None:
+    def adapted(self, job: Job, seconds: float, note: str | None, *, abstained: bool) -> None:
+        self.prompts.labels(job.method.name).inc()
+        self.abstained.labels(job.method.name).inc(int(abstained))
         self.prompt_tokens.labels(job.method.name).inc(len(job.ids))
         if job.method.init is not None:
             self.adapt.labels(job.method.name).observe(seconds)

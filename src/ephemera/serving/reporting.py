@@ -59,6 +59,7 @@ def reports(
             "steps": job.steps,
             "steps_taken": taken_B[row],
             "reach": method.reach if method.init is not None else None,
+            "abstained": left_B is not None and bool(left_B[row]),
             "note": note,
             "prompt_nll": [_number(x) for x in nll_K],
             "adapt_seconds": times.adapting if trace else 0.0,
