@@ -46,7 +46,7 @@ LAYERS = (
         "export",
         "adaptation",
     ),
-    *("tasks", "scoring", "settings", "config", "rows", "model"),
+    *("tasks", "scoring", "settings", "config", "rows", "model", "run_info"),
     *("training", "evaluation", "serving"),
     *("bench", "doctor", "demo", "cli", "__main__"),
 )

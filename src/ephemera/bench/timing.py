@@ -13,8 +13,8 @@ from typing import Any
 import peft
 import torch
 
-from ephemera.evaluation.grid import commit, versions
 from ephemera.precision import multiplies_bfloat16
+from ephemera.run_info import commit, versions
 
 DTYPES = ("float32", "bfloat16")
 CPU = torch.device("cpu")

@@ -19,12 +19,13 @@ from ephemera.backbone import Backbone
 from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
 from ephemera.encoding import encode_answer
 from ephemera.evaluation.execute import run_program
-from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
+from ephemera.evaluation.grid import STOPPED, _stderr
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
 from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
 from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, load_rate, place_rate
+from ephemera.run_info import command, commit, versions
 from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import Dataset, Example, Task, load_dataset
 from ephemera.tasks.choice import parse

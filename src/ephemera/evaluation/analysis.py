@@ -21,13 +21,14 @@ from torch import Tensor
 from ephemera.backbone import Backbone
 from ephemera.config import Analyse, source_of
 from ephemera.evaluation.accuracy import check_mixture
-from ephemera.evaluation.grid import STOPPED, _stderr, command, commit, versions
+from ephemera.evaluation.grid import STOPPED, _stderr
 from ephemera.evaluation.grouping import Grouping, embed, grouping, update_products
 from ephemera.evaluation.records import RUN, ControlRecord, RecordFile, write_json
 from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
 from ephemera.generator import LoraGenerator, load_generator, place_init
 from ephemera.lora import LoraBatch
 from ephemera.objective import length_batches
+from ephemera.run_info import command, commit, versions
 from ephemera.scoring import Encoded, answer_nll, encode_examples, prompt_batch
 from ephemera.tasks import Dataset, load_dataset
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import resource
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -15,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.progress import track
 from rouge_score.rouge_scorer import RougeScorer
 
-import ephemera
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
@@ -30,6 +25,7 @@ from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.prefill import prefill
 from ephemera.rates import FixedRate, Rate, load_rate, place_rate
+from ephemera.run_info import command, commit, versions
 from ephemera.scoring import Encoded, batches_of, best, encode_examples, parts_of, prompt_batch, search_uniform
 from ephemera.tasks import Dataset, load_dataset
 
@@ -352,29 +348,6 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def versions() -> dict[str, str]:
-    return {
-        "ephemera": ephemera.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def commit() -> str | None:
-    """The checkout's commit, where there is one."""
-    here = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
-
-
-def command() -> str:
-    """How this process was started."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _stderr():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.config import Survey
-from ephemera.evaluation.grid import STOPPED, at_least_two, command, commit, versions
+from ephemera.evaluation.grid import STOPPED, at_least_two
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
 from ephemera.evaluation.survey_report import write_survey_report
 from ephemera.evaluation.survey_tables import write_tables
@@ -31,6 +31,7 @@ from ephemera.prefill import Prefill, prefill
 from ephemera.prepared import Prepared, prepare
 from ephemera.rates import FixedRate, PerProjectionRate, Rate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.rows import TaskRows, load_tasks
+from ephemera.run_info import command, commit, versions
 from ephemera.scoring import Encoded, batches_of, parts_of, prompt_batch
 
 

@@ -10,7 +10,9 @@ import torch
 import transformers
 
 from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, dump_yaml
+from ephemera.run_info import commit
 
+_REACH = {"all": "every token", "answer": "the answer only"}
 Config = TypeVar("Config", TrainScaleNet, TrainLens, TrainGenerator)
 
 
@@ -37,15 +39,18 @@ def write_card(
             + (" Its tuned lens lies beside it." if config.objective.lens else "")
             + (" The lens was trained on with the network, through the step." if config.objective.tune_lens else "")
         )
-    granularity = "layer-wise" if config.scalenet.granularity == "layer" else "step-wise"
-    averaged = " `averaged/` holds its rates averaged over\ntraining prompts." if granularity == "layer-wise" else ""
+    granularity = {"layer": "layer-wise", "step": "step-wise", "constant": "constants in place of a"}[
+        config.scalenet.granularity
+    ]
+    averaged = " `averaged/` holds its rates averaged over\ntraining prompts." if (folder / "averaged").exists() else ""
     (folder / "README.md").write_text(
         f"# {folder.name}: {granularity} ScaleNet for {trained_for['name']} on {config.train.task}\n\n"
         f"Predicts learning rates for per-prompt test-time adaptation (LDTTA Eq. 13-16): eta_k * s(h(x), k, K), one per\n"
         f"{'adapted projection' if granularity == 'layer-wise' else 'step'}. It fits that model alone "
         f"(weights {trained_for['fingerprint']}, {len(trained_for['projections'])} projections).{exits}\n\n"
-        f"Trained on {config.optimizer.samples} prompts (with repeats) from {rows} rows of {config.train.task}'s training\n"
-        f"split, by the first-order meta-gradient of the answers' NLL.{averaged}\n\n"
+        f"Trained on {config.optimizer.samples} prompts (with repeats; a gradient was taken of each) from {rows} rows of\n"
+        f"{config.train.task}, {config.train.format} format, adapters acting on {_REACH[config.scalenet.reach]}, by the\n"
+        f"first-order meta-gradient of the answers' NLL.{averaged} Commit {commit()}.\n\n"
         f"Validation answer NLL (mean over {validated} prompts, nats per token):\n\n"
         + "\n".join(lines)
         + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"

@@ -178,7 +178,6 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     if accelerator.is_main_process:
         network.made_for = _made_for(config, folder)
         network.save_pretrained(folder / "network")
-        write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
         if (
             isinstance(network, ScaleNet)
             and isinstance(trainee, ScaleNetTrainee)
@@ -188,6 +187,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
                 backbone, init, network, sample[:AVERAGED_PROMPTS], batch_size=config.optimizer.batch_size
             )
             average.save_pretrained(folder / "network" / "averaged", lens="..")
+        write_card(folder / "network", folder, config, describe(backbone), rows=len(rows), validated=len(validation))
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers, and ends the process group: nothing may wait after it
     return folder / "network"

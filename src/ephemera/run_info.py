@@ -1,0 +1,37 @@
+"""What a result was made with: versions, commit, command."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import ephemera
+
+
+def versions() -> dict[str, str]:
+    return {
+        "ephemera": ephemera.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, where there is one."""
+    here = Path(__file__).parent
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
+
+
+def command() -> str:
+    """How this process was started."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
