@@ -1,6 +1,5 @@
 """Training one step's rates from prompts prepared once: its gradient is autograd's through everything, its plan keeps its word."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ephemera.backbone import Backbone
@@ -25,7 +25,7 @@ from ephemera.training.one_step import HARM, OneStepTrainee, Plan, one_step_back
 from ephemera.training.scalenet import train_scalenet
 from test_reach import Slow, check_read, slow_rows
 from test_readout import EXIT, random_lens, slow_loss
-from test_training import encoded, equal_networks, material, settings  # noqa: F401
+from test_training import encoded, material, metrics, settings  # noqa: F401
 from tiny import (
     close,
     count_layers,
@@ -404,6 +404,7 @@ def test_rows_of_two_tasks_with_the_same_id_are_two_rows(llama):
 
 
 def test_validation_says_who_was_helped_and_who_harmed(llama, monkeypatch):
+    monkeypatch.setattr(one_step, "HARM", 0.7)  # between the changes of two rows
     rows = [
         Encoded(row.id, row.prompt, row.answer, "one" if n % 2 else "two")
         for n, row in enumerate(by_length(LENGTHS, ANSWERS))
@@ -427,15 +428,15 @@ def test_validation_says_who_was_helped_and_who_harmed(llama, monkeypatch):
     want = {
         "validation_nll_0": sum(base) / 6,
         "validation_nll_1": sum(after) / 6,
-        "validation_harmed": sum(c > HARM for c in change.values()) / 6,
+        "validation_harmed": sum(c > one_step.HARM for c in change.values()) / 6,
         "validation_spread_prompts_1": logs_BM.std(0).mean().item(),
         "validation_spread_projections_1": logs_BM.mean(0).std(correction=0).item(),
     }
     for task in ("one", "two"):
         mine = [change[row.id] for row in rows if row.task == task]
-        want |= {f"gain {task}": sum(mine) / 3, f"harmed {task}": sum(c > HARM for c in mine) / 3}
+        want |= {f"gain {task}": sum(mine) / 3, f"harmed {task}": sum(c > one_step.HARM for c in mine) / 3}
     assert report == pytest.approx(want, abs=1e-5)
-    assert 0 < report["validation_harmed"] < 1
+    assert 0 < report["validation_harmed"] < sum(c > 0 for c in change.values()) / 6
 
 
 def answer_settings(material: Path, output: Path, **scalenet_settings: Any):  # noqa: F811
@@ -448,6 +449,39 @@ def answer_settings(material: Path, output: Path, **scalenet_settings: Any):  # 
     return config
 
 
+def stopped_and_resumed(config: Any, monkeypatch: pytest.MonkeyPatch, stops: Any) -> Path:
+    """Stopped before the first step that `stops` names, just after a checkpoint."""
+    backward, done = OneStepTrainee.backward, []
+
+    def stopping(self, rows, step):
+        if stops(self, step):
+            done.append(step)
+            raise KeyboardInterrupt
+        return backward(self, rows, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OneStepTrainee, "backward", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_scalenet(config)
+    assert done
+    assert not (Path(config.output) / "network").exists()
+    return train_scalenet(config, resume=True)
+
+
+def check_same(whole: Path, resumed: Path) -> None:
+    first, second = (load_file(folder / "rate.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    first, second = (metrics(folder.parent) for folder in (whole, resumed))
+    assert [(line["step"], line.get("nll")) for line in first] == [(line["step"], line.get("nll")) for line in second]
+
+
+def amid_a_later_chunk(trainee: OneStepTrainee, step: int) -> bool:
+    chunks = trainee.plan.chunks
+    return 0 < chunks[step - 1] == chunks[step] < chunks[-1]
+
+
 @pytest.mark.parametrize("granularity", ["layer", "constant"])
 def test_a_run_that_stopped_amid_a_chunk_resumes_to_the_same_weights(
     material,  # noqa: F811
@@ -457,41 +491,34 @@ def test_a_run_that_stopped_amid_a_chunk_resumes_to_the_same_weights(
 ):
     torch.set_num_threads(1)
     whole = train_scalenet(answer_settings(material, tmp_path / "whole", granularity=granularity))
-    stopped: list[int] = []
-    backward = OneStepTrainee.backward
-
-    def stops(self, rows, step):
-        if 0 < self.plan.chunks[step] == self.plan.chunks[step - 1]:
-            stopped[:] = [step, self.plan.chunks[step], self.plan.chunks[-1]]
-            raise KeyboardInterrupt
-        return backward(self, rows, step)
-
     config = answer_settings(material, tmp_path / "run", granularity=granularity)
-    with monkeypatch.context() as patch:
-        patch.setattr(OneStepTrainee, "backward", stops)
-        with pytest.raises(KeyboardInterrupt):
-            train_scalenet(config)
-    assert stopped[1] < stopped[2]
-    assert (tmp_path / "run" / "checkpoints" / f"step-{stopped[0]:06d}.safetensors").exists()
-    assert not (tmp_path / "run" / "network").exists()
-    resumed = train_scalenet(config, resume=True)
-    first, second = load_rate(whole), load_rate(resumed)
-    assert isinstance(first, PerProjectionRate if granularity == "constant" else ScaleNet)
-    assert isinstance(second, type(first))
-    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    if granularity == "layer":
-        equal_networks(tmp_path / "whole", tmp_path / "run")
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "run")
-    ]
-    assert [line.get("nll") for line in logs[0]] == [line.get("nll") for line in logs[1]]
-    made = second.made_for
+    resumed = stopped_and_resumed(config, monkeypatch, amid_a_later_chunk)
+    check_same(whole, resumed)
+    network = load_rate(resumed)
+    assert isinstance(network, PerProjectionRate if granularity == "constant" else ScaleNet)
+    made = network.made_for
     assert made is not None
     assert (made.tasks, made.format, made.reach, made.steps) == (("own",), "plain", "answer", 1)
-    last = next(line for line in reversed(logs[1]) if "validation_nll_1" in line)
+    last = next(line for line in reversed(metrics(resumed.parent)) if "validation_nll_1" in line)
     assert made.validation == {k: last[k] for k in ("validation_nll_0", "validation_nll_1", "validation_harmed")}
+
+
+@pytest.mark.xfail(strict=True, reason="held_h has only the prompts that this process has prepared, if any")
+@pytest.mark.parametrize("phase", ["constants", "network"])
+def test_so_does_one_that_trains_constants_first(material, tmp_path, monkeypatch, phase):  # noqa: F811
+    torch.set_num_threads(1)
+    one, config = (answer_settings(material, tmp_path / name, constants=0.05) for name in ("whole", "run"))
+    for settings_of in (one, config):  # one chunk, of several batches
+        settings_of.optimizer.memory_gb, settings_of.optimizer.samples = 1.0, 32
+    whole = train_scalenet(one)
+
+    def stops(trainee: OneStepTrainee, step: int) -> bool:
+        mine = isinstance(trainee.network, PerProjectionRate) == (phase == "constants")
+        return mine and (step == len(trainee.plan.chunks) - 1 if phase == "constants" else step == 2)
+
+    resumed = stopped_and_resumed(config, monkeypatch, stops)
+    check_same(whole.parent / "constants" / "network", resumed.parent / "constants" / "network")
+    check_same(whole, resumed)
 
 
 def test_a_network_starts_from_constants(material, tmp_path, monkeypatch):  # noqa: F811

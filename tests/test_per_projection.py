@@ -63,7 +63,7 @@ def test_steps_go_by_them(llama):
 @pytest.mark.parametrize("made_for", [None, MADE])
 def test_they_are_saved_and_loaded(tmp_path, made_for):
     backbone = tiny_backbone(dtype=torch.float32)
-    rate = random_rate(trained_for=describe(backbone), made_for=made_for)
+    rate = random_rate(trained_for=describe(backbone), made_for=made_for, trains="B" if made_for else "both")
     rate.save_pretrained(tmp_path / "a")
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["rate.json", "rate.safetensors"]
     loaded = load_rate(tmp_path / "a")
@@ -72,6 +72,7 @@ def test_they_are_saved_and_loaded(tmp_path, made_for):
     assert not any(p.requires_grad for p in loaded.parameters())
     assert (loaded.max_steps, loaded.base_rates, loaded.trained_for) == (3, rate.base_rates, rate.trained_for)
     assert loaded.made_for == (made_for or MadeFor(("an unknown task",)))
+    assert loaded.trains == rate.trains
     assert (loaded.reach, default_steps(loaded)) == (("all", 1) if made_for is None else ("answer", 2))
     loaded.check(backbone)
     loaded.save_pretrained(tmp_path / "b")

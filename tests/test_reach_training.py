@@ -12,7 +12,7 @@ from ephemera.backbone import Backbone
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor
-from ephemera.rates import PerProjectionRate, ScaleNet
+from ephemera.rates import PerProjectionRate, ScaleNet, Trains
 from ephemera.readout import Objective
 from ephemera.scoring import Encoded, answer_nll
 from ephemera.training.meta_gradient import answer_gradient, scalenet_backward
@@ -114,21 +114,25 @@ def test_finite_differences(start, K):
     close(meta(backbone, rows, lora, table, keeps=start == "zero")[:, -1], want, 1e-6)
 
 
-def network_for(backbone: Backbone, kind: str) -> ScaleNet | PerProjectionRate:
+def network_for(backbone: Backbone, kind: str, trains: Trains = "both") -> ScaleNet | PerProjectionRate:
     if kind == "scalenet":
-        return random_scalenet(backbone, made_for=MADE)
-    network = PerProjectionRate(projections=len(backbone.projections), base_rates=(1.0, 0.5), made_for=MADE)
+        return random_scalenet(backbone, made_for=MADE, trains=trains)
+    M = len(backbone.projections)
+    network = PerProjectionRate(projections=M, base_rates=(1.0, 0.5), made_for=MADE, trains=trains)
     with torch.no_grad():
         network.log_rates_KM.add_(torch.randn_like(network.log_rates_KM))
     return network.double()
 
 
 @pytest.mark.parametrize(
-    ("kind", "init", "clip"),
-    [("scalenet", "zero", None), ("per-projection", "zero", 0.01), ("scalenet", "generator", 0.01)],
+    ("kind", "trains", "init", "clip"),
+    [
+        *[("scalenet", "both", "zero", None), ("per-projection", "both", "zero", 0.01)],
+        *[("scalenet", "both", "generator", 0.01), ("per-projection", "B", "generator", None)],
+    ],
 )
-def test_the_networks_gradient_is_autograd_over_two_steps(llama, kind, init, clip, monkeypatch):
-    network, rows, K, M = network_for(llama, kind), encoded([6, 9, 5], [3, 1, 2]), 2, len(llama.projections)
+def test_the_networks_gradient_is_autograd_over_two_steps(llama, kind, trains, init, clip, monkeypatch):
+    network, rows, K, M = network_for(llama, kind, trains), encoded([6, 9, 5], [3, 1, 2]), 2, len(llama.projections)
     start: Init = INIT if init == "zero" else random_generator(llama)
     counts = count_layers(llama, monkeypatch)
     report = scalenet_backward(llama, start, network, rows, K, seed=5, clip=clip)
@@ -143,6 +147,8 @@ def test_the_networks_gradient_is_autograd_over_two_steps(llama, kind, init, cli
             h = slow_representation(llama.model, row.prompt, merged_weights(llama, lora, 0)).detach()[None].float()
             rates.append(network.rates_BM(h, k, K, like=h, projections=M)[0])
             grads = prompt_gradient(llama, row, lora)
+            if trains == "B":
+                grads = [torch.zeros_like(g) for g in grads[:M]] + grads[M:]
             lora = lora.with_tensors(
                 [t - rates[-1][i % M] * g for i, (t, g) in enumerate(zip(lora.tensors, grads, strict=True))]
             )
