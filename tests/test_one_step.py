@@ -503,7 +503,6 @@ def test_a_run_that_stopped_amid_a_chunk_resumes_to_the_same_weights(
     assert made.validation == {k: last[k] for k in ("validation_nll_0", "validation_nll_1", "validation_harmed")}
 
 
-@pytest.mark.xfail(strict=True, reason="held_h has only the prompts that this process has prepared, if any")
 @pytest.mark.parametrize("phase", ["constants", "network"])
 def test_so_does_one_that_trains_constants_first(material, tmp_path, monkeypatch, phase):  # noqa: F811
     torch.set_num_threads(1)

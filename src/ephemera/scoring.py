@@ -102,6 +102,7 @@ def search_uniform(
     seed: int = 0,
     objective: Objective = PROMPT,
     normalize: Normalize = "none",
+    reach: Reach = "all",
 ) -> dict[int, dict[float, float]]:
     """Mean answer NLL of every rate in `grid` after K = 1..steps uniform steps: {K: {rate: NLL}}."""
     table: dict[int, dict[float, float]] = {K: {} for K in range(1, steps + 1)}
@@ -112,7 +113,7 @@ def search_uniform(
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for K in table:
                 lora = adapt(backbone, batch, lora, FixedRate(rate, objective, normalize), 1).lora
-                sums[K] += answer_nll(backbone, batch_rows, lora).double().sum().item()
+                sums[K] += answer_nll(backbone, batch_rows, lora, reach=reach).double().sum().item()
         for K, by_rate in table.items():
             by_rate[rate] = sums[K] / len(rows)
     return table
@@ -133,6 +134,7 @@ def search_base_rates(
     seed: int = 0,
     objective: Objective = PROMPT,
     normalize: Normalize = "none",
+    reach: Reach = "all",
 ) -> tuple[list[float], dict[str, dict[float, float]]]:
     """A schedule to start ScaleNet from: the best first step, then one rate for all later ones.
 
@@ -140,7 +142,15 @@ def search_base_rates(
     The share is kept above zero, so that training can enlarge it.
     """
     first_table = search_uniform(
-        backbone, init, rows, steps=1, batch_size=batch_size, seed=seed, objective=objective, normalize=normalize
+        backbone,
+        init,
+        rows,
+        steps=1,
+        batch_size=batch_size,
+        seed=seed,
+        objective=objective,
+        normalize=normalize,
+        reach=reach,
     )[1]
     first = _refined(first_table)
     later_table = {}
@@ -151,7 +161,7 @@ def search_base_rates(
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for rate in (first, first * share):
                 lora = adapt(backbone, batch, lora, FixedRate(rate, objective, normalize), 1).lora
-            total += answer_nll(backbone, batch_rows, lora).double().sum().item()
+            total += answer_nll(backbone, batch_rows, lora, reach=reach).double().sum().item()
         later_table[share] = total / len(rows)
     share = max(best(later_table), min(s for s in LATER_GRID if s > 0))
     return [first] + [first * share] * (steps - 1), {"first": first_table, "later_share": later_table}

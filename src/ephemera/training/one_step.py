@@ -115,11 +115,6 @@ class OneStepTrainee:
         self.chunk, self.held, self.checked = other.chunk, other.held, other.checked
 
     @property
-    def held_h(self) -> Tensor:
-        """h(x) [N,H] of the prompts that are kept."""
-        return torch.cat([some.prepared.h_BH for some in self.held.values()])
-
-    @property
     def learning_rates(self) -> dict[str, float]:
         return {"": 1.0}
 

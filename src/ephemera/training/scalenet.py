@@ -157,7 +157,6 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     sample = random.Random(config.optimizer.seed).sample(list(rows), min(NORMALIZATION_PROMPTS, len(rows)))
     trainee, plan = _trainee(config, backbone, init, network, rows, validation)
     schedule = Schedule(config.checkpoint_every, config.validate_every)
-    h_NH = None
     if config.scalenet.constants is not None and isinstance(trainee, OneStepTrainee) and isinstance(network, ScaleNet):
         first = _constants(config, trainee, backbone, objective)
         train(first, rows, _faster(config), schedule, folder / "constants", accelerator, resume=resume, plan=plan)
@@ -166,11 +165,8 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         first.network.save_pretrained(folder / "constants" / "network")
         network.start_from(first.network.log_rates_KM.detach().exp().cpu())
         trainee.take_over(first)
-        h_NH = trainee.held_h
     if isinstance(network, ScaleNet):
-        if h_NH is None:
-            h_NH = training_representations(backbone, sample, exit_layer=objective.exit_layer)
-        network.fit_normalization(h_NH.cpu())
+        network.fit_normalization(training_representations(backbone, sample, exit_layer=objective.exit_layer).cpu())
     network.to(backbone.device)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume, plan=plan)
     if objective.lens is not None:
@@ -220,6 +216,8 @@ def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) ->
         "trains": settings.trains,
     }
     if settings.granularity == "constant":
+        if settings.normalize != "none":
+            raise ValueError("scalenet.normalize is not for constants (granularity: constant); leave it at none.")
         return PerProjectionRate(**common)
     own = settings.model_dump(
         exclude={"max_steps", "base_rates", "trains", "reach", "start", "constants", "harm_weight"}
@@ -343,6 +341,7 @@ def _settle(
             batch_size=config.optimizer.batch_size,
             objective=objective,
             normalize=config.scalenet.normalize,
+            reach=config.scalenet.reach,
         )
         config = config.model_copy(update={"scalenet": config.scalenet.model_copy(update={"base_rates": rates})})
         print(f"base rates from {len(validation[:100])} validation rows: {rates}", file=sys.stderr)
