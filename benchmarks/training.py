@@ -83,7 +83,8 @@ class Training:
         self.settings = OptimizerSettings(samples=batch * steps, batch_size=batch, seed=seed)
         lengths = [len(row.prompt) + len(row.answer) for row in self.rows]
         self.plan = list(batches(lengths, batch_size=batch, total=batch * steps, seed=seed))
-        draws = (random.Random(f"{seed}:{step}").randint(0, KMAX) for step in range(steps))
+        least = 1 if network == "scalenet" else 0  # K = 0 still trains a generator
+        draws = (random.Random(f"{seed}:{step}").randint(least, KMAX) for step in range(steps))
         self.Ks = [0] * steps if network == "generator" else list(draws)
         self.hidden_size = hidden_size
         self.waiting: list[float] = []

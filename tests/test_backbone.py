@@ -7,7 +7,7 @@ import torch
 from tokenizers import processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from ephemera import backbone as backbone_module
+from ephemera import load as load_module
 from ephemera.backbone import describe
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.load import load_backbone
@@ -351,7 +351,7 @@ def test_a_device_that_is_not_there_is_named(device, llama_folder):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bfloat16_on_a_cpu_without_it_is_said(llama_folder, monkeypatch, native):
-    monkeypatch.setattr(backbone_module, "multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(load_module, "multiplies_bfloat16", lambda: native)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         load_backbone(str(llama_folder), dtype="bfloat16", device="cpu")
