@@ -26,7 +26,7 @@ def gate(threshold: float, *, tau: float = 1e9, by_length: float = 0.0) -> Gate:
     weight_F[SIGNALS.index("prompt tokens")] = by_length
     mean_F = torch.full((F,), 3.0)  # log of 20 tokens
     state = {"bias": torch.zeros(()), "weight_F": weight_F, "mean_F": mean_F, "std_F": torch.ones(F)}
-    return Gate(tau, threshold, state, {})
+    return Gate(tau, threshold, 1.0, state, {})
 
 
 def network(backbone: Backbone, gate: Gate | None) -> PerProjectionRate:

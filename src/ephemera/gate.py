@@ -26,13 +26,15 @@ SIGNALS = (
 class Gate:
     """A calibrated gate of one network.
 
-    `tau`: most nats of KL(adapted || base) of the first answer token. Risk is a logistic regression on `SIGNALS` and
+    `most`: the share of an adapter's B that is kept at most. `tau`: most nats of KL(adapted || base) of the first answer
+    token. Risk is a logistic regression on `SIGNALS` and
     h(x), both standardised: sigmoid(bias + signal_F . weight_F + h_H . weight_H). A row whose risk is above `threshold`
     abstains. `calibration`: alpha, rows and figures on them.
     """
 
     tau: float
     threshold: float
+    most: float
     state: dict[str, Tensor]
     calibration: dict[str, Any]
 
@@ -44,7 +46,12 @@ class Gate:
         return logit_B.sigmoid()
 
     def save(self, folder: str | Path) -> None:
-        config = {"tau": self.tau, "threshold": self.threshold, "calibration": self.calibration}
+        config = {
+            "tau": self.tau,
+            "threshold": self.threshold,
+            "most": self.most,
+            "calibration": self.calibration,
+        }
         artifact.save(Path(folder), NAME, config, self.state)
 
 

@@ -36,7 +36,7 @@ class Verdict:
 
 def guard(gate: Gate, read: Prefill, trace: Trace) -> tuple[Prefill, Verdict]:
     """Shrink adapters into the trust region, then leave alone whom the risk says; prompts are read no second time."""
-    read, share_B, kl_B = trusted(read, trace, gate.tau)
+    read, share_B, kl_B = trusted(read, trace, gate.tau, gate.most)
     signals_BF = signals(read, trace, share_B, kl_B)
     risk_B = gate.risk_B(signals_BF, trace.h_BH)
     share_B = torch.where(risk_B > gate.threshold, 0.0, share_B)
@@ -44,14 +44,16 @@ def guard(gate: Gate, read: Prefill, trace: Trace) -> tuple[Prefill, Verdict]:
 
 
 @torch.no_grad()
-def trusted(read: Prefill, trace: Trace, tau: float) -> tuple[Prefill, Tensor, Tensor]:
-    """Rows whose first-token distribution is further than `tau` from the base model's are shrunk until it is not.
+def trusted(read: Prefill, trace: Trace, tau: float, most: float = 1.0) -> tuple[Prefill, Tensor, Tensor]:
+    """Adapters at a share of `most`; rows whose first-token distribution is then further than `tau` from the base model's
+    are shrunk until it is not.
 
     Also the share of the adapter that is left [B], and KL(adapted || base) [B] at the end, in nats.
     """
     base_BV = _log_p(read, read.base_BD)
+    read = with_share(read, trace, base_BV.new_full(base_BV.shape[:1], most))
     kl_B = _kl(_log_p(read, read.hidden_BTD[:, -1]), base_BV)
-    share_B = torch.where(kl_B.isfinite(), 1.0, 0.0).to(kl_B)
+    share_B = torch.where(kl_B.isfinite(), most, 0.0).to(kl_B)
     for n in range(SHRINKS):
         out_B = (kl_B > tau) | ~kl_B.isfinite()
         if not bool(out_B.any()):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ephemera import artifact
@@ -44,6 +46,11 @@ class Measured:
     signals_NSF: Tensor
     h_NH: Tensor
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("base_N", "nll_NS", "kl_NS", "signals_NSF", "h_NH")
+        return {name: getattr(self, name).contiguous() for name in names}
+
     def rows(self, index: Sequence[int]) -> Measured:
         at = list(index)
         return Measured(
@@ -52,9 +59,9 @@ class Measured:
             *(t[at] for t in (self.base_N, self.nll_NS, self.kl_NS, self.signals_NSF, self.h_NH)),
         )
 
-    def within(self, tau: float) -> Measured:
-        """Each row at the largest share inside the trust region, S = 1; the base model's where none is."""
-        inside_NS = (self.kl_NS <= tau) & self.kl_NS.isfinite()
+    def within(self, tau: float, most: float = 1.0) -> Measured:
+        """Each row at the largest share of at most `most` inside the trust region, S = 1; the base model's if none is."""
+        inside_NS = (self.kl_NS <= tau) & self.kl_NS.isfinite() & (torch.tensor(SHARES) <= most)
         first_N = torch.where(inside_NS.any(1), inside_NS.int().argmax(1), len(SHARES) - 1)
         pick = torch.arange(len(first_N)), first_N
         nll_N = torch.where(inside_NS.any(1), self.nll_NS[pick], self.base_N)
@@ -66,6 +73,17 @@ class Measured:
     @property
     def change_N(self) -> Tensor:
         return self.nll_NS[:, 0] - self.base_N
+
+
+def read_measured(path: Path, rows: Sequence[Encoded]) -> Measured:
+    """What an earlier run measured; ValueError if it was on other rows."""
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    ids = json.loads(told["ids"])
+    if sorted(ids) != sorted(row.id for row in rows):
+        raise ValueError(f"{path} was measured on other rows; give another output, or remove it.")
+    return Measured(json.loads(told["tasks"]), ids, **tensors)
 
 
 @torch.no_grad()
@@ -167,13 +185,23 @@ def train_gate(config: TrainGate) -> Path:
     rows = load_rows(backbone, config.data)
     if len(rows) < 20:
         raise ValueError(f"a gate needs at least 20 labelled rows; data has {len(rows)}. Raise data.limit.")
-    seen = measure(backbone, network, rows, batch_size=config.batch_size, seed=config.seed)
-    unseen = None
-    if config.unseen is not None:
-        others = load_rows(backbone, config.unseen)
-        unseen = measure(backbone, network, others, batch_size=config.batch_size, seed=config.seed)
-    gate, report = settle(seen, unseen, config)
+    if config.most not in SHARES:
+        raise ValueError(
+            f"most={config.most} is not one of the shares that are measured: {', '.join(map(str, SHARES))}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+
+    def measured(part: str, rows: Sequence[Encoded]) -> Measured:
+        """Measured once for a folder: other settings of the gate are then settled in seconds."""
+        path = folder / f"{part}.safetensors"
+        if not path.exists():
+            found = measure(backbone, network, rows, batch_size=config.batch_size, seed=config.seed)
+            save_file(found.tensors, path, {"tasks": json.dumps(found.tasks), "ids": json.dumps(found.ids)})
+        return read_measured(path, rows)
+
+    seen = measured("seen", rows)
+    unseen = None if config.unseen is None else measured("unseen", load_rows(backbone, config.unseen))
+    gate, report = settle(seen, unseen, config)
     torch_free = {"report": report, "config": config.model_dump(mode="json")}
     (folder / "gate.json").write_text(json.dumps(torch_free, indent=1) + "\n")
     (folder / "config.yaml").write_text(dump_yaml(config))
@@ -189,10 +217,10 @@ def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[
     """The gate, and what it does: to the calibration half, by task, and to tasks it never saw."""
     order = random.Random(config.seed).sample(range(len(seen.ids)), len(seen.ids))
     half = len(order) // 2
-    within = seen.within(config.tau)
+    within = seen.within(config.tau, config.most)
     fitting, checking = within.rows(order[:half]), within.rows(order[half:])
     state = fit(fitting, fitting.change_N > config.harm, penalty=config.penalty)
-    gate = Gate(config.tau, 1.0, state, {})
+    gate = Gate(config.tau, 1.0, config.most, state, {})
     risk_N = gate.risk_B(checking.signals_NSF[:, 0], checking.h_NH)
     harmed_N = checking.change_N > config.harm
     threshold = calibrated(risk_N, harmed_N, config.alpha)
@@ -202,20 +230,21 @@ def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[
         "tau": config.tau,
         "threshold": threshold,
         "rows": {"fitted": len(fitting.ids), "calibrated": len(checking.ids)},
-        "trust_region": {str(tau): _figures(seen.within(tau).change_N, None, config.harm) for tau in TAUS},
+        "trust_region": {str(tau): _figures(seen.within(tau, config.most).change_N, None, config.harm) for tau in TAUS},
+        "shares": {str(most): _figures(seen.within(config.tau, most).change_N, None, config.harm) for most in SHARES},
         "auroc": _aurocs(checking, risk_N, config.harm),
         "calibration": _figures(checking.change_N, risk_N <= threshold, config.harm),
         "curve": _curve(checking.change_N, risk_N, config.harm),
         "tasks": _by_task(checking, risk_N <= threshold, config.harm),
     }
     if unseen is not None:
-        other = unseen.within(config.tau)
+        other = unseen.within(config.tau, config.most)
         risk = gate.risk_B(other.signals_NSF[:, 0], other.h_NH)
         report["unseen"] = _figures(other.change_N, risk <= threshold, config.harm)
         report["unseen_curve"] = _curve(other.change_N, risk, config.harm)
         report["unseen_tasks"] = _by_task(other, risk <= threshold, config.harm)
     kept = {key: report[key] for key in ("alpha", "harm", "rows", "calibration")}
-    return Gate(config.tau, threshold, state, kept), report
+    return Gate(config.tau, threshold, config.most, state, kept), report
 
 
 def _figures(change_N: Tensor, adapted_N: Tensor | None, harm: float) -> dict[str, float]:
