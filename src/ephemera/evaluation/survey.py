@@ -116,7 +116,7 @@ def survey(config: Survey) -> Path:
         "commit": commit(),
         "command": command(),
     }
-    run["price"] = price(methods, tasks[0].rows[: config.batch_size])
+    run["price"] = price(methods, batches_of(backbone, tasks[0].rows, config.batch_size)[0])
     write_json(folder / RUN, run)
     try:
         for task in tasks:
