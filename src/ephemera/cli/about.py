@@ -21,15 +21,20 @@ from ephemera.store import DEFAULT_MODEL
 def models() -> None:
     """List the networks that come with the package, and how to name models."""
     from ephemera.artifact import NETWORKS, shipped
-    from ephemera.rates import PRESETS
+    from ephemera.made_for import read_made_for
+    from ephemera.rates import DEFAULT_RATES, PRESETS
 
+    defaults = {name: f", default for {format} prompts" for format, name in DEFAULT_RATES[DEFAULT_MODEL].items()}
     presets = {name: preset for preset, name in PRESETS.items()}
     print(f"model  {DEFAULT_MODEL}  (default; fetched from the package index on first use)")
     print("model  any hub id, local folder or .gguf file")
     for name in shipped("rate"):
         config = json.loads((NETWORKS / name / "rate.json").read_text())
         short = f", preset {presets[name]}" if name in presets else ""
-        print(f"rate   {name}  ({config['granularity']}-wise, for {config['trained_for']['name']}{short})")
+        made = read_made_for(config.get("made_for"), NETWORKS / name)
+        kind = config.get("granularity", "projection")
+        told = f"{kind}-wise, for {made.format} prompts of {config['trained_for']['name']}, reach {made.reach}"
+        print(f"rate   {name}  ({told}{short}{defaults.get(name, '')})")
     print("rate   a number, or a folder that `ephemera train scalenet` wrote")
     for name in shipped("generator"):
         config = json.loads((NETWORKS / name / "generator.json").read_text())
