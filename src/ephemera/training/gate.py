@@ -191,7 +191,7 @@ def train_gate(config: TrainGate) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
 
-    def measured(part: str, rows: Sequence[Encoded]) -> Measured:
+    def of_part(part: str, rows: Sequence[Encoded]) -> Measured:
         """Measured once for a folder: other settings of the gate are then settled in seconds."""
         path = folder / f"{part}.safetensors"
         if not path.exists():
@@ -199,8 +199,8 @@ def train_gate(config: TrainGate) -> Path:
             save_file(found.tensors, path, {"tasks": json.dumps(found.tasks), "ids": json.dumps(found.ids)})
         return read_measured(path, rows)
 
-    seen = measured("seen", rows)
-    unseen = None if config.unseen is None else measured("unseen", load_rows(backbone, config.unseen))
+    seen = of_part("seen", rows)
+    unseen = None if config.unseen is None else of_part("unseen", load_rows(backbone, config.unseen))
     gate, report = settle(seen, unseen, config)
     torch_free = {"report": report, "config": config.model_dump(mode="json")}
     (folder / "gate.json").write_text(json.dumps(torch_free, indent=1) + "\n")
