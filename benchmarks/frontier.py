@@ -32,7 +32,7 @@ from ephemera.artifact import shipped
 from ephemera.backbone import Backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
-from ephemera.guard import guard
+from ephemera.guard import guard, shrunk
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.load import load_backbone
@@ -113,9 +113,10 @@ def adapted(
     reach = "all" if rule is None else rule.reach
     trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below, keep_reading=reach == "answer")
     kept = {"lower": trace.lower, "reading": trace.reading or trace.lower}
-    read = prefill(backbone, batch, trace.lora, lora, reach=reach, **kept)
-    if rule is not None and rule.gate is not None and K:
-        read, _ = guard(rule.gate, read, trace)
+    gate = rule.gate if rule is not None and K else None
+    read = prefill(backbone, batch, trace.lora if gate is None else shrunk(trace, gate.most), lora, reach=reach, **kept)
+    if gate is not None:
+        read, _ = guard(gate, read, trace)
     return read, trace
 
 

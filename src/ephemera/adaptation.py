@@ -14,7 +14,7 @@ from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.export import export_peft
 from ephemera.gate import Gate
-from ephemera.guard import guard
+from ephemera.guard import guard, shrunk
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
@@ -37,7 +37,8 @@ def guarded(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> 
     """The trace with what the gate leaves of its adapters, and which rows [B] it leaves alone."""
     reading = whole_reading(backbone, batch, trace.reading or trace.lower)
     trace = replace(trace, reading=reading)
-    read = prefill(backbone, batch, trace.lora, trace.initial_lora, reach="answer", reading=reading)
+    lora = shrunk(trace, gate.most)
+    read = prefill(backbone, batch, lora, trace.initial_lora, reach="answer", reading=reading)
     read, verdict = guard(gate, read, trace)
     assert read.lora is not None
     return replace(trace, lora=read.lora), verdict.abstained_B

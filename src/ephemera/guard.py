@@ -35,7 +35,10 @@ class Verdict:
 
 
 def guard(gate: Gate, read: Prefill, trace: Trace) -> tuple[Prefill, Verdict]:
-    """Shrink adapters into the trust region, then leave alone whom the risk says; prompts are read no second time."""
+    """Shrink adapters into the trust region, then leave alone whom the risk says; prompts are read no second time.
+
+    A `read` with `shrunk(trace, gate.most)` spares the reading of the last token with the whole adapter.
+    """
     read, share_B, kl_B = trusted(read, trace, gate.tau, gate.most)
     signals_BF = signals(read, trace, share_B, kl_B)
     risk_B = gate.risk_B(signals_BF, trace.h_BH)
@@ -64,16 +67,20 @@ def trusted(read: Prefill, trace: Trace, tau: float, most: float = 1.0) -> tuple
     return read, share_B, kl_B
 
 
+def shrunk(trace: Trace, share: Tensor | float) -> LoraBatch:
+    """The adapters with a share of what the steps did to B: one for all rows, or [B]. A share of 0 is the start."""
+    start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
+    share_B1 = torch.as_tensor(share, dtype=end.B_BN.dtype, device=end.B_BN.device).expand(len(end.B_BN))[:, None]
+    B_BN = start.B_BN + (end.B_BN - start.B_BN) * share_B1
+    return replace(end, A_BN=torch.where(share_B1 == 0, start.A_BN, end.A_BN), B_BN=B_BN).lora
+
+
 def with_share(read: Prefill, trace: Trace, share_B: Tensor) -> Prefill:
     """The same prompts with adapters of which only a share [B] of B is left; the last token is read anew."""
-    start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
-    B_BN = start.B_BN + (end.B_BN - start.B_BN) * share_B[:, None]
-    lora = replace(end, A_BN=torch.where(share_B[:, None] == 0, start.A_BN, end.A_BN), B_BN=B_BN).lora
+    lora, reading = shrunk(trace, share_B), trace.reading or trace.lower
     if _same(lora, read.lora):
         return read
-    return prefill(
-        read.backbone, read.batch, lora, trace.initial_lora, reach="answer", reading=trace.reading or trace.lower
-    )
+    return prefill(read.backbone, read.batch, lora, trace.initial_lora, reach="answer", reading=reading)
 
 
 def _same(a: LoraBatch, b: LoraBatch | None) -> bool:

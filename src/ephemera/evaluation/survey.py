@@ -24,7 +24,7 @@ from ephemera.evaluation.grid import STOPPED, at_least_two
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
 from ephemera.evaluation.survey_report import write_survey_report
 from ephemera.evaluation.survey_tables import write_tables
-from ephemera.guard import guard
+from ephemera.guard import guard, shrunk
 from ephemera.inits import PeftInit, ZeroInit
 from ephemera.load import load_backbone
 from ephemera.prefill import Prefill, prefill
@@ -85,10 +85,10 @@ class Methods:
         trace = ready.adapted(self.rules[method])
         if method == "swapped":  # each prompt with its neighbour's adapter
             return Answered(ready.read(trace.lora.rows(torch.arange(len(rows)).roll(1))), one_B)
-        read = ready.read(trace.lora)
-        if method != "network" or self.network.gate is None:
-            return Answered(read, one_B)
-        read, verdict = guard(self.network.gate, read, trace)
+        gate = self.network.gate if method == "network" else None
+        if gate is None:
+            return Answered(ready.read(trace.lora), one_B)
+        read, verdict = guard(gate, ready.read(shrunk(trace, gate.most)), trace)
         return Answered(read, verdict.share_B.cpu(), verdict.kl_B.cpu())
 
 
