@@ -28,11 +28,11 @@ from torch import Tensor
 from benchmarks.frontier_points import TEMPLATE, Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.adapt import Trace, adapt
+from ephemera.adaptation import guarded
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
-from ephemera.guard import guard, shrunk
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.load import load_backbone
@@ -114,10 +114,10 @@ def adapted(
     trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below, keep_reading=reach == "answer")
     kept = {"lower": trace.lower, "reading": trace.reading or trace.lower}
     gate = rule.gate if rule is not None and K else None
-    read = prefill(backbone, batch, trace.lora if gate is None else shrunk(trace, gate.most), lora, reach=reach, **kept)
     if gate is not None:
-        read, _ = guard(gate, read, trace)
-    return read, trace
+        trace, read, _ = guarded(gate, backbone, batch, trace)
+        return read, trace
+    return prefill(backbone, batch, trace.lora, lora, reach=reach, **kept), trace
 
 
 def mean(values: Sequence[float]) -> float:

@@ -33,15 +33,15 @@ def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
     return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
 
 
-def guarded(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tuple[Trace, Tensor]:
-    """The trace with what the gate leaves of its adapters, and which rows [B] it leaves alone."""
+def guarded(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tuple[Trace, Prefill, Tensor]:
+    """The trace with what the gate leaves of its adapters, the prompts read with those, and which rows [B] it leaves alone."""
     reading = whole_reading(backbone, batch, trace.reading or trace.lower)
     trace = replace(trace, reading=reading)
     lora = shrunk(trace, gate.most)
     read = prefill(backbone, batch, lora, trace.initial_lora, reach="answer", reading=reading)
     read, verdict = guard(gate, read, trace)
     assert read.lora is not None
-    return replace(trace, lora=read.lora), verdict.abstained_B
+    return replace(trace, lora=read.lora), read, verdict.abstained_B
 
 
 def steps_of(rule: Rate | None, steps: int | None) -> int:

@@ -5,6 +5,7 @@ Both look at the prompt only, after its steps, for the work of one token (reach 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from ephemera.adapt import Trace
 from ephemera.flat import FlatLora
 from ephemera.gate import Gate
 from ephemera.lora import LoraBatch
-from ephemera.prefill import Prefill, prefill
+from ephemera.prefill import Prefill, fork, prefill
 
 SHRINK = 0.5  # the adapter's B times this, until the first token is inside the trust region
 SHRINKS = 6  # so often at most; then the row is left alone
@@ -39,32 +40,57 @@ def guard(gate: Gate, read: Prefill, trace: Trace) -> tuple[Prefill, Verdict]:
 
     A `read` with `shrunk(trace, gate.most)` spares the reading of the last token with the whole adapter.
     """
-    read, share_B, kl_B = trusted(read, trace, gate.tau, gate.most)
-    signals_BF = signals(read, trace, share_B, kl_B)
+    base_BV = _log_p(read, read.base_BD)
+    read, share_B, kl_B = trusted(read, trace, gate.tau, gate.most, base_BV=base_BV)
+    signals_BF = signals(read, trace, share_B, kl_B, base_BV=base_BV)
     risk_B = gate.risk_B(signals_BF, trace.h_BH)
-    share_B = torch.where(risk_B > gate.threshold, 0.0, share_B)
-    return with_share(read, trace, share_B), Verdict(risk_B, share_B, kl_B, signals_BF)
+    left_B = (risk_B > gate.threshold) | (share_B == 0)
+    verdict = Verdict(risk_B, torch.where(left_B, 0.0, share_B), kl_B, signals_BF)
+    return (left_alone(read, trace, left_B) if bool(left_B.any()) else read), verdict
 
 
 @torch.no_grad()
-def trusted(read: Prefill, trace: Trace, tau: float, most: float = 1.0) -> tuple[Prefill, Tensor, Tensor]:
+def trusted(
+    read: Prefill, trace: Trace, tau: float, most: float = 1.0, *, base_BV: Tensor | None = None
+) -> tuple[Prefill, Tensor, Tensor]:
     """Adapters at a share of `most`; rows whose first-token distribution is then further than `tau` from the base model's
-    are shrunk until it is not.
+    are shrunk until it is not. A share of 0 is left to the caller: the row is still read with a small one.
 
-    Also the share of the adapter that is left [B], and KL(adapted || base) [B] at the end, in nats.
+    Also the share of the adapter that is left [B], and KL(adapted || base) [B] at the end, in nats. `base_BV`: the base
+    model's log-probabilities, if they are at hand.
     """
-    base_BV = _log_p(read, read.base_BD)
+    base_BV = _log_p(read, read.base_BD) if base_BV is None else base_BV
     read = with_share(read, trace, base_BV.new_full(base_BV.shape[:1], most))
     kl_B = _kl(_log_p(read, read.hidden_BTD[:, -1]), base_BV)
-    share_B = torch.where(kl_B.isfinite(), most, 0.0).to(kl_B)
-    for n in range(SHRINKS):
-        out_B = (kl_B > tau) | ~kl_B.isfinite()
+    share_B, least = torch.full_like(kl_B, most), most * SHRINK ** (SHRINKS - 1)
+    for _ in range(SHRINKS):
+        out_B = ~(kl_B <= tau) & (share_B > 0)
         if not bool(out_B.any()):
             break
-        share_B = torch.where(out_B, share_B * SHRINK if n + 1 < SHRINKS else 0.0, share_B)
+        # KL grows with the square of a small share: as many halvings at once as that asks for
+        halvings_B = ((kl_B / tau).log() / -2 / math.log(SHRINK)).nan_to_num(SHRINKS, SHRINKS).ceil().clamp(min=1)
+        smaller_B = share_B * SHRINK**halvings_B
+        share_B = torch.where(out_B, torch.where(smaller_B < least, 0.0, smaller_B), share_B)
         read = with_share(read, trace, share_B)
         kl_B = torch.where(out_B, _kl(_log_p(read, read.hidden_BTD[:, -1]), base_BV), kl_B)
     return read, share_B, kl_B
+
+
+def left_alone(read: Prefill, trace: Trace, left_B: Tensor) -> Prefill:
+    """The same reading with some rows as the base model left them: their last token is not read again."""
+    reading = trace.reading or trace.lower
+    assert reading is not None
+    assert read.lora is not None
+    assert read.base_BD is not None
+    keep_B111, cache = ~left_B[:, None, None, None], fork(read.cache)
+    for layer, base in zip(cache.layers, reading.cache.layers, strict=True):
+        for name in ("keys", "values"):
+            mine_BGTC, base_BGTC = getattr(layer, name), getattr(base, name)
+            last_BG1C = torch.where(keep_B111, mine_BGTC[:, :, -1:], base_BGTC[:, :, -1:])
+            setattr(layer, name, torch.cat([mine_BGTC[:, :, :-1], last_BG1C], 2))
+    hidden_B1D = torch.where(keep_B111[..., 0], read.hidden_BTD[:, -1:], read.base_BD[:, None])
+    lora = read.lora.where(~left_B, trace.initial_lora)
+    return replace(read, hidden_BTD=hidden_B1D, cache=cache, lora=lora, fallback_B=read.fallback_B & ~left_B)
 
 
 def shrunk(trace: Trace, share: Tensor | float) -> LoraBatch:
@@ -88,9 +114,9 @@ def _same(a: LoraBatch, b: LoraBatch | None) -> bool:
 
 
 @torch.no_grad()
-def signals(read: Prefill, trace: Trace, share_B: Tensor, kl_B: Tensor) -> Tensor:
+def signals(read: Prefill, trace: Trace, share_B: Tensor, kl_B: Tensor, *, base_BV: Tensor | None = None) -> Tensor:
     """`SIGNALS` [B,F], from the prompt only."""
-    base_BV = _log_p(read, read.base_BD)
+    base_BV = _log_p(read, read.base_BD) if base_BV is None else base_BV
     start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
     moved_B = (end.B_BN - start.B_BN).square().sum(1).sqrt()
     columns = [

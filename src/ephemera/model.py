@@ -195,7 +195,7 @@ class AdaptiveLM:
                 )  # from another start the first pass is not the base model's
                 trace = adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below, keep_reading=keeps)
                 if gate is not None and steps:
-                    trace, left_B = guarded(gate, self.backbone, batch, trace)
+                    trace, _, left_B = guarded(gate, self.backbone, batch, trace)
                     alone.update(rows[place] for place in left_B.nonzero()[:, 0].tolist())
                 traces.append(trace)
                 if reach == "answer":

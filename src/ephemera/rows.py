@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from ephemera.backbone import Backbone
-from ephemera.config import DataSettings, fill
+from ephemera.config import DataSettings, MixtureSettings, fill
 from ephemera.scoring import Encoded, encode_examples
 from ephemera.tasks import Example, Task, load_dataset
 
@@ -25,32 +25,32 @@ class TaskRows:
 
 def load_tasks(backbone: Backbone, settings: DataSettings) -> list[TaskRows]:
     """The rows of each task that `settings.task` joins by "+"; what was left out is said."""
-    found = []
-    for name in settings.task.split("+"):
-        data = load_dataset(
-            name,
-            split=settings.split,
-            source=settings.sources.get(name) or fill(settings.source, name),
-            limit=settings.limit,
-            seed=settings.seed,
-            cut=settings.cut,
-        )
-        rows, long = encode_examples(
-            backbone,
-            data.examples,
-            chat=settings.format == "chat",
-            max_tokens=settings.max_tokens,
-            system=data.task.system,
-            task=name,
-            max_answer_tokens=settings.max_answer_tokens,
-        )
-        print(
-            f"{name} {settings.split}: {len(rows)} rows from {data.source} "
-            f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
-            file=sys.stderr,
-        )
-        found.append(TaskRows(data.task, {e.id: e for e in data.examples}, rows, data.source, data.dropped, long))
-    return found
+    names = settings.task.split("+")
+    return [
+        rows_of(backbone, name, settings.sources.get(name) or fill(settings.source, name), settings) for name in names
+    ]
+
+
+def rows_of(backbone: Backbone, name: str, source: str | None, settings: DataSettings | MixtureSettings) -> TaskRows:
+    """The rows of one task; what was left out is said."""
+    data = load_dataset(
+        name, split=settings.split, source=source, limit=settings.limit, seed=settings.seed, cut=settings.cut
+    )
+    rows, long = encode_examples(
+        backbone,
+        data.examples,
+        chat=settings.format == "chat",
+        max_tokens=settings.max_tokens,
+        system=data.task.system,
+        task=name,
+        max_answer_tokens=settings.max_answer_tokens,
+    )
+    print(
+        f"{name} {settings.split}: {len(rows)} rows from {data.source} "
+        f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
+        file=sys.stderr,
+    )
+    return TaskRows(data.task, {e.id: e for e in data.examples}, rows, data.source, data.dropped, long)
 
 
 def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:

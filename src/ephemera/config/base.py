@@ -109,7 +109,13 @@ class MixtureSettings(Settings):
         description="train on optimizer.samples rows; or until the first, or every, task has been used up once",
     )
     format: Literal["plain", "chat"] = Field(default="plain", description="prompts as they are, or as chat messages")
+    cut: int | None = Field(
+        default=None, ge=1, description="cut longer articles to so many characters (tasks that bear it: xsum)"
+    )
     max_tokens: int = Field(default=512, ge=2, description="longer rows are left out, and counted")
+    max_answer_tokens: int | None = Field(
+        default=None, ge=1, description="learn only so many of an answer's first tokens; default: all"
+    )
 
     @field_validator("tasks")
     @classmethod

@@ -188,8 +188,11 @@ class TrainGate(Settings):
     )
     alpha: float = Field(default=0.05, gt=0, lt=1, description="most of the prompts that may be harmed")
     harm: float = Field(default=0.05, gt=0, description="nats per answer token that count as harm")
-    most: float = Field(
-        default=1.0, gt=0, le=1, description="share of an adapter that is kept at most: 1, 0.5, 0.25, ..."
+    most: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of an adapter that is kept at most: 1, 0.5, 0.25, ...; default: the one that gains most under alpha",
     )
     tau: float = Field(default=0.5, gt=0, description="trust region: most nats of KL of the first answer token")
     penalty: float = Field(default=1.0, ge=0, description="L2 penalty of the risk's weights")

@@ -203,13 +203,14 @@ class Engine:
                 after_step=lambda k: self._between(group, k, steps),
             )
         left_B: Tensor | None = None
+        read: Prefill | None = None
         gate = None if trace is None or not steps else method.gate
         if trace is not None and gate is not None:
-            trace, left_B = guarded(gate, backbone, batch, trace)
+            trace, read, left_B = guarded(gate, backbone, batch, trace)
         seconds = time.perf_counter() - start
         if trace is None:
             read = prefill(backbone, batch, None)
-        else:
+        elif read is None:
             kept = trace.reading or trace.lower
             read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=method.reach)
         with torch.no_grad():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,18 +148,25 @@ def fit(rows: Measured, harmed_N: Tensor, *, penalty: float) -> dict[str, Tensor
     return {**state, "weight_F": weights[0].detach(), "weight_H": weights[1].detach(), "bias": bias.detach()}
 
 
-def calibrated(risk_N: Tensor, harmed_N: Tensor, alpha: float) -> float:
+def calibrated(risk_N: Tensor, harmed_N: Tensor, alpha: float, tasks: Sequence[str] = ()) -> float:
     """The largest threshold on the risk that keeps the harmed share under alpha (conformal risk control).
 
     With n rows, (harmed and adapted + 1) / (n + 1) <= alpha: then a further row like them is harmed with a probability of
-    at most alpha (Angelopoulos et al., 2024, Eq. 4). -1 where no threshold does: every row is left alone.
+    at most alpha (Angelopoulos et al., 2024, Eq. 4). -1 where no threshold does: every row is left alone. With each row's
+    task, no task's own share exceeds alpha either, as far as these rows tell.
     """
-    n, threshold = len(risk_N), -1.0
-    for candidate in sorted(set(risk_N.tolist())):
-        harmed = int((harmed_N & (risk_N <= candidate)).sum())
-        if (harmed + 1) / (n + 1) > alpha:
+    n, threshold, harmed = len(risk_N), -1.0, 0
+    counts, harmed_of = Counter(tasks), Counter[str]()
+    order = risk_N.argsort().tolist()
+    for at, i in enumerate(order):
+        if harmed_N[i]:
+            harmed += 1
+            if tasks:
+                harmed_of[tasks[i]] += 1
+        if (harmed + 1) / (n + 1) > alpha or any(k > alpha * counts[task] for task, k in harmed_of.items()):
             break
-        threshold = candidate
+        tied = at + 1 < n and risk_N[order[at + 1]] == risk_N[i]
+        threshold = threshold if tied else risk_N[i].item()
     return threshold
 
 
@@ -185,7 +193,7 @@ def train_gate(config: TrainGate) -> Path:
     rows = load_rows(backbone, config.data)
     if len(rows) < 20:
         raise ValueError(f"a gate needs at least 20 labelled rows; data has {len(rows)}. Raise data.limit.")
-    if config.most not in SHARES:
+    if config.most is not None and config.most not in SHARES:
         raise ValueError(
             f"most={config.most} is not one of the shares that are measured: {', '.join(map(str, SHARES))}."
         )
@@ -214,37 +222,68 @@ def train_gate(config: TrainGate) -> Path:
 
 
 def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[Gate, dict[str, Any]]:
-    """The gate, and what it does: to the calibration half, by task, and to tasks it never saw."""
+    """The gate, and what it does: to the calibration half, by task, and to tasks it never saw.
+
+    The share of the adapter is chosen on the fitting half only, so the promise made on the other half holds.
+    """
     order = random.Random(config.seed).sample(range(len(seen.ids)), len(seen.ids))
     half = len(order) // 2
-    within = seen.within(config.tau, config.most)
-    fitting, checking = within.rows(order[:half]), within.rows(order[half:])
-    state = fit(fitting, fitting.change_N > config.harm, penalty=config.penalty)
-    gate = Gate(config.tau, 1.0, config.most, state, {})
-    risk_N = gate.risk_B(checking.signals_NSF[:, 0], checking.h_NH)
-    harmed_N = checking.change_N > config.harm
-    threshold = calibrated(risk_N, harmed_N, config.alpha)
+    fitting, checking = seen.rows(order[:half]), seen.rows(order[half:])
+    tried = {most: _trial(fitting, most, config) for most in (SHARES if config.most is None else ())}
+    most = config.most or min(tried, key=lambda share: tried[share]["change"])
+    gate = _gate(fitting, checking, most, config)
+    within = checking.within(config.tau, most)
+    risk_N = gate.risk_B(within.signals_NSF[:, 0], within.h_NH)
+    adapted_N = risk_N <= gate.threshold
     report: dict[str, Any] = {
         "alpha": config.alpha,
         "harm": config.harm,
         "tau": config.tau,
-        "threshold": threshold,
+        "most": most,
+        "threshold": gate.threshold,
         "rows": {"fitted": len(fitting.ids), "calibrated": len(checking.ids)},
-        "trust_region": {str(tau): _figures(seen.within(tau, config.most).change_N, None, config.harm) for tau in TAUS},
-        "shares": {str(most): _figures(seen.within(config.tau, most).change_N, None, config.harm) for most in SHARES},
-        "auroc": _aurocs(checking, risk_N, config.harm),
-        "calibration": _figures(checking.change_N, risk_N <= threshold, config.harm),
-        "curve": _curve(checking.change_N, risk_N, config.harm),
-        "tasks": _by_task(checking, risk_N <= threshold, config.harm),
+        "tried": {str(share): figures for share, figures in tried.items()},
+        "trust_region": {str(tau): _figures(seen.within(tau, most).change_N, None, config.harm) for tau in TAUS},
+        "shares": {
+            str(share): _figures(seen.within(config.tau, share).change_N, None, config.harm) for share in SHARES
+        },
+        "auroc": _aurocs(within, risk_N, config.harm),
+        "calibration": _figures(within.change_N, adapted_N, config.harm),
+        "curve": _curve(within.change_N, risk_N, config.harm),
+        "tasks": _by_task(within, adapted_N, config.harm),
     }
     if unseen is not None:
-        other = unseen.within(config.tau, config.most)
+        other = unseen.within(config.tau, most)
         risk = gate.risk_B(other.signals_NSF[:, 0], other.h_NH)
-        report["unseen"] = _figures(other.change_N, risk <= threshold, config.harm)
+        report["unseen"] = _figures(other.change_N, risk <= gate.threshold, config.harm)
         report["unseen_curve"] = _curve(other.change_N, risk, config.harm)
-        report["unseen_tasks"] = _by_task(other, risk <= threshold, config.harm)
+        report["unseen_tasks"] = _by_task(other, risk <= gate.threshold, config.harm)
     kept = {key: report[key] for key in ("alpha", "harm", "rows", "calibration")}
-    return Gate(config.tau, threshold, config.most, state, kept), report
+    return replace(gate, calibration=kept), report
+
+
+def _gate(fitting: Measured, checking: Measured, most: float, config: TrainGate) -> Gate:
+    """The risk of harm at this share, fitted on some rows, and its threshold, calibrated on others."""
+    fitting, checking = fitting.within(config.tau, most), checking.within(config.tau, most)
+    state = fit(fitting, fitting.change_N > config.harm, penalty=config.penalty)
+    gate = Gate(config.tau, 1.0, most, state, {})
+    risk_N = gate.risk_B(checking.signals_NSF[:, 0], checking.h_NH)
+    threshold = calibrated(risk_N, checking.change_N > config.harm, config.alpha, checking.tasks)
+    return replace(gate, threshold=threshold)
+
+
+def _trial(rows: Measured, most: float, config: TrainGate) -> dict[str, float]:
+    """What a gate at this share does to each half of some rows, fitted and calibrated on the other."""
+    half = len(rows.ids) // 2
+    parts = rows.rows(range(half)), rows.rows(range(half, len(rows.ids)))
+    change, adapted = [], []
+    for known, new in (parts, parts[::-1]):
+        middle = len(known.ids) // 2
+        gate = _gate(known.rows(range(middle)), known.rows(range(middle, len(known.ids))), most, config)
+        within = new.within(config.tau, most)
+        change.append(within.change_N)
+        adapted.append(gate.risk_B(within.signals_NSF[:, 0], within.h_NH) <= gate.threshold)
+    return _figures(torch.cat(change), torch.cat(adapted), config.harm)
 
 
 def _figures(change_N: Tensor, adapted_N: Tensor | None, harm: float) -> dict[str, float]:

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Sequence
 
 from ephemera.backbone import Backbone
 from ephemera.config import MixtureSettings, source_of
-from ephemera.scoring import Encoded, encode_examples
-from ephemera.tasks import load_dataset
+from ephemera.rows import rows_of
+from ephemera.scoring import Encoded
 
 
 def task_rows(backbone: Backbone, settings: MixtureSettings) -> dict[str, list[Encoded]]:
     """Each task's rows as token ids; what was left out is said."""
-    found = {}
-    for entry in settings.tasks:
-        data = load_dataset(
-            entry.task,
-            split=settings.split,
-            source=source_of(entry, settings.source),
-            limit=settings.limit,
-            seed=settings.seed,
-        )
-        rows, long = encode_examples(
-            backbone,
-            data.examples,
-            chat=settings.format == "chat",
-            max_tokens=settings.max_tokens,
-            system=data.task.system,
-        )
-        found[entry.task] = rows
-        print(
-            f"{entry.task} {settings.split}: {len(rows)} rows from {data.source} "
-            f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
-            file=sys.stderr,
-        )
-    return found
+    return {
+        entry.task: rows_of(backbone, entry.task, source_of(entry, settings.source), settings).rows
+        for entry in settings.tasks
+    }
 
 
 def mix(rows: dict[str, list[Encoded]], settings: MixtureSettings, samples: int) -> list[Encoded]:
