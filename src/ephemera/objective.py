@@ -118,7 +118,7 @@ def batch_tokens(device: torch.device) -> int:
 
     At 4,096 tokens eight XSum prompts took 1.8 times as long there as at 1,024 (docs/findings.md).
     """
-    return 1024 if device.type == "cpu" else 16_384
+    return 1024 if device.type == "cpu" else 8192
 
 
 def length_batches(lengths: Sequence[int], *, batch_size: int, max_tokens: int | None = None) -> list[list[int]]:
