@@ -28,11 +28,11 @@ from torch import Tensor
 from benchmarks.frontier_points import TEMPLATE, Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import guarded
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
+from ephemera.guard import guard
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.load import load_backbone
@@ -115,7 +115,7 @@ def adapted(
     kept = {"lower": trace.lower, "reading": trace.reading or trace.lower}
     gate = rule.gate if rule is not None and K else None
     if gate is not None:
-        trace, read, _ = guarded(gate, backbone, batch, trace)
+        trace, read, _ = guard(gate, backbone, batch, trace)
         return read, trace
     return prefill(backbone, batch, trace.lora, lora, reach=reach, **kept), trace
 

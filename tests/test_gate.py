@@ -1,32 +1,41 @@
 """The gate: its calibration against a count by hand, its trust region against merged weights, its training on a tiny model."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from ephemera.adapt import adapt
+from ephemera.adapt import Trace, adapt
 from ephemera.config import TrainGate
 from ephemera.decode import merged
-from ephemera.gate import SIGNALS, Gate, load_gate
-from ephemera.guard import guard, trusted, with_share
+from ephemera.gate import SHARES, SIGNALS, load_gate
+from ephemera.guard import guard, log_p, read_with, signals, trusted
 from ephemera.inits import ZeroInit
 from ephemera.made_for import MadeFor
+from ephemera.objective import TokenBatch
 from ephemera.prefill import prefill
-from ephemera.rates import FixedRate, PerProjectionRate, load_rate
-from ephemera.training.gate import SHARES, Measured, auroc, calibrated, fit, train_gate
-from tiny import close, left, random_ids, tiny_backbone
+from ephemera.rates import PerProjectionRate, load_rate
+from ephemera.training.gate import Measured, auroc, calibrated, fit, out_of_fold, train_gate
+from tiny import close, left, length_gate, random_ids
 
 PROMPTS = random_ids([5, 9, 7])
 
 
-def read_adapted(backbone, rate: float):
+def adapted(backbone, rate: float) -> tuple[TokenBatch, Trace, Tensor]:
+    """A step on three prompts, and the base model's log-probabilities of the first answer token."""
     batch = left(PROMPTS)
     start = ZeroInit(init_std=0.3)(backbone, batch, [0] * len(PROMPTS))
-    trace = adapt(backbone, batch, start, FixedRate(rate, reach="answer"), 1, keep_reading=True)
-    return prefill(backbone, batch, trace.lora, start, reach="answer", reading=trace.reading), trace
+    rule = PerProjectionRate(
+        projections=len(backbone.projections), base_rates=(rate,), made_for=MadeFor(("own",), "plain", "answer", 1)
+    ).double()
+    rule.gate = length_gate(backbone, 0.5)
+    trace = adapt(backbone, batch, start, rule, 1, keep_reading=True)
+    assert trace.reading is not None
+    return batch, trace, log_p(backbone, trace.reading.hidden_BTD[:, -1])
 
 
 def first_token_kl(backbone, trace, row: int, share: float) -> float:
@@ -42,57 +51,91 @@ def first_token_kl(backbone, trace, row: int, share: float) -> float:
 
 
 def test_the_trust_region_by_merged_weights(llama):
-    read, trace = read_adapted(llama, 3.0)
+    batch, trace, base_BV = adapted(llama, 3.0)
     whole = [first_token_kl(llama, trace, row, 1.0) for row in range(3)]
-    tau = max(max(whole) / 3, min(whole))  # some row inside, some outside
-    read, share_B, kl_B = trusted(read, trace, tau + 1e-9)
+    tau = max(max(whole) / 3, min(whole)) + 1e-9  # some row inside, some outside
+    _, share_B, kl_B = trusted(llama, batch, trace, torch.ones(3), tau, base_BV)
     assert 0 < share_B.min() < share_B.max() == 1
     for row in range(3):
         assert kl_B[row].item() == pytest.approx(first_token_kl(llama, trace, row, share_B[row].item()), abs=1e-5)
         assert kl_B[row] <= tau + 1e-6
         if share_B[row] < 1:  # one step of the search earlier it was outside
-            assert whole[row] > tau
             assert first_token_kl(llama, trace, row, 4 * share_B[row].item()) > tau
 
 
-def test_most_bounds_every_share(llama):
-    read, trace = read_adapted(llama, 5.0)
-    _, share_B, kl_B = trusted(read, trace, 1e9, 0.25)
-    assert share_B.tolist() == [0.25] * 3
-    assert kl_B[0].item() == pytest.approx(first_token_kl(llama, trace, 0, 0.25), abs=1e-5)
+def test_a_trust_region_that_no_share_is_in(llama):
+    batch, trace, base_BV = adapted(llama, 3.0)
+    read, share_B, kl_B = trusted(llama, batch, trace, torch.ones(3), 1e-12, base_BV)
+    assert share_B.tolist() == kl_B.tolist() == [0.0] * 3
+    answers = [[5, 6], [7], [8, 9]]
+    close(read.answer_nll(answers), prefill(llama, batch, None).answer_nll(answers), 1e-9)
 
 
 def test_a_row_left_alone_is_the_base_models(llama):
-    read, trace = read_adapted(llama, 5.0)
-    state = {"bias": torch.tensor(-5.0), "mean_F": torch.zeros(7), "std_F": torch.ones(7)}
-    state["weight_F"] = torch.zeros(7).index_fill(0, torch.tensor(SIGNALS.index("prompt tokens")), 10.0)
-    gate = Gate(1e9, 0.5, 1.0, state, {})  # risk grows with the prompt's length
-    state["bias"] = torch.tensor(-10 * torch.tensor(6.0).log().item())
-    guarded, verdict = guard(gate, read, trace)
+    batch, trace, _ = adapted(llama, 5.0)
+    gate = length_gate(llama, 0.5, by_length=10.0, tokens=6.0)  # risk grows with the prompt's length
+    kept, read, verdict = guard(gate, llama, batch, trace)
     assert verdict.abstained_B.tolist() == [False, True, True]
     answers = [[5, 6], [7], [8, 9]]
-    base = prefill(llama, read.batch, None).answer_nll(answers)
-    close(guarded.answer_nll(answers)[1:], base[1:], 1e-9)
-    close(guarded.answer_nll(answers)[:1], with_share(read, trace, torch.ones(3)).answer_nll(answers)[:1], 1e-9)
-    assert (guarded.answer_nll(answers)[0] - base[0]).abs() > 1e-3
+    base = prefill(llama, batch, None).answer_nll(answers)
+    close(read.answer_nll(answers)[1:], base[1:], 1e-9)
+    close(read.answer_nll(answers)[:1], read_with(llama, batch, trace, 1.0).answer_nll(answers)[:1], 1e-9)
+    assert (read.answer_nll(answers)[0] - base[0]).abs() > 1e-3
+    assert [bool(B_BOR[1:].any()) for B_BOR in kept.lora.B] == [False] * len(kept.lora.B)
+
+
+def test_the_share_follows_the_risk_and_is_bounded(llama):
+    batch, trace, base_BV = adapted(llama, 5.0)
+    gate = length_gate(llama, 0.5)
+    gate.state["slope"] = torch.ones(())
+    gate.state["bias"] = torch.tensor(1.5)  # sigmoid(1.5 + log2 share) <= 1/2 from a quarter on
+    risk_BS = gate.risk_BS(signals(base_BV, batch, trace), torch.zeros(3, 2 * llama.hidden_size))
+    torch.testing.assert_close(risk_BS[0, :3], torch.tensor([1.5, 0.5, -0.5]).sigmoid())
+    assert gate.share_B(risk_BS).tolist() == [0.25] * 3
+    assert replace(gate, most=0.125).share_B(risk_BS).tolist() == [0.125] * 3
+    assert replace(gate, threshold=0.0).share_B(risk_BS).tolist() == [0.0] * 3
+
+
+def measured(change_NS: Tensor, *, tasks: Sequence[str] | None = None, kl_NS: Tensor | None = None) -> Measured:
+    n = len(change_NS)
+    kl_NS = torch.zeros_like(change_NS) if kl_NS is None else kl_NS
+    told = torch.zeros(n, len(SIGNALS)), torch.zeros(n, 2)
+    return Measured(list(tasks or ["a"] * n), [str(i) for i in range(n)], torch.zeros(n), change_NS, kl_NS, *told)
 
 
 def test_the_threshold_by_hand():
-    risk, harmed = torch.arange(40) / 40, torch.zeros(40, dtype=torch.bool)
-    harmed[[10, 20, 30]] = True
+    risk, change = torch.arange(40) / 40, torch.zeros(40)
+    change[[10, 20, 30]] = 1.0
+    rows = measured(change[:, None].expand(-1, len(SHARES)))
+    at = lambda alpha: calibrated(rows, risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=alpha, tau=1.0))  # noqa: E731
     # (harmed + 1) / 41 <= 0.05 bears one harmed row: up to just before the second
-    assert calibrated(risk, harmed, 0.05) == pytest.approx(19 / 40)
-    assert calibrated(risk, harmed, 0.01) == -1.0, "too few rows to promise so little: nobody is adapted to"
-    assert calibrated(risk, harmed, 0.5) == pytest.approx(39 / 40)
+    assert at(0.05) == pytest.approx(19 / 40)
+    assert at(0.01) == -1.0, "too few rows to promise so little: nobody is adapted to"
+    assert at(0.5) == pytest.approx(39 / 40)
+
+
+def test_no_task_is_harmed_more_than_alpha():
+    """Harm in one task of two: a quarter of its rows, an eighth of all."""
+    risk = torch.arange(80) / 80
+    harmed = torch.tensor([i % 8 == 1 for i in range(80)])
+    rows = measured(harmed.float()[:, None].expand(-1, len(SHARES)), tasks=["ab"[i % 2] for i in range(80)])
+    threshold = calibrated(rows, risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=0.15, tau=1.0))
+    adapted = risk <= threshold
+    assert (harmed & adapted).sum() == 6, "15 % of the task's 40 rows"
+    pooled = calibrated(measured(rows.nll_NS), risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=0.15))
+    assert pooled == pytest.approx(79 / 80)
 
 
 def test_the_promise_holds_on_new_rows():
     """Over many draws the harmed share of new rows stays under alpha."""
     generator, alpha, shares = torch.Generator().manual_seed(0), 0.1, []
-    for _ in range(200):
-        risk = torch.rand(300, generator=generator)
-        harmed = torch.rand(300, generator=generator) < risk * 0.6
-        threshold = calibrated(risk[:100], harmed[:100], alpha)
+    for _ in range(60):
+        risk = torch.rand(200, generator=generator)
+        harmed = torch.rand(200, generator=generator) < risk * 0.6
+        rows = measured(harmed[:100].float()[:, None].expand(-1, len(SHARES)))
+        threshold = calibrated(
+            rows, risk[:100, None].expand(-1, len(SHARES)), TrainGate(alpha=alpha, tau=1.0, most=1.0)
+        )
         shares.append((harmed[100:] & (risk[100:] <= threshold)).float().mean().item())
     mean = sum(shares) / len(shares)
     assert 0.5 * alpha < mean <= alpha
@@ -105,16 +148,18 @@ def test_auroc_counts_pairs():
 
 
 def test_the_risk_finds_what_tells_harm_apart():
-    h = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
-    harmed = h[:, 2] > 0
-    signals = torch.randn(200, len(SHARES), len(SIGNALS), generator=torch.Generator().manual_seed(2))
-    ones = torch.ones(200, len(SHARES))
-    rows = Measured(["a"] * 200, [str(i) for i in range(200)], ones[:, 0], ones, ones, signals, h)
-    state = fit(rows, harmed, penalty=0.01)
-    risk = Gate(1.0, 0.5, 1.0, state, {}).risk_B(signals[:, 0], h)
-    found = auroc(risk, harmed)
+    """Harm follows one feature of h, and only at the two largest shares."""
+    generator = torch.Generator().manual_seed(1)
+    h, told = torch.randn(200, 6, generator=generator), torch.randn(200, len(SIGNALS), generator=generator)
+    harmed = (h[:, 2] > 0)[:, None] & (torch.tensor(SHARES) >= 0.5)
+    rows = replace(measured(harmed.float()), h_NH=h, signals_NF=told)
+    risk = out_of_fold(rows, TrainGate(penalty=0.01))
+    found = auroc(risk[:, 0], harmed[:, 0])
     assert found is not None
     assert found > 0.95
+    assert (risk[:, 1:] < risk[:, :-1]).all(), "a smaller share is never riskier here"
+    state = fit(told, h, harmed, penalty=0.01)
+    assert state["weight_H"].abs().argmax() == 2
 
 
 def network_of(folder: Path, backbone, reach="answer") -> Path:
@@ -142,7 +187,7 @@ def test_training_a_gate(llama_folder, tmp_path, capsys):
     config.data.task, config.data.source, config.data.format = "own", str(rows), "plain"
     train_gate(config)
     report = json.loads((tmp_path / "gate" / "gate.json").read_text())["report"]
-    assert report["rows"] == {"fitted": 12, "calibrated": 12}
+    assert report["rows"] == 24
     assert report["calibration"]["harmed"] <= 0.3
     gate = load_rate(network).gate
     assert gate is not None
@@ -161,9 +206,8 @@ def test_training_a_gate(llama_folder, tmp_path, capsys):
 
 def test_shares_are_halves():
     assert SHARES[:3] == (1.0, 0.5, 0.25)
-    base = torch.zeros(1)
-    one: Tensor = torch.tensor([[0.9, 0.4, 0.1, 0.0, 0.0, 0.0]])
-    rows = Measured(["a"], ["1"], base, one, one, torch.zeros(1, 6, 7), torch.zeros(1, 2))
-    assert rows.within(0.5).change_N.item() == pytest.approx(0.4)
-    assert rows.within(2.0, 0.25).change_N.item() == pytest.approx(0.1)
-    assert tiny_backbone("llama").layers == 2
+    change, kl = torch.tensor([[0.9, 0.4, 0.1, 0.0, 0.0, 0.0]]), torch.tensor([[0.9, 0.3, 0.1, 0.0, 0.0, 0.0]])
+    rows = measured(change, kl_NS=kl)
+    assert rows.change_N(rows.kept_NS(None, 1.0, 0.5, 1.0)).item() == pytest.approx(0.4)
+    assert rows.change_N(rows.kept_NS(None, 1.0, 2.0, 0.25)).item() == pytest.approx(0.1)
+    assert not rows.kept_NS(torch.ones(1, 6), 0.5, 2.0, 1.0).any()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from ephemera.adaptation import ABSTAINED, UNCHANGED
 from ephemera.backbone import Backbone
-from ephemera.gate import SIGNALS, Gate
+from ephemera.gate import Gate
 from ephemera.inits import ZeroInit
 from ephemera.made_for import MadeFor
 from ephemera.model import AdaptiveLM
@@ -16,17 +15,7 @@ from ephemera.serving.engine import Engine
 from ephemera.serving.methods import Method
 from ephemera.serving.work import Report
 from serving_fixtures import PROMPTS, collect, job_for, running, text_of
-from tiny import tiny_backbone
-
-
-def gate(threshold: float, *, tau: float = 1e9, by_length: float = 0.0) -> Gate:
-    """Risk 1/2 for every prompt, or larger the longer it is."""
-    F = len(SIGNALS)
-    weight_F = torch.zeros(F)
-    weight_F[SIGNALS.index("prompt tokens")] = by_length
-    mean_F = torch.full((F,), 3.0)  # log of 20 tokens
-    state = {"bias": torch.zeros(()), "weight_F": weight_F, "mean_F": mean_F, "std_F": torch.ones(F)}
-    return Gate(tau, threshold, 1.0, state, {})
+from tiny import length_gate, tiny_backbone
 
 
 def network(backbone: Backbone, gate: Gate | None) -> PerProjectionRate:
@@ -46,7 +35,7 @@ def served(backbone: Backbone, method: Method, prompts) -> list[tuple[str, dict]
 def test_whom_the_gate_leaves_alone(threshold):
     backbone = tiny_backbone("llama")
     free = network(backbone, None)
-    lm = AdaptiveLM(backbone, rate=network(backbone, gate(threshold)))
+    lm = AdaptiveLM(backbone, rate=network(backbone, length_gate(backbone, threshold)))
     prompts = list(PROMPTS[:3])
     base, adapted = (AdaptiveLM(backbone, rate=free).generate(prompts, steps=k, max_new_tokens=8) for k in (0, 1))
     assert all(a != b for a, b in zip(base, adapted, strict=True))
@@ -62,7 +51,7 @@ def test_whom_the_gate_leaves_alone(threshold):
 def test_each_prompt_is_judged_by_itself():
     """One batch of short prompts, which adapt, and long ones, which do not."""
     backbone = tiny_backbone("llama")
-    lm = AdaptiveLM(backbone, rate=network(backbone, gate(0.5, by_length=9.0)))
+    lm = AdaptiveLM(backbone, rate=network(backbone, length_gate(backbone, 0.5, by_length=9.0)))
     prompts = ["The sea", "Give a short answer of the following question. Who wrote it in the winter?", "The mill runs"]
     texts, adaptation = lm.reply(prompts, max_new_tokens=8)
     assert adaptation.notes == (None, ABSTAINED, None)
@@ -76,7 +65,7 @@ def test_each_prompt_is_judged_by_itself():
 def test_a_trust_region_alone():
     """Where no share of the adapter keeps the first token near the base model's, none is kept."""
     backbone = tiny_backbone("llama")
-    lm = AdaptiveLM(backbone, rate=network(backbone, gate(1.0, tau=-1.0)))
+    lm = AdaptiveLM(backbone, rate=network(backbone, length_gate(backbone, 1.0, tau=-1.0)))
     texts, adaptation = lm.reply(PROMPTS[0], max_new_tokens=8)
     assert adaptation.notes == (ABSTAINED,)
     assert texts == lm.generate(PROMPTS[0], steps=0, max_new_tokens=8)
@@ -84,7 +73,7 @@ def test_a_trust_region_alone():
 
 def test_a_gate_is_for_the_reach_it_was_made_for():
     backbone = tiny_backbone("llama")
-    rate = network(backbone, gate(0.4))
+    rate = network(backbone, length_gate(backbone, 0.4))
     everywhere = AdaptiveLM(backbone, rate=rate, reach="all")
     assert everywhere.adapt(PROMPTS[0]).notes[0] != ABSTAINED
     assert Method("m", "c", ZeroInit(), rate, 1, "all").gate is None

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from ephemera import AdaptiveLM
 from ephemera.backbone import describe
@@ -13,10 +12,10 @@ from ephemera.evaluation.records import RECORDS, SurveyRecord, read_json, read_r
 from ephemera.evaluation.survey import survey
 from ephemera.evaluation.survey_report import changed
 from ephemera.evaluation.survey_tables import cells_of, verdict
-from ephemera.gate import SIGNALS, Gate
 from ephemera.load import load_backbone
 from ephemera.made_for import MadeFor
 from ephemera.rates import FixedRate, PerProjectionRate, load_rate
+from tiny import length_gate
 
 ROWS = [{"prompt": f"The river {'runs ' * (i % 4)}past {i}", "answer": f"the mill {i % 3}"} for i in range(7)]
 
@@ -31,10 +30,7 @@ def material(llama_folder, tmp_path_factory) -> Path:
         trained_for=describe(backbone),
         made_for=MadeFor(("own",), "plain", "answer", 1),
     )
-    zero = torch.zeros(len(SIGNALS))
-    length = zero.index_fill(0, torch.tensor(SIGNALS.index("prompt tokens")), 50.0)
-    state = {"bias": torch.tensor(-50 * torch.tensor(9.5).log().item()), "weight_F": length}
-    rate.gate = Gate(1e9, 0.5, 1.0, {**state, "mean_F": zero, "std_F": zero + 1}, {})
+    rate.gate = length_gate(backbone, 0.5, by_length=50.0, tokens=9.5)
     rate.save_pretrained(folder / "network")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return folder

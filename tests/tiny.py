@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ephemera import head, llama
 from ephemera.backbone import Backbone
+from ephemera.gate import SIGNALS, Gate
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch, pad
 from ephemera.rates import ScaleNet
@@ -241,6 +242,19 @@ class SomeRowsWild:
         return rates
 
     def check(self, backbone: Backbone) -> None: ...
+
+
+def length_gate(
+    backbone: Backbone, threshold: float, *, tau: float = 1e9, by_length: float = 0.0, tokens: float = 20.0
+) -> Gate:
+    """Risk 1/2 for every prompt at every share; with `by_length` it grows with the prompt, and is 1/2 at so many tokens."""
+    weight_F = torch.zeros(len(SIGNALS)).index_fill(0, torch.tensor(SIGNALS.index("prompt tokens")), by_length)
+    mean_F = torch.zeros_like(weight_F)
+    mean_F[SIGNALS.index("prompt tokens")] = torch.tensor(tokens).log()
+    zero_H = torch.zeros(2 * backbone.hidden_size)
+    state = {"weight_F": weight_F, "mean_F": mean_F, "std_F": torch.ones_like(weight_F)}
+    state |= {"weight_H": zero_H, "mean_H": zero_H.clone(), "std_H": torch.ones_like(zero_H)}
+    return Gate(tau, threshold, 1.0, {**state, "bias": torch.zeros(()), "slope": torch.zeros(())}, {})
 
 
 def random_ids(lengths: Sequence[int], *, seed: int = 2) -> list[list[int]]:

@@ -9,17 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.export import export_peft
 from ephemera.gate import Gate
-from ephemera.guard import guard, shrunk
 from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
 from ephemera.objective import TokenBatch
-from ephemera.prefill import Prefill, prefill, whole_reading
+from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, default_steps
 
 UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
@@ -31,17 +29,6 @@ ALIKE = 1e-3  # nats per token: losses that differ by less are the same
 def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
     """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
     return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
-
-
-def guarded(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tuple[Trace, Prefill, Tensor]:
-    """The trace with what the gate leaves of its adapters, the prompts read with those, and which rows [B] it leaves alone."""
-    reading = whole_reading(backbone, batch, trace.reading or trace.lower)
-    trace = replace(trace, reading=reading)
-    lora = shrunk(trace, gate.most)
-    read = prefill(backbone, batch, lora, trace.initial_lora, reach="answer", reading=reading)
-    read, verdict = guard(gate, read, trace)
-    assert read.lora is not None
-    return replace(trace, lora=read.lora), read, verdict.abstained_B
 
 
 def steps_of(rule: Rate | None, steps: int | None) -> int:

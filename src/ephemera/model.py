@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import ABSTAINED, Adaptation, beyond, gate_of, guarded, kept_start, steps_of
+from ephemera.adaptation import ABSTAINED, Adaptation, beyond, gate_of, kept_start, steps_of
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.errors import unknown
 from ephemera.generator import load_init, lora_of, place_init, targets_of
+from ephemera.guard import guard
 from ephemera.inits import Init, ZeroInit
 from ephemera.load import load_backbone
 from ephemera.lora import LoraBatch
@@ -195,8 +196,8 @@ class AdaptiveLM:
                 )  # from another start the first pass is not the base model's
                 trace = adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below, keep_reading=keeps)
                 if gate is not None and steps:
-                    trace, _, left_B = guarded(gate, self.backbone, batch, trace)
-                    alone.update(rows[place] for place in left_B.nonzero()[:, 0].tolist())
+                    trace, _, verdict = guard(gate, self.backbone, batch, trace)
+                    alone.update(rows[place] for place in verdict.abstained_B.nonzero()[:, 0].tolist())
                 traces.append(trace)
                 if reach == "answer":
                     readings[tuple(rows)] = whole_reading(self.backbone, batch, trace.reading or trace.lower)

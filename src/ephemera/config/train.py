@@ -186,13 +186,12 @@ class TrainGate(Settings):
     unseen: DataSettings | None = Field(
         default=None, description="tasks that are only reported, never fitted or calibrated on"
     )
-    alpha: float = Field(default=0.05, gt=0, lt=1, description="most of the prompts that may be harmed")
+    alpha: float = Field(
+        default=0.05, gt=0, lt=1, description="most of the prompts that may be harmed, over all rows and in each task"
+    )
     harm: float = Field(default=0.05, gt=0, description="nats per answer token that count as harm")
-    most: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="share of an adapter that is kept at most: 1, 0.5, 0.25, ...; default: the one that gains most under alpha",
+    most: float = Field(
+        default=1.0, gt=0, le=1, description="share of an adapter that is kept at most: 1, 0.5, 0.25, ..."
     )
     tau: float = Field(default=0.5, gt=0, description="trust region: most nats of KL of the first answer token")
     penalty: float = Field(default=1.0, ge=0, description="L2 penalty of the risk's weights")

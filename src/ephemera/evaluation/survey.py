@@ -24,7 +24,7 @@ from ephemera.evaluation.grid import STOPPED, at_least_two
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
 from ephemera.evaluation.survey_report import write_survey_report
 from ephemera.evaluation.survey_tables import write_tables
-from ephemera.guard import guard, shrunk
+from ephemera.guard import guard
 from ephemera.inits import PeftInit, ZeroInit
 from ephemera.load import load_backbone
 from ephemera.prefill import Prefill, prefill
@@ -88,7 +88,7 @@ class Methods:
         gate = self.network.gate if method == "network" else None
         if gate is None:
             return Answered(ready.read(trace.lora), one_B)
-        read, verdict = guard(gate, ready.read(shrunk(trace, gate.most)), trace)
+        _, read, verdict = guard(gate, self.backbone, ready.batch, trace)
         return Answered(read, verdict.share_B.cpu(), verdict.kl_B.cpu())
 
 

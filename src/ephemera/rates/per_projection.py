@@ -56,8 +56,8 @@ class PerProjectionRate(nn.Module):
         return self.base_rates[0]
 
     @property
-    def uses_representation(self) -> Literal["no"]:
-        return "no"
+    def uses_representation(self) -> Literal["no", "step"]:
+        return "no" if self.gate is None else "step"  # which the gate looks at
 
     @property
     def normalize(self) -> Literal["none"]:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import guarded
 from ephemera.backbone import Backbone
 from ephemera.beginnings import Beginnings
 from ephemera.encoding import chat_beginning
+from ephemera.guard import guard
 from ephemera.inits import ZeroInit
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import Prefill, prefill
@@ -206,7 +206,8 @@ class Engine:
         read: Prefill | None = None
         gate = None if trace is None or not steps else method.gate
         if trace is not None and gate is not None:
-            trace, read, left_B = guarded(gate, backbone, batch, trace)
+            trace, read, verdict = guard(gate, backbone, batch, trace)
+            left_B = verdict.abstained_B
         seconds = time.perf_counter() - start
         if trace is None:
             read = prefill(backbone, batch, None)

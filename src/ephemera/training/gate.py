@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.config import TrainGate, dump_yaml
-from ephemera.gate import SIGNALS, Gate
-from ephemera.guard import SHRINK, SHRINKS, signals, with_share
+from ephemera.gate import SHARES, SIGNALS, Gate
+from ephemera.guard import kl, log_p, read_with, signals
 from ephemera.inits import ZeroInit
 from ephemera.load import load_backbone
 from ephemera.prepared import prepare
@@ -28,7 +29,7 @@ from ephemera.rates.protocol import NAME as RATE
 from ephemera.rows import load_rows
 from ephemera.scoring import Encoded, batches_of, parts_of
 
-SHARES = tuple(SHRINK**n for n in range(SHRINKS))
+FOLDS = 5
 TAUS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, float("inf"))
 
 
@@ -36,7 +37,7 @@ TAUS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, float("inf"))
 class Measured:
     """N rows under a network: answer NLL of the base model and with each share S of the adapter, and what the prompt tells.
 
-    `kl_NS`: KL(adapted || base) of the first token. `signals_NSF`: the gate's signals, had it kept that share.
+    `kl_NS`: KL(adapted || base) of the first token. `signals_NF`: the gate's signals.
     """
 
     tasks: list[str]
@@ -44,36 +45,30 @@ class Measured:
     base_N: Tensor
     nll_NS: Tensor
     kl_NS: Tensor
-    signals_NSF: Tensor
+    signals_NF: Tensor
     h_NH: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        names = ("base_N", "nll_NS", "kl_NS", "signals_NSF", "h_NH")
+        names = ("base_N", "nll_NS", "kl_NS", "signals_NF", "h_NH")
         return {name: getattr(self, name).contiguous() for name in names}
 
-    def rows(self, index: Sequence[int]) -> Measured:
-        at = list(index)
-        return Measured(
-            [self.tasks[i] for i in at],
-            [self.ids[i] for i in at],
-            *(t[at] for t in (self.base_N, self.nll_NS, self.kl_NS, self.signals_NSF, self.h_NH)),
-        )
-
-    def within(self, tau: float, most: float = 1.0) -> Measured:
-        """Each row at the largest share of at most `most` inside the trust region, S = 1; the base model's if none is."""
-        inside_NS = (self.kl_NS <= tau) & self.kl_NS.isfinite() & (torch.tensor(SHARES) <= most)
-        first_N = torch.where(inside_NS.any(1), inside_NS.int().argmax(1), len(SHARES) - 1)
-        pick = torch.arange(len(first_N)), first_N
-        nll_N = torch.where(inside_NS.any(1), self.nll_NS[pick], self.base_N)
-        kl_N, signals_NF = self.kl_NS[pick], self.signals_NSF[pick]
-        return Measured(
-            self.tasks, self.ids, self.base_N, nll_N[:, None], kl_N[:, None], signals_NF[:, None], self.h_NH
-        )
-
     @property
-    def change_N(self) -> Tensor:
-        return self.nll_NS[:, 0] - self.base_N
+    def change_NS(self) -> Tensor:
+        return self.nll_NS - self.base_N[:, None]
+
+    def kept_NS(self, risk_NS: Tensor | None, threshold: float, tau: float, most: float) -> Tensor:
+        """Which share [N,S] each row keeps, one-hot: the largest that risk and trust region allow; none: no entry.
+
+        Without a risk, the largest that the trust region allows.
+        """
+        allowed_NS = (self.kl_NS <= tau) & self.kl_NS.isfinite() & (torch.tensor(SHARES) <= most)
+        if risk_NS is not None:
+            allowed_NS &= risk_NS <= threshold
+        return allowed_NS & (allowed_NS.int().cumsum(1) == 1)
+
+    def change_N(self, kept_NS: Tensor) -> Tensor:
+        return torch.where(kept_NS, self.change_NS, 0.0).sum(1)
 
 
 def read_measured(path: Path, rows: Sequence[Encoded]) -> Measured:
@@ -101,72 +96,75 @@ def measure(
             backbone, ZeroInit(), parts, [seed] * len(some), objective=network.objective, normalize=network.normalize
         )
         trace, answers = ready.adapted(network), [row.answer for row in some]
-        whole = ready.read(trace.lora)
-        base_B = ready.answer_nll(answers, None)
-        nll, kl, told = [], [], []
+        assert trace.reading is not None
+        base_BV = log_p(backbone, trace.reading.hidden_BTD[:, -1])
+        nll, kls = [], []
         for share in SHARES:
-            share_B = torch.full_like(base_B, share)
-            read = with_share(whole, trace, share_B)
-            kl_B = kl_of(backbone, read.hidden_BTD[:, -1], read.base_BD)
+            read = read_with(backbone, ready.batch, trace, share)
             nll.append(read.answer_nll(answers))
-            kl.append(kl_B)
-            told.append(signals(read, trace, share_B, kl_B))
-        found.append([base_B, torch.stack(nll, 1), torch.stack(kl, 1), torch.stack(told, 1), ready.h_BH])
+            kls.append(kl(log_p(backbone, read.hidden_BTD[:, -1]), base_BV))
+        told_BF = signals(base_BV, ready.batch, trace)
+        base_B = ready.answer_nll(answers, None)
+        found.append([base_B, torch.stack(nll, 1), torch.stack(kls, 1), told_BF, ready.h_BH])
         tasks += [row.task for row in some]
         ids += [row.id for row in some]
-    base_N, nll_NS, kl_NS, signals_NSF, h_NH = (torch.cat(column).cpu() for column in zip(*found, strict=True))
-    return Measured(tasks, ids, base_N, nll_NS, kl_NS, signals_NSF, h_NH)
+    return Measured(tasks, ids, *(torch.cat(column).cpu() for column in zip(*found, strict=True)))
 
 
-def kl_of(backbone: Backbone, h_BD: Tensor, base_BD: Tensor | None) -> Tensor:
-    assert base_BD is not None
-    p_BV, q_BV = (backbone.logits(h).float().log_softmax(-1) for h in (h_BD, base_BD))
-    return (p_BV.exp() * (p_BV - q_BV)).sum(1)
-
-
-def fit(rows: Measured, harmed_N: Tensor, *, penalty: float) -> dict[str, Tensor]:
-    """Logistic regression of harm on the signals and h(x), both standardised, with an L2 penalty on the weights."""
-    x_NF, h_NH = rows.signals_NSF[:, 0], rows.h_NH
-    state = {"mean_F": x_NF.mean(0), "std_F": x_NF.std(0).clamp(min=1e-6)}
+def fit(signals_NF: Tensor, h_NH: Tensor, harmed_NS: Tensor, *, penalty: float) -> dict[str, Tensor]:
+    """Logistic regression of harm at each share on signals and h(x), standardised, with an L2 penalty on the weights."""
+    state = {"mean_F": signals_NF.mean(0), "std_F": signals_NF.std(0).clamp(min=1e-6)}
     state |= {"mean_H": h_NH.mean(0), "std_H": h_NH.std(0).clamp(min=1e-6)}
-    weights = [torch.zeros(n, requires_grad=True) for n in (x_NF.shape[1], h_NH.shape[1])]
-    bias = torch.zeros((), requires_grad=True)
-    x_NF = ((x_NF - state["mean_F"]) / state["std_F"]).clamp(-5, 5)
+    weight_F, weight_H = (torch.zeros(n, requires_grad=True) for n in (signals_NF.shape[1], h_NH.shape[1]))
+    bias, slope = torch.zeros((), requires_grad=True), torch.ones((), requires_grad=True)
+    x_NF = ((signals_NF - state["mean_F"]) / state["std_F"]).clamp(-5, 5)
     h_NH = ((h_NH - state["mean_H"]) / state["std_H"]).clamp(-5, 5)
-    optimizer = torch.optim.LBFGS([*weights, bias], max_iter=200, line_search_fn="strong_wolfe")
+    halvings_S = torch.tensor(SHARES).log2()
+    optimizer = torch.optim.LBFGS([weight_F, weight_H, bias, slope], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        logit_N = bias + x_NF @ weights[0] + h_NH @ weights[1]
-        value = torch.nn.functional.binary_cross_entropy_with_logits(logit_N, harmed_N.float(), reduction="sum")
+        logit_NS = (bias + x_NF @ weight_F + h_NH @ weight_H)[:, None] + slope * halvings_S
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logit_NS, harmed_NS.float(), reduction="sum")
         # A feature of h counts as one of many: its weight is held so much tighter
-        value = value + penalty * (weights[0].square().sum() + weights[1].square().sum() * h_NH.shape[1] / 10)
+        value = value + penalty * (weight_F.square().sum() + weight_H.square().sum() * len(weight_H) / 6)
         value.backward()
         return value
 
     optimizer.step(loss)  # pyright: ignore[reportArgumentType]
-    return {**state, "weight_F": weights[0].detach(), "weight_H": weights[1].detach(), "bias": bias.detach()}
+    learned = {"weight_F": weight_F, "weight_H": weight_H, "bias": bias, "slope": slope}
+    return state | {name: t.detach() for name, t in learned.items()}
 
 
-def calibrated(risk_N: Tensor, harmed_N: Tensor, alpha: float, tasks: Sequence[str] = ()) -> float:
-    """The largest threshold on the risk that keeps the harmed share under alpha (conformal risk control).
+def out_of_fold(rows: Measured, config: TrainGate) -> Tensor:
+    """The risk [N,S] of each row, by a regression that never saw it."""
+    order = random.Random(config.seed).sample(range(len(rows.ids)), len(rows.ids))
+    risk_NS = torch.zeros_like(rows.nll_NS)
+    harmed_NS = rows.change_NS > config.harm
+    for fold in range(FOLDS):
+        held = order[fold::FOLDS]
+        known = sorted(set(order) - set(held))
+        state = fit(rows.signals_NF[known], rows.h_NH[known], harmed_NS[known], penalty=config.penalty)
+        risk_NS[held] = Gate(config.tau, 1.0, 1.0, state, {}).risk_BS(rows.signals_NF[held], rows.h_NH[held])
+    return risk_NS
 
-    With n rows, (harmed and adapted + 1) / (n + 1) <= alpha: then a further row like them is harmed with a probability of
-    at most alpha (Angelopoulos et al., 2024, Eq. 4). -1 where no threshold does: every row is left alone. With each row's
-    task, no task's own share exceeds alpha either, as far as these rows tell.
+
+def calibrated(rows: Measured, risk_NS: Tensor, config: TrainGate) -> float:
+    """The largest threshold up to which the harmed share stays under alpha (conformal risk control, cross-validated).
+
+    With n rows, (harmed + 1) / (n + 1) <= alpha: then a further row like them is harmed with a probability of about alpha at
+    most (Angelopoulos et al., 2024, Eq. 4; Cohen et al., 2024, for risks out of fold). No task's own share may exceed alpha
+    either. -1 if no threshold does: every row is left alone.
     """
-    n, threshold, harmed = len(risk_N), -1.0, 0
-    counts, harmed_of = Counter(tasks), Counter[str]()
-    order = risk_N.argsort().tolist()
-    for at, i in enumerate(order):
-        if harmed_N[i]:
-            harmed += 1
-            if tasks:
-                harmed_of[tasks[i]] += 1
-        if (harmed + 1) / (n + 1) > alpha or any(k > alpha * counts[task] for task, k in harmed_of.items()):
+    n, threshold, counts = len(rows.ids), -1.0, Counter(rows.tasks)
+    for candidate in sorted(set(risk_NS.flatten().tolist())):
+        harmed_N = rows.change_N(rows.kept_NS(risk_NS, candidate, config.tau, config.most)) > config.harm
+        by_task = Counter(task for task, harmed in zip(rows.tasks, harmed_N.tolist(), strict=True) if harmed)
+        if (by_task.total() + 1) / (n + 1) > config.alpha or any(
+            k > max(1, config.alpha * counts[task]) for task, k in by_task.items()
+        ):
             break
-        tied = at + 1 < n and risk_N[order[at + 1]] == risk_N[i]
-        threshold = threshold if tied else risk_N[i].item()
+        threshold = candidate
     return threshold
 
 
@@ -193,7 +191,7 @@ def train_gate(config: TrainGate) -> Path:
     rows = load_rows(backbone, config.data)
     if len(rows) < 20:
         raise ValueError(f"a gate needs at least 20 labelled rows; data has {len(rows)}. Raise data.limit.")
-    if config.most is not None and config.most not in SHARES:
+    if config.most not in SHARES:
         raise ValueError(
             f"most={config.most} is not one of the shares that are measured: {', '.join(map(str, SHARES))}."
         )
@@ -222,111 +220,82 @@ def train_gate(config: TrainGate) -> Path:
 
 
 def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[Gate, dict[str, Any]]:
-    """The gate, and what it does: to the calibration half, by task, and to tasks it never saw.
+    """The gate, and what it does: to the rows it was calibrated on (out of fold), by task, and to tasks it never saw."""
+    risk_NS, harmed_NS = out_of_fold(seen, config), seen.change_NS > config.harm
+    threshold = calibrated(seen, risk_NS, config)
+    state = fit(seen.signals_NF, seen.h_NH, harmed_NS, penalty=config.penalty)
+    gate = Gate(config.tau, threshold, config.most, state, {})
 
-    The share of the adapter is chosen on the fitting half only, so the promise made on the other half holds.
-    """
-    order = random.Random(config.seed).sample(range(len(seen.ids)), len(seen.ids))
-    half = len(order) // 2
-    fitting, checking = seen.rows(order[:half]), seen.rows(order[half:])
-    tried = {most: _trial(fitting, most, config) for most in (SHARES if config.most is None else ())}
-    most = config.most or min(tried, key=lambda share: tried[share]["change"])
-    gate = _gate(fitting, checking, most, config)
-    within = checking.within(config.tau, most)
-    risk_N = gate.risk_B(within.signals_NSF[:, 0], within.h_NH)
-    adapted_N = risk_N <= gate.threshold
+    def figures(rows: Measured, risk_NS: Tensor | None, **other: float) -> dict[str, float]:
+        limits = {"threshold": threshold, "tau": config.tau, "most": config.most} | other
+        return _figures(rows, rows.kept_NS(risk_NS, **limits), config.harm)
+
     report: dict[str, Any] = {
-        "alpha": config.alpha,
-        "harm": config.harm,
-        "tau": config.tau,
-        "most": most,
-        "threshold": gate.threshold,
-        "rows": {"fitted": len(fitting.ids), "calibrated": len(checking.ids)},
-        "tried": {str(share): figures for share, figures in tried.items()},
-        "trust_region": {str(tau): _figures(seen.within(tau, most).change_N, None, config.harm) for tau in TAUS},
-        "shares": {
-            str(share): _figures(seen.within(config.tau, share).change_N, None, config.harm) for share in SHARES
-        },
-        "auroc": _aurocs(within, risk_N, config.harm),
-        "calibration": _figures(within.change_N, adapted_N, config.harm),
-        "curve": _curve(within.change_N, risk_N, config.harm),
-        "tasks": _by_task(within, adapted_N, config.harm),
+        **config.model_dump(include={"alpha", "harm", "tau", "most"}),
+        "threshold": threshold,
+        "rows": len(seen.ids),
+        "trust_region": {str(tau): figures(seen, None, tau=tau) for tau in TAUS},
+        "shares": {str(most): figures(seen, None, tau=math.inf, most=most) for most in SHARES},
+        "auroc": _aurocs(seen, risk_NS, config),
+        "calibration": figures(seen, risk_NS),
+        "curve": _curve(seen, risk_NS, config),
+        "tasks": _by_task(seen, risk_NS, figures),
     }
     if unseen is not None:
-        other = unseen.within(config.tau, most)
-        risk = gate.risk_B(other.signals_NSF[:, 0], other.h_NH)
-        report["unseen"] = _figures(other.change_N, risk <= gate.threshold, config.harm)
-        report["unseen_curve"] = _curve(other.change_N, risk, config.harm)
-        report["unseen_tasks"] = _by_task(other, risk <= gate.threshold, config.harm)
+        risk = gate.risk_BS(unseen.signals_NF, unseen.h_NH)
+        report["unseen"] = figures(unseen, risk)
+        report["unseen_curve"] = _curve(unseen, risk, config)
+        report["unseen_tasks"] = _by_task(unseen, risk, figures)
     kept = {key: report[key] for key in ("alpha", "harm", "rows", "calibration")}
     return replace(gate, calibration=kept), report
 
 
-def _gate(fitting: Measured, checking: Measured, most: float, config: TrainGate) -> Gate:
-    """The risk of harm at this share, fitted on some rows, and its threshold, calibrated on others."""
-    fitting, checking = fitting.within(config.tau, most), checking.within(config.tau, most)
-    state = fit(fitting, fitting.change_N > config.harm, penalty=config.penalty)
-    gate = Gate(config.tau, 1.0, most, state, {})
-    risk_N = gate.risk_B(checking.signals_NSF[:, 0], checking.h_NH)
-    threshold = calibrated(risk_N, checking.change_N > config.harm, config.alpha, checking.tasks)
-    return replace(gate, threshold=threshold)
-
-
-def _trial(rows: Measured, most: float, config: TrainGate) -> dict[str, float]:
-    """What a gate at this share does to each half of some rows, fitted and calibrated on the other."""
-    half = len(rows.ids) // 2
-    parts = rows.rows(range(half)), rows.rows(range(half, len(rows.ids)))
-    change, adapted = [], []
-    for known, new in (parts, parts[::-1]):
-        middle = len(known.ids) // 2
-        gate = _gate(known.rows(range(middle)), known.rows(range(middle, len(known.ids))), most, config)
-        within = new.within(config.tau, most)
-        change.append(within.change_N)
-        adapted.append(gate.risk_B(within.signals_NSF[:, 0], within.h_NH) <= gate.threshold)
-    return _figures(torch.cat(change), torch.cat(adapted), config.harm)
-
-
-def _figures(change_N: Tensor, adapted_N: Tensor | None, harm: float) -> dict[str, float]:
-    adapted_N = torch.ones_like(change_N, dtype=torch.bool) if adapted_N is None else adapted_N
-    change_N = torch.where(adapted_N, change_N, 0.0)
+def _figures(rows: Measured, kept_NS: Tensor, harm: float) -> dict[str, float]:
+    change_N = rows.change_N(kept_NS)
     return {
         "n": len(change_N),
         "change": change_N.mean().item(),
         "harmed": (change_N > harm).float().mean().item(),
         "helped": (change_N < -harm).float().mean().item(),
-        "adapted": adapted_N.float().mean().item(),
+        "share": (kept_NS * torch.tensor(SHARES)).sum(1).mean().item(),
+        "abstained": 1 - kept_NS.any(1).float().mean().item(),
     }
 
 
-def _by_task(rows: Measured, adapted_N: Tensor, harm: float) -> dict[str, dict[str, float]]:
+def _by_task(
+    rows: Measured, risk_NS: Tensor, figures: Callable[[Measured, Tensor | None], dict[str, float]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Of each task: with the gate, and at the largest share that the trust region allows."""
     found = {}
     for task in sorted(set(rows.tasks)):
         mine = [i for i, other in enumerate(rows.tasks) if other == task]
-        found[task] = {
-            **_figures(rows.change_N[mine], adapted_N[mine], harm),
-            "change_always": rows.change_N[mine].mean().item(),
-            "harmed_always": (rows.change_N[mine] > harm).float().mean().item(),
-        }
+        some = Measured([task] * len(mine), [rows.ids[i] for i in mine], *(t[mine] for t in rows.tensors.values()))
+        found[task] = {"gate": figures(some, risk_NS[mine]), "always": figures(some, None)}
     return found
 
 
-def _aurocs(rows: Measured, risk_N: Tensor, harm: float) -> dict[str, dict[str, float | None]]:
-    scores = {name: rows.signals_NSF[:, 0, i] for i, name in enumerate(SIGNALS)} | {"learned risk": risk_N}
-    change_N = rows.change_N
+def _aurocs(rows: Measured, risk_NS: Tensor, config: TrainGate) -> dict[str, dict[str, float | None]]:
+    """How well each candidate tells harmed and helped rows apart, at the largest share."""
+    at = SHARES.index(config.most)
+    scores = {name: rows.signals_NF[:, i] for i, name in enumerate(SIGNALS)}
+    scores |= {"first-token KL": rows.kl_NS[:, at], "learned risk": risk_NS[:, at]}
+    change_N = rows.change_NS[:, at]
     return {
-        name: {"harmed": auroc(score_N, change_N > harm), "helped": auroc(score_N, change_N < -harm)}
+        name: {"harmed": auroc(score_N, change_N > config.harm), "helped": auroc(score_N, change_N < -config.harm)}
         for name, score_N in scores.items()
     }
 
 
-def _curve(change_N: Tensor, risk_N: Tensor, harm: float) -> list[dict[str, float]]:
-    """Risk and coverage: the same share adapted, by lowest risk; by chance it would be harmed in proportion."""
-    order = risk_N.argsort()
+def _curve(rows: Measured, risk_NS: Tensor, config: TrainGate) -> list[dict[str, Any]]:
+    """Over thresholds, what the gate does, and what the same shares do when they are dealt to rows at random."""
+    generator = torch.Generator().manual_seed(config.seed)
     curve = []
     for tenth in range(11):
-        chosen_N = torch.zeros_like(risk_N, dtype=torch.bool)
-        chosen_N[order[: round(len(order) * tenth / 10)]] = True
-        curve.append({"coverage": tenth / 10, **_figures(change_N, chosen_N, harm)})
+        threshold = risk_NS.flatten().quantile(tenth / 10).item()
+        kept_NS = rows.kept_NS(risk_NS, threshold, config.tau, config.most)
+        dealt_NS = kept_NS[torch.randperm(len(kept_NS), generator=generator)]
+        random_N = _figures(rows, dealt_NS, config.harm)
+        curve.append({"threshold": threshold, **_figures(rows, kept_NS, config.harm), "at_random": random_N})
     return curve
 
 
@@ -341,7 +310,7 @@ def _lines(part: str, measured: Measured | None) -> list[dict[str, Any]]:
             "base_nll": round(measured.base_N[i].item(), 5),
             "nll": dict(zip(map(str, SHARES), (round(x, 5) for x in measured.nll_NS[i].tolist()), strict=True)),
             "kl": [float(f"{x:.4g}") for x in measured.kl_NS[i].tolist()],
-            "signals": dict(zip(SIGNALS, (round(x, 4) for x in measured.signals_NSF[i, 0].tolist()), strict=True)),
+            "signals": dict(zip(SIGNALS, (round(x, 4) for x in measured.signals_NF[i].tolist()), strict=True)),
         }
         for i, task in enumerate(measured.tasks)
     ]
