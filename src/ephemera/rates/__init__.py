@@ -39,7 +39,7 @@ __all__ = [
 # Short names: the paper's gradient, and the cheaper one (docs/performance.md)
 PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-fast"}
 # What a prompt is adapted by if nobody names a rate: {model: {format: shipped network}}
-DEFAULT_RATES: dict[str, dict[Format, str]] = {DEFAULT_MODEL: {"chat": "universal"}}
+DEFAULT_RATES: dict[str, dict[Format, str]] = {DEFAULT_MODEL: {"chat": "universal", "plain": "universal-plain"}}
 STEPS = 1  # of a rate that was not trained; a trained one takes what it was validated at
 
 
