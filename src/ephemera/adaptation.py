@@ -12,8 +12,6 @@ from torch import Tensor
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.export import export_peft
-from ephemera.gate import Gate
-from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
 from ephemera.objective import TokenBatch
@@ -24,11 +22,6 @@ UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
 FELL_BACK = "non-finite loss or update: answered unadapted"
 ABSTAINED = "abstained: adapting to this prompt would probably make its answer worse, answered unadapted"
 ALIKE = 1e-3  # nats per token: losses that differ by less are the same
-
-
-def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
-    """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
-    return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
 
 
 def steps_of(rule: Rate | None, steps: int | None) -> int:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import ABSTAINED, Adaptation, beyond, gate_of, kept_start, steps_of
+from ephemera.adaptation import ABSTAINED, Adaptation, beyond, kept_start, steps_of
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.errors import unknown
 from ephemera.generator import load_init, lora_of, place_init, targets_of
-from ephemera.guard import guard
+from ephemera.guard import gate_of, guard
 from ephemera.inits import Init, ZeroInit
 from ephemera.load import load_backbone
 from ephemera.lora import LoraBatch

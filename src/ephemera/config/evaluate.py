@@ -27,6 +27,9 @@ class Evaluate(Settings):
         default=list(range(MAX_STEPS + 1)), min_length=1, description="columns of the grid: K"
     )
     fixed_rate: float = Field(default=5e-2, ge=0, description="the paper's baseline (LDTTA 4.3)")
+    reach: Literal["all", "answer"] = Field(
+        default="all", description="where adapters of `fixed` and `uniform` act; a network's act as it was trained"
+    )
     uniform_rates: dict[int, float] | None = Field(
         default=None, description="best uniform rate of each K; default: searched on validation rows"
     )

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
 from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
@@ -22,7 +21,9 @@ from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
 from ephemera.generator import load_init, place_init, targets_of
+from ephemera.guard import adapt_guarded
 from ephemera.inits import Init
+from ephemera.made_for import Reach
 from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, load_rate, place_rate
 from ephemera.run_info import command, commit, versions
@@ -218,9 +219,10 @@ def _answer(
     start = time.perf_counter()
     batch = prompt_batch(backbone, some)
     seed = config.seed + repeat
-    lora = init(backbone, batch, [seed] * len(some))
-    trace = adapt(backbone, batch, lora, rule, variant.steps if rule else 0)
-    read = prefill(backbone, batch, trace.lora, trace.initial_lora)
+    reach: Reach = "all" if rule is None else rule.reach
+    trace = adapt_guarded(backbone, batch, init, [seed] * len(some), rule, variant.steps if rule else 0, reach)
+    kept = trace.reading or trace.lower
+    read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=reach)
     nll_B = read.answer_nll([row.answer for row in some])
     examples = [rows.examples[row.id] for row in some]
     logprobs = _choice_logprobs(read, [rows.choices[row.id] for row in some]) if "choices" in config.scoring else None

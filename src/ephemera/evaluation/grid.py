@@ -15,14 +15,15 @@ import torch
 from rich.progress import track
 from rouge_score.rouge_scorer import RougeScorer
 
-from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
 from ephemera.generator import load_init, lora_of, place_init
+from ephemera.guard import adapt_guarded
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Reach
 from ephemera.prefill import prefill
 from ephemera.rates import FixedRate, Rate, load_rate, place_rate
 from ephemera.run_info import command, commit, versions
@@ -42,6 +43,7 @@ class Adapted:
     rates: list[list[list[float]]] | None
     fallback: list[bool]
     seconds: float
+    reach: Reach
 
     @staticmethod
     def joined(parts: Sequence[Adapted]) -> Adapted:
@@ -53,6 +55,7 @@ class Adapted:
             rates=None if None in rates else [row for some in rates for row in some or []],
             fallback=[row for part in parts for row in part.fallback],
             seconds=sum(part.seconds for part in parts),
+            reach=parts[0].reach,
         )
 
 
@@ -73,9 +76,9 @@ class Grid:
     def _adapt(self, rows: Sequence[Encoded], method: str, K: int) -> Adapted:
         start = time.perf_counter()
         batch = prompt_batch(self.backbone, rows)
-        lora = self.init(self.backbone, batch, [self.seed] * len(rows))
         rule = self._rule(method, K)
-        trace = adapt(self.backbone, batch, lora, rule, K if rule else 0)
+        reach: Reach = "all" if rule is None else rule.reach
+        trace = adapt_guarded(self.backbone, batch, self.init, [self.seed] * len(rows), rule, K if rule else 0, reach)
         return Adapted(
             lora=trace.lora,
             initial_lora=trace.initial_lora,
@@ -83,6 +86,7 @@ class Grid:
             rates=trace.rates_BKM.tolist() if method == "layerwise" else None,
             fallback=trace.fallback_B.tolist(),
             seconds=time.perf_counter() - start,
+            reach=reach,
         )
 
     def swap(self, adapted: Adapted) -> Adapted:
@@ -95,13 +99,14 @@ class Grid:
             rates=None,
             fallback=[adapted.fallback[i] for i in index.tolist()],
             seconds=adapted.seconds,
+            reach=adapted.reach,
         )
 
     def _rule(self, method: str, K: int) -> Rate | None:
         if method == "none" or K == 0:
             return None
         if method == "uniform":
-            return FixedRate(self.uniform[K])
+            return FixedRate(self.uniform[K], reach=self.rules["fixed"].reach)
         return self.rules[method]
 
 
@@ -125,7 +130,7 @@ def score(
         some, places = rows[part], range(len(rows))[part]
         start = time.perf_counter()
         lora, initial_lora = adapted.lora.rows(places), adapted.initial_lora.rows(places)
-        read = prefill(backbone, prompt_batch(backbone, some), lora, initial_lora)
+        read = prefill(backbone, prompt_batch(backbone, some), lora, initial_lora, reach=adapted.reach)
         prefill_seconds += time.perf_counter() - start
         nlls += read.answer_nll([row.answer for row in some]).tolist()
         fallback += read.fallback_B.tolist()
@@ -241,7 +246,7 @@ def _fill(
 
 def load_rules(config: Evaluate, backbone: Backbone) -> dict[str, Rate]:
     """The rate of each method of the grid, checked against the model and Kmax."""
-    rules: dict[str, Rate] = {"fixed": FixedRate(config.fixed_rate)}
+    rules: dict[str, Rate] = {"fixed": FixedRate(config.fixed_rate, reach=config.reach)}
     wanted = set(config.methods) | ({"layerwise"} if "swapped" in config.methods else set())
     specs = {"stepwise": config.stepwise, "layerwise": config.layerwise, "averaged": config.averaged}
     if "averaged" in wanted and config.averaged is None:
@@ -268,7 +273,7 @@ def _open_run(
     path = folder / RUN
     if path.exists() and not fresh:
         run = json.loads(path.read_text())
-        old = {"init": "zero", **run["config"]}  # runs made before there was a choice
+        old = {"init": "zero", "reach": "all", **run["config"]}  # runs made before there was a choice
         changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in ("output", "methods"))
         if changed:
             raise ValueError(
@@ -323,6 +328,7 @@ def _settle_uniform(
         batch_size=config.batch_size,
         grid=config.uniform_grid,
         seed=config.seed,
+        reach=config.reach,
     )
     run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
     write_json(folder / RUN, run)

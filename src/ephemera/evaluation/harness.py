@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from ephemera import __version__
-from ephemera.adapt import adapt
 from ephemera.errors import unknown
 from ephemera.generator import LoraGenerator
+from ephemera.guard import adapt_guarded
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -305,8 +305,8 @@ class EphemeraLM(TemplateLM):
             return None
         ids = [context[-self.max_length :] for context in contexts]
         batch = pad(ids, pad_id=self.backbone.pad_id).to(self.backbone.device)
-        start = self.lm.init(self.backbone, batch, [self.seed] * len(ids))
-        trace = adapt(self.backbone, batch, start, self.lm.rate, self.steps)
+        seeds = [self.seed] * len(ids)
+        trace = adapt_guarded(self.backbone, batch, self.lm.init, seeds, self.lm.rate, self.steps, self.reach)
         self._count(int(trace.fallback_B.sum()))
         return trace.lora, trace.initial_lora
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ephemera.adaptation import beyond, gate_of, kept_start, told
+from ephemera.adaptation import beyond, kept_start, told
 from ephemera.backbone import Backbone
 from ephemera.errors import nearest
 from ephemera.gate import Gate
 from ephemera.generator import LoraGenerator, lora_of
+from ephemera.guard import gate_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.made_for import FORMATS, Format, Reach
 from ephemera.model import AdaptiveLM
