@@ -27,16 +27,15 @@ from torch import Tensor
 
 from benchmarks.frontier_points import TEMPLATE, Point, points
 from benchmarks.frontier_report import write_report
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import Trace
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone
+from ephemera.begin import adapt_from, reach_of
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
-from ephemera.guard import guard
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens, load_lens
 from ephemera.load import load_backbone
-from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill, prefill
@@ -98,8 +97,7 @@ def answer_nlls(
     found: dict[str, tuple[float, int]] = {}
     for batch_rows in batches_of(backbone, rows, BATCH):
         batch = prompt_batch(backbone, batch_rows)
-        lora = INIT(backbone, batch, [0] * len(batch_rows))
-        read, trace = adapted(backbone, batch, lora, rule, K, stop_below)
+        read, trace = adapted(backbone, batch, rule, K, stop_below)
         nll_B = read.answer_nll([row.answer for row in batch_rows])
         taken = zip(nll_B.tolist(), trace.steps_B.tolist(), strict=True)
         found |= {row.id: pair for row, pair in zip(batch_rows, taken, strict=True)}
@@ -107,17 +105,14 @@ def answer_nlls(
 
 
 def adapted(
-    backbone: Backbone, batch: TokenBatch, lora: LoraBatch, rule: Rate | None, K: int, stop_below: float | None
+    backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int, stop_below: float | None
 ) -> tuple[Prefill, Trace]:
     """K steps and the reading that answers begin from, as the rate's reach and gate have it."""
-    reach = "all" if rule is None else rule.reach
-    trace = adapt(backbone, batch, lora, rule, K, stop_below=stop_below, keep_reading=reach == "answer")
-    kept = {"lower": trace.lower, "reading": trace.reading or trace.lower}
-    gate = rule.gate if rule is not None and K else None
-    if gate is not None:
-        trace, read, _ = guard(gate, backbone, batch, trace)
-        return read, trace
-    return prefill(backbone, batch, trace.lora, lora, reach=reach, **kept), trace
+    reach = reach_of(INIT, rule)
+    trace, read, _ = adapt_from(backbone, batch, INIT, [0] * len(batch.ids_BT), rule, K, reach, stop_below=stop_below)
+    if read is None:
+        read = prefill(backbone, batch, trace.lora, trace.initial_lora, reach=reach, lower=trace.reading or trace.lower)
+    return read, trace
 
 
 def mean(values: Sequence[float]) -> float:
@@ -236,8 +231,7 @@ def first_token(
     if K == 0:
         read = prefill(backbone, batch, None)
     else:
-        lora = INIT(backbone, batch, [0] * batch.ids_BT.shape[0])
-        read, _ = adapted(backbone, batch, lora, rule, K, stop_below)
+        read, _ = adapted(backbone, batch, rule, K, stop_below)
     return backbone.logits(read.hidden_BTD[:, -1]).argmax(-1)
 
 

@@ -43,6 +43,7 @@ LAYERS = (
         "prefill",
         "prepared",
         "guard",
+        "begin",
         "export",
         "adaptation",
     ),

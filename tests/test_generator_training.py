@@ -493,3 +493,67 @@ def test_base_rates_of_the_wrong_number(material, tmp_path):
     config = settings(material, tmp_path / "run", "scalenet={max_steps: 3, base_rates: [0.5, 0.1]}")
     with pytest.raises(ValueError, match=r"base_rates should hold 3 rates .* got \[0.5, 0.1\]"):
         train_generator(config)
+
+
+# --- reach answer ---
+
+
+def slow_reach_nll(backbone, lora, row: int, rows: list[Encoded]) -> torch.Tensor:
+    """By transformers' own forward: the base model's cache, then the last prompt token and the answer with merged weights."""
+    prompt, answer = rows[row].prompt, rows[row].answer
+    with torch.no_grad():
+        cache = backbone.model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+    fed = torch.tensor([[prompt[-1], *answer[:-1]]])
+    output = torch.func.functional_call(
+        backbone.model, merged_weights(backbone, lora, row), (fed,), {"past_key_values": cache}
+    )
+    return nn.functional.cross_entropy(output.logits[0], torch.tensor(answer))
+
+
+def test_a_generator_with_reach_answer_learns_from_its_answers_alone():
+    backbone, rows = tiny_backbone("llama"), encoded([5, 9, 7], [3, 2, 4])
+    generator = LoraGenerator(
+        projections=backbone.projections, state_size=backbone.hidden_size, hidden_size=16, reach="answer"
+    ).double()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    trainee = GeneratorTrainee(backbone, generator.train(), validation={"own": rows})
+    report = trainee.backward(rows, 0)
+    have = {name: p.grad.clone() for name, p in generator.named_parameters() if p.grad is not None}
+    generator.zero_grad()
+    batch = prompt_batch(backbone, rows)
+    lora = generator.lora(backbone.projections, generator.state_BH(backbone, batch))
+    nlls = [slow_reach_nll(backbone, lora, row, rows) for row in range(3)]
+    torch.stack(nlls).mean().backward()
+    for name, parameter in generator.named_parameters():
+        assert parameter.grad is not None
+        close(have[name], parameter.grad, 1e-6)  # h is float32
+    assert report["nll"] == pytest.approx(torch.stack(nlls).mean().item(), abs=1e-6)
+    assert trainee.validate()["validation_nll"] == pytest.approx(report["nll"], abs=1e-6)
+
+
+def test_a_generators_reach_is_kept_and_its_prompts_are_read_once(tmp_path, monkeypatch):
+    from ephemera import AdaptiveLM
+    from ephemera.backbone import Backbone
+
+    backbone = tiny_backbone("llama")
+    made = LoraGenerator(
+        projections=backbone.projections, state_size=backbone.hidden_size, hidden_size=16, reach="answer"
+    )
+    made.save_pretrained(tmp_path)
+    lm = AdaptiveLM(backbone, init=load_generator(tmp_path))
+    seen, original = [], Backbone.forward
+
+    def forward(self, batch, *args, **kwargs):
+        seen.append(batch.ids_BT.shape[1])
+        return original(self, batch, *args, **kwargs)
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    adaptation = lm.adapt("The mill on the river runs at night")
+    assert adaptation.reach == "answer"
+    lm.answer_nll("The mill on the river runs at night", "and by day", adaptation)
+    assert sum(width > 4 for width in seen) == 1, "one reading of the prompt for h and for the answer"
+    with pytest.raises(ValueError, match="unknown reach"):
+        LoraGenerator(projections=backbone.projections, state_size=8, reach="half")  # pyright: ignore[reportArgumentType]

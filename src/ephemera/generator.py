@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.backbone import Backbone
+from ephemera.depth import Lower
 from ephemera.errors import unknown
 from ephemera.inits import Init, PeftInit, ZeroInit
 from ephemera.lora import LoraBatch, Projection
+from ephemera.made_for import Reach, checked_reach
 from ephemera.objective import TokenBatch
 
 NAME = "generator"  # of its files
@@ -75,6 +77,7 @@ class LoraGenerator(nn.Module):
         head_rank: int | None = None,
         target_modules: str | list[str] = "qv",
         trained_for: dict[str, Any] | None = None,
+        reach: Reach = "all",
     ):
         super().__init__()
         if source not in SOURCES:
@@ -91,7 +94,9 @@ class LoraGenerator(nn.Module):
             "target_modules": target_modules,
             "projections": [[p.kind, p.layer, p.in_features, p.out_features] for p in projections],
             "trained_for": trained_for,
+            "reach": checked_reach(reach),
         }
+        self.reach: Reach = reach
         self.modules_of_heads = modules
         self.count = len(projections)
         self.r, self.lora_alpha = r, lora_alpha
@@ -164,6 +169,10 @@ class LoraGenerator(nn.Module):
 
     def _init(self, backbone: Backbone, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
         return self.lora(backbone.projections, self.state_BH(backbone, batch))
+
+    def after(self, backbone: Backbone, batch: TokenBatch, reading: Lower) -> LoraBatch:
+        """The adapters from the base model's own reading of the prompts, which reach `answer` goes on from."""
+        return self.lora(backbone.projections, select_state(reading.hidden_BTD, batch, self.source))
 
     def in_dtype(self, dtype: torch.dtype) -> LoraGenerator:
         """One that computes in `dtype`, for inference beside a model in it; adapters are float32 all the same.

@@ -6,23 +6,19 @@ Both look at the prompt only, after its steps, for the work of one token (reach 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import Trace
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
 from ephemera.flat import FlatLora
 from ephemera.gate import SHARES, Gate
-from ephemera.inits import Init, ZeroInit
 from ephemera.lora import LoraBatch
-from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill, prefill, whole_reading
-from ephemera.rates import Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,21 +31,6 @@ class Verdict:
     @property
     def abstained_B(self) -> Tensor:
         return self.share_B == 0
-
-
-def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
-    """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
-    return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
-
-
-def adapt_guarded(
-    backbone: Backbone, batch: TokenBatch, init: Init, seeds: Sequence[int], rule: Rate | None, steps: int, reach: Reach
-) -> Trace:
-    """`adapt` from an init, and what the rate's gate leaves of its adapters."""
-    keeps = reach == "answer" and isinstance(init, ZeroInit)  # else the first pass is not the base model's
-    trace = adapt(backbone, batch, init(backbone, batch, seeds), rule, steps, keep_reading=keeps)
-    gate = gate_of(rule, reach, init) if steps else None
-    return trace if gate is None else guard(gate, backbone, batch, trace)[0]
 
 
 @torch.no_grad()

@@ -11,14 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import Trace
 from ephemera.adaptation import ABSTAINED, Adaptation, beyond, kept_start, steps_of
 from ephemera.backbone import Backbone
+from ephemera.begin import adapt_from, reach_of
 from ephemera.depth import Lower
 from ephemera.encoding import encode_answer, encode_prompt
 from ephemera.errors import unknown
 from ephemera.generator import load_init, lora_of, place_init, targets_of
-from ephemera.guard import gate_of, guard
 from ephemera.inits import Init, ZeroInit
 from ephemera.load import load_backbone
 from ephemera.lora import LoraBatch
@@ -181,8 +181,7 @@ class AdaptiveLM:
         rule = self._rate(rate) if rate is not None else self.rate
         steps = steps_of(rule, steps)
         stop_below = self.stop_below if stop_below is None else stop_below
-        reach: Reach = self.reach or ("all" if rule is None else rule.reach)
-        gate, alone = gate_of(rule, reach, start_from), set[int]()
+        reach, alone = self.reach or reach_of(start_from, rule), set[int]()
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
         batches, traces = self._batches(ids), list[Trace]()
@@ -190,13 +189,11 @@ class AdaptiveLM:
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-                lora = start_from(self.backbone, batch, [seed] * len(rows))
-                keeps = reach == "answer" and isinstance(
-                    start_from, ZeroInit
-                )  # from another start the first pass is not the base model's
-                trace = adapt(self.backbone, batch, lora, rule, steps, stop_below=stop_below, keep_reading=keeps)
-                if gate is not None and steps:
-                    trace, _, verdict = guard(gate, self.backbone, batch, trace)
+                seeds = [seed] * len(rows)
+                trace, _, verdict = adapt_from(
+                    self.backbone, batch, start_from, seeds, rule, steps, reach, stop_below=stop_below
+                )
+                if verdict is not None:
                     alone.update(rows[place] for place in verdict.abstained_B.nonzero()[:, 0].tolist())
                 traces.append(trace)
                 if reach == "answer":

@@ -135,6 +135,9 @@ class GeneratorSettings(Settings):
         default="last", description="h: the last prompt token's state, the mean, or first token and mean"
     )
     head_rank: int | None = Field(default=None, ge=1, description="low-rank output heads; default: full")
+    reach: Literal["all", "answer"] = Field(
+        default="all", description="adapters act on every token, or from the last prompt token on"
+    )
     save_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="of the saved weights")
 
 

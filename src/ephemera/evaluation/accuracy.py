@@ -15,15 +15,14 @@ from rich.progress import track
 
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
+from ephemera.begin import adapt_from, reach_of
 from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
 from ephemera.encoding import encode_answer
 from ephemera.evaluation.execute import run_program
 from ephemera.evaluation.grid import STOPPED, _stderr
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
 from ephemera.generator import load_init, place_init, targets_of
-from ephemera.guard import adapt_guarded
 from ephemera.inits import Init
-from ephemera.made_for import Reach
 from ephemera.prefill import Prefill, prefill
 from ephemera.rates import Rate, load_rate, place_rate
 from ephemera.run_info import command, commit, versions
@@ -219,8 +218,8 @@ def _answer(
     start = time.perf_counter()
     batch = prompt_batch(backbone, some)
     seed = config.seed + repeat
-    reach: Reach = "all" if rule is None else rule.reach
-    trace = adapt_guarded(backbone, batch, init, [seed] * len(some), rule, variant.steps if rule else 0, reach)
+    reach = reach_of(init, rule)
+    trace, _, _ = adapt_from(backbone, batch, init, [seed] * len(some), rule, variant.steps if rule else 0, reach)
     kept = trace.reading or trace.lower
     read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=reach)
     nll_B = read.answer_nll([row.answer for row in some])

@@ -17,10 +17,10 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
+from ephemera.begin import adapt_from, reach_of
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
 from ephemera.generator import load_init, lora_of, place_init
-from ephemera.guard import adapt_guarded
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -77,8 +77,10 @@ class Grid:
         start = time.perf_counter()
         batch = prompt_batch(self.backbone, rows)
         rule = self._rule(method, K)
-        reach: Reach = "all" if rule is None else rule.reach
-        trace = adapt_guarded(self.backbone, batch, self.init, [self.seed] * len(rows), rule, K if rule else 0, reach)
+        reach = reach_of(self.init, rule)
+        trace, _, _ = adapt_from(
+            self.backbone, batch, self.init, [self.seed] * len(rows), rule, K if rule else 0, reach
+        )
         return Adapted(
             lora=trace.lora,
             initial_lora=trace.initial_lora,

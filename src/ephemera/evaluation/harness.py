@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from ephemera import __version__
+from ephemera.begin import adapt_from, reach_of
 from ephemera.errors import unknown
 from ephemera.generator import LoraGenerator
-from ephemera.guard import adapt_guarded
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -102,7 +102,7 @@ class EphemeraLM(TemplateLM):
         self.batch_size = None if batch_size == "auto" else _whole("batch_size", batch_size, least=1)
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.lm = AdaptiveLM.from_pretrained(str(pretrained), init=init, rate=rate, reach=reach, **where)
-        self.reach: Reach = self.lm.reach or ("all" if self.lm.rate is None else self.lm.rate.reach)
+        self.reach: Reach = self.lm.reach or reach_of(self.lm.init, self.lm.rate)
         steps = default_steps(self.lm.rate) if steps is None else steps
         self.steps = _whole("steps", steps)
         self.lm.adapt(TRIAL, steps=self.steps, seed=self.seed)  # a wrong rate shows now, not after the tasks' download
@@ -306,7 +306,7 @@ class EphemeraLM(TemplateLM):
         ids = [context[-self.max_length :] for context in contexts]
         batch = pad(ids, pad_id=self.backbone.pad_id).to(self.backbone.device)
         seeds = [self.seed] * len(ids)
-        trace = adapt_guarded(self.backbone, batch, self.lm.init, seeds, self.lm.rate, self.steps, self.reach)
+        trace, _, _ = adapt_from(self.backbone, batch, self.lm.init, seeds, self.lm.rate, self.steps, self.reach)
         self._count(int(trace.fallback_B.sum()))
         return trace.lora, trace.initial_lora
 

@@ -99,7 +99,9 @@ def write_tables(folder: Path, records: Sequence[SurveyRecord], run: dict[str, A
     if not cells:
         return
     write_json(folder / RESULTS, {"run": run, "cells": [asdict(c) for c in cells]})
-    price = f"\nTime to the first token with the network: {run['price']:.2f} plain prefills.\n"
+    price = ""
+    if run["price"] is not None:
+        price = f"\nTime to the first token with the network: {run['price']:.2f} plain prefills.\n"
     made = f"{price}\nMade by `{run['command']}` at commit {run['commit']}.\n"
     write_bytes(folder / TABLE_MD, (table_of(cells).markdown() + made).encode())
 

@@ -19,12 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import Trace
 from ephemera.backbone import Backbone
+from ephemera.begin import adapt_from
 from ephemera.beginnings import Beginnings
 from ephemera.encoding import chat_beginning
-from ephemera.guard import guard
-from ephemera.inits import ZeroInit
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import Prefill, prefill
 from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
@@ -185,29 +184,24 @@ class Engine:
         method, steps = group[0].method, group[0].steps
         batch = pad([j.ids for j in group], pad_id=backbone.pad_id).to(backbone.device)
         trace: Trace | None = None
+        read: Prefill | None = None
+        left_B: Tensor | None = None
         if method.adapts(steps):
             assert method.init is not None
-            with torch.no_grad():
-                lora = method.init(backbone, batch, [j.seed for j in group])
             for job in group if steps else ():
                 job.tell(Adapting(1, steps))
-            trace = adapt(
+            trace, read, verdict = adapt_from(
                 backbone,
                 batch,
-                lora,
+                method.init,
+                [j.seed for j in group],
                 method.rate,
                 steps,
+                method.reach,
                 stop_below=self.stop_below,
-                # from another start the first step's pass is not the base model's
-                keep_reading=method.reach == "answer" and isinstance(method.init, ZeroInit),
                 after_step=lambda k: self._between(group, k, steps),
             )
-        left_B: Tensor | None = None
-        read: Prefill | None = None
-        gate = None if trace is None or not steps else method.gate
-        if trace is not None and gate is not None:
-            trace, read, verdict = guard(gate, backbone, batch, trace)
-            left_B = verdict.abstained_B
+            left_B = None if verdict is None else verdict.abstained_B
         seconds = time.perf_counter() - start
         if trace is None:
             read = prefill(backbone, batch, None)

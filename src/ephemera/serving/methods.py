@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ephemera.adaptation import beyond, kept_start, told
 from ephemera.backbone import Backbone
+from ephemera.begin import gate_of, reach_of
 from ephemera.errors import nearest
 from ephemera.gate import Gate
 from ephemera.generator import LoraGenerator, lora_of
-from ephemera.guard import gate_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.made_for import FORMATS, Format, Reach
 from ephemera.model import AdaptiveLM
@@ -50,7 +50,7 @@ class Method:
 
     @property
     def reach(self) -> Reach:
-        return self.asked_reach or ("all" if self.rate is None else self.rate.reach)
+        return self.asked_reach or reach_of(self.init, self.rate)
 
     @property
     def format(self) -> Format | None:

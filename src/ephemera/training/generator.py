@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ephemera.adapt import adapt
 from ephemera.backbone import Backbone, describe
 from ephemera.config import JointSettings, TrainGenerator
+from ephemera.depth import Lower
 from ephemera.generator import LoraGenerator, load_generator
 from ephemera.lora import LoraBatch
+from ephemera.objective import TokenBatch
 from ephemera.precision import DTYPES
+from ephemera.prefill import prefill, whole_reading
 from ephemera.rates import ScaleNet
-from ephemera.scoring import Encoded, answer_nll, batches_of, prompt_batch, training_representations
+from ephemera.scoring import Encoded, batches_of, prompt_batch, training_representations
 from ephemera.training.card import write_generator_card
 from ephemera.training.loop import Schedule, train
 from ephemera.training.meta_gradient import answer_gradient, rates_backward
@@ -59,13 +62,13 @@ class GeneratorTrainee:
     def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float]:
         """One prompt forward, K steps, one answer forward and backward."""
         batch = prompt_batch(self.backbone, rows)
-        start: LoraBatch = self.generator(self.backbone, batch, [0] * len(rows))
+        start, reading = self._start(batch)
         lora, trace, K = start, None, 0
         if self.scalenet is not None:
             K = random.Random(f"{self.seed}:{step}").randint(0, self.scalenet.max_steps)
             trace = adapt(self.backbone, batch, start, self.scalenet, K, keep_grads=True)
             lora = trace.lora
-        nll_B, grads = answer_gradient(self.backbone, rows, lora)
+        nll_B, grads = answer_gradient(self.backbone, rows, lora, reach=self.generator.reach, reading=reading)
         usable_B = nll_B.isfinite()
         if trace is not None and self.joint is not None and K:
             usable_B = rates_backward(trace, nll_B, grads, clip=self.joint.clip_prompt)
@@ -79,6 +82,19 @@ class GeneratorTrainee:
             "non_finite": len(rows) - used,
         }
 
+    def _start(self, batch: TokenBatch) -> tuple[LoraBatch, Lower | None]:
+        """The generated adapters; with reach `answer` from the reading of the prompts that their answers go on from."""
+        if self.generator.reach == "all":
+            return self.generator(self.backbone, batch, [0] * len(batch.ids_BT)), None
+        reading = whole_reading(self.backbone, batch, None)
+        return self.generator.after(self.backbone, batch, reading), reading
+
+    def _answer_nll(self, rows: Sequence[Encoded], lora: LoraBatch, reading: Lower | None) -> Tensor:
+        read = prefill(
+            self.backbone, prompt_batch(self.backbone, rows), lora, reach=self.generator.reach, reading=reading
+        )
+        return read.answer_nll([row.answer for row in rows])
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean answer NLL of each task; with a neighbour's adapter (does it ignore its input?); after one step."""
@@ -88,14 +104,14 @@ class GeneratorTrainee:
             nlls = []
             for some in batches_of(self.backbone, rows, VALIDATION_BATCH):
                 batch = prompt_batch(self.backbone, some)
-                lora: LoraBatch = self.generator(self.backbone, batch, [0] * len(some))
-                nlls.append(answer_nll(self.backbone, some, lora))
+                lora, reading = self._start(batch)
+                nlls.append(self._answer_nll(some, lora, reading))
                 if len(some) > 1:  # a row alone has no neighbour
                     neighbours = lora.rows(torch.arange(len(some)).roll(1))
-                    swapped.append(answer_nll(self.backbone, some, neighbours) - nlls[-1])
+                    swapped.append(self._answer_nll(some, neighbours, reading) - nlls[-1])
                 if self.scalenet is not None:
                     trace = adapt(self.backbone, batch, lora, self.scalenet, 1)
-                    stepped.append(answer_nll(self.backbone, some, trace.lora))
+                    stepped.append(self._answer_nll(some, trace.lora, reading))
             report[f"validation_nll_{task}"] = torch.cat(nlls).mean().item()
             own += nlls
         report["validation_nll"] = torch.cat(own).mean().item()

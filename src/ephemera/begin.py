@@ -1,0 +1,64 @@
+"""Start, steps and gate of a batch of prompts: how model, server and evaluation adapt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from ephemera.adapt import Trace, adapt
+from ephemera.backbone import Backbone
+from ephemera.gate import Gate
+from ephemera.generator import LoraGenerator
+from ephemera.guard import Verdict, guard
+from ephemera.inits import Init, ZeroInit
+from ephemera.made_for import Reach
+from ephemera.objective import TokenBatch
+from ephemera.prefill import Prefill, whole_reading
+from ephemera.rates import Rate
+
+
+def reach_of(init: Init | None, rule: Rate | None) -> Reach:
+    """Where adapters act if nobody says: as the rate was trained for, else as the generator was."""
+    if rule is not None:
+        return rule.reach
+    return init.reach if isinstance(init, LoraGenerator) else "all"
+
+
+def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
+    """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
+    return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
+
+
+def adapt_from(
+    backbone: Backbone,
+    batch: TokenBatch,
+    init: Init,
+    seeds: Sequence[int],
+    rule: Rate | None,
+    steps: int,
+    reach: Reach,
+    *,
+    stop_below: float | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> tuple[Trace, Prefill | None, Verdict | None]:
+    """`adapt` from an init, and what the rate's gate leaves of its adapters.
+
+    With reach `answer` the prompts are read without adapters once: by the first step from B = 0, or for a generator's h.
+    Reading and verdict are the gate's; None without one.
+    """
+    reading = None
+    with torch.no_grad():
+        if reach == "answer" and isinstance(init, LoraGenerator):
+            reading = whole_reading(backbone, batch, None)
+            lora = init.after(backbone, batch, reading)
+        else:
+            lora = init(backbone, batch, seeds)
+    keeps = reach == "answer" and isinstance(init, ZeroInit)  # from another start the first pass has adapters
+    more = {"keep_reading": keeps, "stop_below": stop_below, "after_step": after_step}
+    trace = adapt(backbone, batch, lora, rule, steps, **more)
+    if reading is not None:
+        trace = replace(trace, reading=reading)
+    gate = gate_of(rule, reach, init) if steps else None
+    return (trace, None, None) if gate is None else guard(gate, backbone, batch, trace)
