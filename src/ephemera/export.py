@@ -65,6 +65,7 @@ def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, las
             (scratch / "README.md").write_text(CARD.format(base_model=base_model, **words), encoding="utf-8")
         LoraConfig(**settings).save_pretrained(str(scratch))
         save_file(lora.peft_state_dict(row), scratch / "adapter_model.safetensors", metadata={"format": "pt"})
-    if last_token is None:  # of an earlier export of another adapter
-        (folder / ACTIVATED).unlink(missing_ok=True)
+    if last_token is None and (folder / ACTIVATED).exists():  # of an earlier export of another adapter
+        (folder / ACTIVATED).unlink()
+        (folder / "README.md").unlink(missing_ok=True)
     return folder
