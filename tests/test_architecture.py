@@ -12,6 +12,7 @@ SRC = Path(ephemera.__file__).parent
 LAYERS = (
     *(
         "errors",
+        "saving",
         "made_for",
         "store",
         "precision",
@@ -30,6 +31,7 @@ LAYERS = (
         "projections",
         "encoding",
         "backbone",
+        "window",
         "load",
         "artifact",
         "lens",

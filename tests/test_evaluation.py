@@ -17,7 +17,7 @@ from ephemera.backbone import Backbone
 from ephemera.config import Evaluate
 from ephemera.evaluation import grid
 from ephemera.evaluation.grid import Adapted, evaluate, score
-from ephemera.evaluation.records import RECORDS, RUN, Record, RecordFile, read_records
+from ephemera.evaluation.records import RECORDS, RUN, Record, RecordFile, read_records, write_json
 from ephemera.evaluation.report import write_report
 from ephemera.inits import ZeroInit
 from ephemera.load import load_backbone
@@ -120,8 +120,23 @@ def test_records_of_a_diverged_prompt_can_be_read_again(tmp_path):
         [record("fixed", 2, "a", 1.0, prompt_nll=[3.0, float("nan")], rates=[[float("inf")]])]
     )
     (again,) = RecordFile(tmp_path, Record).records
-    assert np.isnan(again.prompt_nll[1])
-    assert again.rates == [[float("inf")]]
+    assert again.prompt_nll[0] == 3.0
+    assert np.isnan([again.prompt_nll[1], again.rates[0][0]]).all()
+    line = (tmp_path / RECORDS).read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["prompt_nll"] == [3.0, None]
+    (tmp_path / RECORDS).write_text(line.replace("null", "NaN"))  # as older files have it
+    assert np.isnan(read_records(tmp_path / RECORDS, Record)[0].prompt_nll[1])
+
+
+def test_a_row_whose_loss_is_not_finite(tmp_path):
+    RecordFile(tmp_path, Record).add([record("fixed", 2, "a", float("inf")), record("fixed", 2, "b", 1.0)])
+    first, second = read_records(tmp_path / RECORDS, Record)
+    assert np.isnan(first.nll)
+    assert second.nll == 1.0
+    write_json(tmp_path / "r.json", {"cells": [{"nll": (float("nan"), 1.0)}]})
+    assert json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail) == {
+        "cells": [{"nll": [None, 1.0]}]
+    }
 
 
 def test_an_interrupted_grid_resumes_to_the_same_records(setting, tmp_path, monkeypatch):

@@ -307,6 +307,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, value):
     assert moved == [step not in {2, 3, 6} for step in range(10)]
     assert [m["skipped"] for m in metrics(tmp_path) if "skipped" in m] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3]
     assert all(w.isfinite().all() for w in trainee.weights)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    norms = [json.loads(line, parse_constant=pytest.fail).get("grad_norm", 0.0) for line in lines[:10]]
+    assert [norm is None for norm in norms] == [step in {2, 3, 6} for step in range(10)]  # JSON has no NaN
 
 
 def test_nine_in_a_row_go_on_however_often(tmp_path):

@@ -333,8 +333,8 @@ def test_a_long_prompt_cut_at_its_beginning():
     lm = tiny_lm(truncate="left")
     long = f"{'river ' * 200}mill"
     ids = encode_prompt(lm.backbone.tokenizer, long)
-    assert lm.encode(long) == ids[-96:]
-    assert lm.encode(long, reserve=6) == ids[-90:]
+    assert lm.encode(long) == [1, *ids[-95:]]  # BOS stays
+    assert lm.encode(long, reserve=6) == [1, *ids[-89:]]
     assert len(lm.generate(long, steps=1, max_new_tokens=6)) == 1
     assert lm.answer_nll(long, "sea").isfinite().all()
 

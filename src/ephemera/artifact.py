@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone, describe
 from ephemera.errors import unknown
+from ephemera.saving import json_text, reason, whole_folder
 
 NETWORKS = Path(__file__).parent / "networks"
 Made = TypeVar("Made")
@@ -36,23 +36,23 @@ def find(spec: str | Path, name: str, *, also: list[str]) -> Path:
 
 
 def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file({key: t.contiguous().cpu() for key, t in state.items()}, Path(scratch) / f"{name}.safetensors")
-        (Path(scratch) / f"{name}.json").write_text(json.dumps(config, indent=1) + "\n")
-        (Path(scratch) / f"{name}.safetensors").chmod(0o644)  # safetensors writes for the owner alone
-        for suffix in (".safetensors", ".json"):
-            os.replace(Path(scratch) / f"{name}{suffix}", folder / f"{name}{suffix}")
+    with whole_folder(folder) as scratch:
+        save_file({key: t.contiguous().cpu() for key, t in state.items()}, scratch / f"{name}.safetensors")
+        (scratch / f"{name}.json").write_text(json_text(config, indent=1) + "\n")
 
 
 def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tensor]], Made]) -> Made:
     """What `make` builds from the configuration and tensors; ValueError where they are not intact."""
     try:
         return make(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except PermissionError as error:
         raise ValueError(
-            f"the {name} in {folder} is corrupt or incomplete ({reason}). "
+            f"cannot read the {name} in {folder}: {reason(error)}. Ask its owner to run `chmod -R a+rX {shlex.quote(str(folder))}`."
+        ) from error
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the {name} in {folder} is corrupt or incomplete ({why}). "
             f"It needs an intact {name}.json and {name}.safetensors; take them from a backup or train again."
         ) from error
 

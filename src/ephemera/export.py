@@ -9,6 +9,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from ephemera.lora import LoraBatch
+from ephemera.saving import whole_folder
 
 CONFIG = "adapter_config.json"
 ACTIVATED = "adapter_config.alora.json"
@@ -40,7 +41,7 @@ with n = 1 + the answer's tokens. PEFT cannot merge an activated LoRA into the w
 
 
 def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, last_token: int | None = None) -> Path:
-    """Write adapter_config.json and adapter_model.safetensors; returns the folder.
+    """Write adapter_config.json and adapter_model.safetensors, whole or not at all; returns the folder.
 
     `last_token`: the prompt's, where the adapter acts from there on (reach `answer`); a configuration for PEFT's activated
     LoRA, and a card that explains it, are written then.
@@ -56,12 +57,15 @@ def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, las
         "base_model_name_or_path": base_model,
         "inference_mode": True,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    if last_token is not None:
-        LoraConfig(**settings, alora_invocation_tokens=[last_token]).save_pretrained(str(folder))
-        (folder / CONFIG).replace(folder / ACTIVATED)
-        words = {"config": CONFIG, "activated": ACTIVATED, "folder": folder.name, "token": last_token}
-        (folder / "README.md").write_text(CARD.format(base_model=base_model, **words))
-    LoraConfig(**settings).save_pretrained(str(folder))
-    save_file(lora.peft_state_dict(row), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with whole_folder(folder) as scratch:
+        if last_token is not None:
+            LoraConfig(**settings, alora_invocation_tokens=[last_token]).save_pretrained(str(scratch))
+            (scratch / CONFIG).replace(scratch / ACTIVATED)
+            words = {"config": CONFIG, "activated": ACTIVATED, "folder": folder.name, "token": last_token}
+            (scratch / "README.md").write_text(CARD.format(base_model=base_model, **words), encoding="utf-8")
+        LoraConfig(**settings).save_pretrained(str(scratch))
+        save_file(lora.peft_state_dict(row), scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+    if last_token is None and (folder / ACTIVATED).exists():  # of an earlier export of another adapter
+        (folder / ACTIVATED).unlink()
+        (folder / "README.md").unlink(missing_ok=True)
     return folder

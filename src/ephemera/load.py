@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ephemera.backbone import Backbone
 from ephemera.errors import nearest, unknown
 from ephemera.precision import DTYPES, multiplies_bfloat16
+from ephemera.saving import unreadable
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
 
 SLOW_BFLOAT16 = "this CPU has no instructions for bfloat16 products: they will take tens of times as long as float32's."
@@ -96,4 +97,7 @@ def _resolve(name: str) -> Path:
     looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~"))
     if looks_local and not path.exists():
         raise ValueError(f"cannot load model {name!r}: there is no such file or folder.")
+    for file in [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file()):
+        if found := unreadable(file):  # safetensors would say that there is no such file
+            raise ValueError(f"cannot load model {name!r}: cannot read {found}. Ask its owner to let you read it.")
     return path

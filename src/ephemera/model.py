@@ -26,6 +26,7 @@ from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import prefill, whole_reading
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
+from ephemera.window import fit
 
 BATCH_SIZE = 16  # rows that adapt together
 
@@ -89,7 +90,8 @@ class AdaptiveLM:
         "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`, `lora_alpha`, `init_std`,
         `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put
         prompts in the model's chat template. `special_tokens`: a special token that a prompt spells is one; else it
-        is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them. `stop_below`:
+        is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them; BOS and the chat
+        template's words stay, the beginning of the prompt's own text goes. `stop_below`:
         a prompt takes no further step once all of its rates are below this share of the rate's base rate.
         `checkpoint`: steps keep each layer's input alone and run the layer again in the backward pass: less memory,
         more time, the same adapters. Further keywords go to transformers.
@@ -132,21 +134,7 @@ class AdaptiveLM:
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text to adapt to and answer.")
         ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat, special_tokens=self.special_tokens)
-        room = self.backbone.max_length - reserve
-        if room < 1:
-            raise ValueError(
-                f"an answer of {reserve} tokens leaves no room for a prompt: {self.backbone.name}'s window is "
-                f"{self.backbone.max_length}. Ask for fewer new tokens (max_new_tokens), or a shorter answer."
-            )
-        if len(ids) > room:
-            if self.truncate != "left":
-                raise ValueError(
-                    f"the prompt has {len(ids)} tokens; {self.backbone.name} takes {room}"
-                    + (f" (its window of {self.backbone.max_length} less {reserve} for the answer)" if reserve else "")
-                    + '. Shorten it, or cut its beginning with truncate="left" (--truncate left).'
-                )
-            ids = ids[-room:]
-        return ids
+        return fit(self.backbone, ids, reserve=reserve, chat=self.chat, truncate=self.truncate)
 
     def adapt(
         self,

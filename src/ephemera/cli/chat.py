@@ -19,8 +19,10 @@ from ephemera.cli.options import (
     Steps,
     app,
     quiet,
+    standard_input,
     unshipped,
 )
+from ephemera.errors import check_unicode
 from ephemera.store import DEFAULT_MODEL
 
 HELP = "/base: the last question again, unadapted  /steps N  /why: losses and rates of the last answer  /quit"
@@ -49,6 +51,9 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to the model; before each answer it adapts to the conversation. Answers on stdout, the rest on stderr."""
+    if system is not None:
+        check_unicode(system, "--system")
+    from ephemera.encoding import encode_prompt
     from ephemera.model import AdaptiveLM
     from ephemera.serving.engine import Engine
     from ephemera.serving.methods import BASE, Method
@@ -57,6 +62,8 @@ def chat(
     quiet()
     options: dict[str, Any] = {"init": init, "rate": rate, "reach": reach, "dtype": dtype, "device": device}
     lm = in_passing_thread(lambda: AdaptiveLM.from_pretrained(model, chat=True, **options))
+    if system and lm.backbone.tokenizer.chat_template:
+        encode_prompt(lm.backbone.tokenizer, "a", chat=True, system=system)  # a refusal is known before anybody types
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000
     adapted = Method(model, "adapted", lm.init, lm.rate, most, lm.reach)
     base = Method(model, BASE, None, None, 0)
@@ -204,7 +211,7 @@ def _lines():
             except (EOFError, KeyboardInterrupt):
                 return
         else:
-            line = sys.stdin.readline()
+            line = standard_input().readline()
             if not line:
                 return
         if line.strip():

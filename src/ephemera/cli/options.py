@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -76,12 +77,23 @@ Dtype = Annotated[str | None, typer.Option(help="float32 (default on CPU) or bfl
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts in the model's chat template.")]
 Truncate = Annotated[
-    str | None, typer.Option(help='"left": cut the beginning of prompts longer than the model\'s window.')
+    str | None,
+    typer.Option(
+        help='"left": cut prompts longer than the model\'s window, at the beginning of their own text; BOS and the '
+        "chat template's words stay."
+    ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One setting, as key.key=value. Repeatable.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML, and stop.")]
+
+
+def standard_input() -> TextIO:
+    """Standard input as UTF-8. Bytes that are not become lone surrogates, which `check_unicode` and encoding refuse."""
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "surrogateescape":
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    return sys.stdin
 
 
 def quiet() -> None:

@@ -11,7 +11,7 @@ from ephemera.evaluation.analysis import CONTROLS, Analysis, Control
 from ephemera.evaluation.grouping import NEIGHBOURS, SHUFFLES, Score
 from ephemera.evaluation.records import write_bytes, write_json
 from ephemera.evaluation.statistics import LEVEL
-from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table, _json_numbers, signed_interval, with_interval
+from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table, signed_interval, with_interval
 
 CONTROLS_NOTE = (
     f"Answer NLL in nats per token, mean over prompts; in brackets {LEVEL} % intervals, those of differences paired by "
@@ -31,7 +31,7 @@ NORMS_NOTE = "Frobenius norm of (alpha / r) B A, mean over prompts: of all proje
 def write_tables(analysis: Analysis) -> Path:
     """Returns the path of table.md; each file appears whole or not at all."""
     folder = analysis.folder
-    write_json(folder / RESULTS, _json_numbers(_results(analysis)))
+    write_json(folder / RESULTS, _results(analysis))
     path = folder / TABLE_MD
     write_bytes(path, table_md(analysis).encode())
     return path

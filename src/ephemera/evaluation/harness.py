@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ephemera import __version__
 from ephemera.begin import adapt_from, reach_of
-from ephemera.errors import unknown
+from ephemera.errors import check_unicode, unknown
 from ephemera.generator import LoraGenerator
 from ephemera.inits import ZeroInit
 from ephemera.lora import LoraBatch
@@ -166,10 +166,17 @@ class EphemeraLM(TemplateLM):
             return templated(chat_history)
         except jinja2.exceptions.TemplateError:
             logger.warning("the chat template refuses this dialogue; trying without its system message")
-            return templated([m for m in chat_history if m["role"] != "system"])
+            try:
+                return templated([m for m in chat_history if m["role"] != "system"])
+            except jinja2.exceptions.TemplateError as error:
+                raise ValueError(
+                    f"this model's chat template refuses these messages: {error}. Leave out --apply_chat_template, or "
+                    "--fewshot_as_multiturn."
+                ) from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; no second BOS where a chat template has written one."""
+        """Token ids; no second BOS where a chat template has written one. ValueError for invalid Unicode."""
+        check_unicode(string, f"the text {string[:40]!r}")
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
@@ -240,7 +247,9 @@ class EphemeraLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """New text of each (context, gen_kwargs), up to a stop string; one adaptation per context."""
-        of_context = _grouped((tuple(self.tok_encode(r.args[0])), i) for i, r in enumerate(requests))
+        of_context = _grouped(
+            (tuple(self.tok_encode(r.args[0])) or (self.prefix_token_id,), i) for i, r in enumerate(requests)
+        )
         out = [""] * len(requests)
         with self.backbone.lock, _bar(len(requests), "generate_until", disable_tqdm) as bar:
             for contexts in self._batches(list(of_context)):

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator
+
+from ephemera.saving import json_text, reason
 
 RECORDS, RUN = "records.jsonl", "run.json"
+# JSON has no NaN and no infinity: a number that is not finite is written as null, and read as NaN
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class Record(BaseModel):
     """One prompt under one method with K steps."""
 
-    # A diverged step's loss is NaN or infinite; written as null it could not be read again.
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
     method: str
     K: int
     id: str
-    nll: float  # mean over the answer's tokens, nats
+    nll: Number  # mean over the answer's tokens, nats
     tokens: int  # of the answer
-    prompt_nll: list[float]  # seen by each step, before its update
+    prompt_nll: list[Number]  # seen by each step, before its update
     seconds: float  # this prompt's share of its batch: adaptation and prefill
     fallback: bool = False  # something was not finite: answered by the unadapted model
-    rates: list[list[float]] | None = None  # [K][M], ScaleNet's only
+    rates: list[list[Number]] | None = None  # [K][M], ScaleNet's only
     prompt: str | None = None  # its end, where a text was generated
     answer: str | None = None  # the reference, where a text was generated
     text: str | None = None
@@ -40,15 +43,13 @@ class Record(BaseModel):
 class AnswerRecord(BaseModel):
     """One prompt of a task under one variant of a model: what it prefers among choices, and what it says."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
     model: str
     variant: str
     task: str
     repeat: int
     id: str
-    nll: float  # of the gold answer, mean over its tokens, nats
-    choice_logprobs: list[float] | None = None  # of each choice, summed over its tokens
+    nll: Number  # of the gold answer, mean over its tokens, nats
+    choice_logprobs: list[Number] | None = None  # of each choice, summed over its tokens
     choice_bytes: list[int] | None = None  # length of each choice
     gold: int | None = None  # which choice is right
     texts: list[str] | None = None  # generated answers
@@ -65,14 +66,12 @@ class AnswerRecord(BaseModel):
 class ControlRecord(BaseModel):
     """One prompt of an analysis: its answer under each kind of adapter; norms and places once all prompts are known."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
     task: str
     id: str
     tokens: int  # of the answer
-    nll: dict[str, float]  # of each control, mean over the answer's tokens, nats
-    norms: list[float] | None = None  # of each projection's update
-    places: dict[str, list[float]] | None = None  # of its update in two dimensions, by method
+    nll: dict[str, Number]  # of each control, mean over the answer's tokens, nats
+    norms: list[Number] | None = None  # of each projection's update
+    places: dict[str, list[Number]] | None = None  # of its update in two dimensions, by method
 
     @property
     def key(self) -> tuple[str, str]:
@@ -82,12 +81,10 @@ class ControlRecord(BaseModel):
 class SurveyRecord(BaseModel):
     """One prompt of a task under one method of a survey."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants")
-
     task: str
     method: str
     id: str
-    nll: float  # mean over the answer's tokens, nats
+    nll: Number  # mean over the answer's tokens, nats
     tokens: int  # of the answer
     share: float = 1.0  # of the adapter that the gate kept; 0: abstained
     kl: float | None = None  # of the first token from the base model's
@@ -169,8 +166,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The file appears whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+    """The file appears whole or not at all. Numbers that are not finite become null."""
+    write_bytes(path, (json_text(value, indent=1) + "\n").encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -180,4 +177,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         scratch.write_bytes(data)
         scratch.replace(path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}.") from error
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise ValueError(f"cannot write {path}: {reason(error)}.") from error

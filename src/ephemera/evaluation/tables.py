@@ -155,7 +155,7 @@ def write_tables(folder: Path, run: dict[str, Any], cells: Sequence[Cell], consi
         "cells": [asdict(c) for c in cells],
         "schedule_consistency": asdict(consistency) if consistency else None,
     }
-    write_json(folder / RESULTS, _json_numbers(results))
+    write_json(folder / RESULTS, results)
     write_bytes(folder / TABLE_CSV, table_csv(cells).encode())
     write_bytes(folder / TABLE_MD, table_md(run, cells, stated).encode())
 
@@ -187,12 +187,3 @@ def _csv_row(cell: Cell) -> dict[str, Any]:
         else:
             row[key] = "" if value is None else value
     return row
-
-
-def _json_numbers(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {key: _json_numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_json_numbers(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -10,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from ephemera.saving import json_text
 from ephemera.serving.errors import envelope
 from ephemera.serving.work import Adapting, Event, Failed, Finished, Job, Report, Text
 
@@ -149,4 +149,4 @@ class Answering:
 
 
 def _sse(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(data, ensure_ascii=False)}\n\n"

@@ -15,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from ephemera import __version__
+from ephemera.saving import finite
 from ephemera.serving.answers import Answering
 from ephemera.serving.asking import Counting, listen, raise_failed, say_errors, submit
 from ephemera.serving.engine import Engine
@@ -106,7 +107,7 @@ def _answer_routes(app: FastAPI, engine: Engine, reader: Reader) -> None:
         async for prompt, event in heard:
             answering.take(prompt, event)
         raise_failed(answering.failed)
-        return JSONResponse(answering.body()) if answering.done else Response(status_code=CLIENT_GONE)
+        return JSONResponse(finite(answering.body())) if answering.done else Response(status_code=CLIENT_GONE)
 
 
 def _adapt_route(app: FastAPI, engine: Engine, reader: Reader) -> None:
@@ -134,7 +135,7 @@ def _adapt_route(app: FastAPI, engine: Engine, reader: Reader) -> None:
             return Response(event.adapter, media_type="application/zip", headers=headers)
         packed = base64.b64encode(event.adapter).decode() if event.adapter is not None else None
         answer = {"object": "adaptation", "model": body.model, "ephemera": event.facts, "adapter": packed}
-        return JSONResponse(answer)
+        return JSONResponse(finite(answer))
 
 
 def _state_routes(app: FastAPI, engine: Engine, reader: Reader, metrics: Metrics) -> None:

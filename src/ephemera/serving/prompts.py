@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from ephemera.backbone import Backbone
 from ephemera.encoding import encode_chat, encode_prompt
 from ephemera.made_for import FORMATS, Format
@@ -77,9 +75,6 @@ class Reader:
             raise ApiError(400, "messages: all are empty; give some text to answer.", param="messages")
         try:
             ids = encode_chat(tokenizer, [m.plain() for m in messages])
-        except TemplateError as error:
-            message = f"the chat template of {self.backbone.name} refuses these messages: {error}"
-            raise ApiError(422, message, param="messages") from None
         except ValueError as error:
             raise ApiError(422, f"messages: {error}", param="messages") from None
         return self._fits(ids, "messages")

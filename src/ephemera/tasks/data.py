@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ephemera.errors import unknown
+from ephemera.errors import check_unicode, unknown
 from ephemera.store import fetch_data_file
 from ephemera.tasks.adapteval import ADAPTEVAL, ASKED
 from ephemera.tasks.arc import ARC
@@ -110,10 +110,9 @@ def load_dataset(
             raise ValueError(
                 f"{place}: field {task.choices_field!r} has one choice alone ({answer!r}): nothing to choose."
             )
-        try:
-            example = Example(_identity(prompt, answer), prompt, answer, choices, tests, place)
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{place}: half a surrogate pair, which is no text ({error.reason}).") from error
+        for what, text in (("prompt", prompt), ("answer", answer), *(("choice", c) for c in choices), ("tests", tests)):
+            check_unicode(text, f"{place}: the {what}")
+        example = Example(_identity(prompt, answer), prompt, answer, choices, tests, place)
         _check_answered(task, row, example)
         examples.append(example)
     if not examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ def write_card(
     folder: Path, run: Path, config: TrainScaleNet, trained_for: dict[str, Any], *, rows: int, validated: int
 ) -> None:
     """README.md in `folder`, from the run's configuration and its metrics.jsonl."""
-    validations = [m for m in _metrics(run) if any(key.startswith("validation_nll") for key in m)]
+    validations = [m for m in read_metrics(run) if any(key.startswith("validation_nll") for key in m)]
     steps = [int(key.removeprefix("validation_nll_")) for key in validations[-1] if key.startswith("validation_nll_")]
     head = "| optimiser step | " + " | ".join(f"NLL, K={K}" for K in steps) + " |"
     lines = [head, "|" + "---|" * (len(steps) + 1)]
@@ -64,7 +65,7 @@ def write_lens_card(
     folder: Path, run: Path, config: TrainLens, trained_for: dict[str, Any], *, rows: int, validated: int
 ) -> None:
     """README.md beside a trained lens, from the run's configuration and its metrics.jsonl."""
-    validations = [m for m in _metrics(run) if any(key.startswith("validation_kl") for key in m)]
+    validations = [m for m in read_metrics(run) if any(key.startswith("validation_kl") for key in m)]
     layers = sorted(set(config.exit_layers))
     lines = ["| optimiser step | " + " | ".join(f"KL after layer {E}" for E in layers) + " |"]
     lines.append("|" + "---|" * (len(layers) + 1))
@@ -98,7 +99,7 @@ def write_generator_card(
     validated: int,
 ) -> None:
     """README.md beside a trained generator, from the run's configuration and its metrics.jsonl."""
-    validations = [m for m in _metrics(run) if "validation_nll" in m]
+    validations = [m for m in read_metrics(run) if "validation_nll" in m]
     keys = [key for key in validations[-1] if key.startswith("validation_nll")]
     names = [key.removeprefix("validation_nll").removeprefix("_") or "all" for key in keys]
     lines = ["| optimiser step | " + " | ".join(names) + " |", "|" + "---|" * (len(keys) + 1)]
@@ -119,8 +120,10 @@ def write_generator_card(
     )
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a number that was not finite, null there, is NaN."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: math.nan if value is None else value for key, value in line.items()} for line in lines]
 
 
 def _portable(config: Config, run: Path, trained_for: dict[str, Any], *, source: str) -> Config:

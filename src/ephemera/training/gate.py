@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ephemera import artifact
@@ -27,6 +26,7 @@ from ephemera.prepared import prepare
 from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.rates.protocol import NAME as RATE
 from ephemera.rows import load_rows
+from ephemera.saving import json_text, save_tensors
 from ephemera.scoring import Encoded, batches_of, parts_of
 
 FOLDS = 5
@@ -202,19 +202,19 @@ def train_gate(config: TrainGate) -> Path:
         path = folder / f"{part}.safetensors"
         if not path.exists():
             found = measure(backbone, network, rows, batch_size=config.batch_size, seed=config.seed)
-            save_file(found.tensors, path, {"tasks": json.dumps(found.tasks), "ids": json.dumps(found.ids)})
+            save_tensors(found.tensors, path, {"tasks": json.dumps(found.tasks), "ids": json.dumps(found.ids)})
         return read_measured(path, rows)
 
     seen = of_part("seen", rows)
     unseen = None if config.unseen is None else of_part("unseen", load_rows(backbone, config.unseen))
     gate, report = settle(seen, unseen, config)
     torch_free = {"report": report, "config": config.model_dump(mode="json")}
-    (folder / "gate.json").write_text(json.dumps(torch_free, indent=1) + "\n")
+    (folder / "gate.json").write_text(json_text(torch_free, indent=1) + "\n")
     (folder / "config.yaml").write_text(dump_yaml(config))
     with (folder / "records.jsonl").open("w") as file:
         for part, measured in (("seen", seen), ("unseen", unseen)):
             for line in _lines(part, measured):
-                file.write(json.dumps(line) + "\n")
+                file.write(json_text(line) + "\n")
     gate.save(artifact.find(config.network, RATE, also=["a folder"]))
     return folder
 

@@ -18,11 +18,12 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from ephemera.config import OptimizerSettings
 from ephemera.objective import batch_tokens, length_batches
+from ephemera.saving import json_text, save_tensors
 from ephemera.scoring import Encoded
 
 SKIPS = 10  # steps in a row without a finite gradient, after which training stops
@@ -233,7 +234,7 @@ def _checkpoint(folder: Path, step: int, network: nn.Module, optimizer: torch.op
     place.parent.mkdir(parents=True, exist_ok=True)
     scratch = place.with_suffix(".partial")
     try:
-        save_file({key: t.cpu() for key, t in state.items()}, scratch)
+        save_tensors({key: t.cpu() for key, t in state.items()}, scratch)
         os.replace(scratch, place)
     except (OSError, SafetensorError) as error:
         scratch.unlink(missing_ok=True)
@@ -299,7 +300,7 @@ class Metrics:
         if not self.accelerator.is_main_process:
             return
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json_text({"step": step, **values}) + "\n")
         self.accelerator.log(values, step=step)
         if "validation" in "".join(values):
             print(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()), file=sys.stderr)

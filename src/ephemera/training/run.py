@@ -20,6 +20,7 @@ from ephemera.config import (
     check_config,
     dump_yaml,
 )
+from ephemera.saving import json_text
 from ephemera.training.loop import clear
 
 Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora, TrainLens)
@@ -105,9 +106,9 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
         clear(folder)
         for name, value in (beside or {}).items():
-            (folder / f"{name}.json").write_text(json.dumps(value, indent=1) + "\n")
+            (folder / f"{name}.json").write_text(json_text(value, indent=1) + "\n")
         scratch = folder / "config.partial"
-        scratch.write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        scratch.write_text(json_text(config.model_dump(mode="json"), indent=1) + "\n")
         scratch.replace(folder / "config.json")
         (folder / "config.yaml").write_text(dump_yaml(config))
     accelerator.wait_for_everyone()

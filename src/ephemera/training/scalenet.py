@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from ephemera.scoring import (
     search_base_rates,
     training_representations,
 )
-from ephemera.training.card import write_card
+from ephemera.training.card import read_metrics, write_card
 from ephemera.training.loop import Schedule, Trainee, train
 from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.one_step import OneStepTrainee, plan_of
@@ -295,11 +295,11 @@ def _trainee(
 
 def _made_for(config: TrainScaleNet, folder: Path) -> MadeFor:
     """What the network is for, with the last figures of metrics.jsonl; the steps are those of the lowest validation NLL."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(folder)
     last = next(line for line in reversed(lines) if any(key.startswith("validation_nll_") for key in line))
     figures = {key: value for key, value in last.items() if key.startswith(("validation_nll_", "validation_harmed"))}
     by_steps = {int(key.removeprefix("validation_nll_")): v for key, v in figures.items() if "nll" in key}
-    steps = min((K for K in by_steps if K), key=lambda K: by_steps[K])
+    steps = min((K for K in by_steps if K), key=lambda K: by_steps[K] if math.isfinite(by_steps[K]) else math.inf)
     tasks = tuple(config.train.task.split("+"))
     return MadeFor(tasks, config.train.format, config.scalenet.reach, steps, figures)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ephemera.backbone import Backbone
 from ephemera.config import TrainTaskLora
 from ephemera.objective import last_tokens, mean_nll, pad
+from ephemera.saving import whole_folder
 from ephemera.scoring import Encoded, batches_of
 from ephemera.training.loop import Schedule, train
 from ephemera.training.mixture import mix, task_rows
@@ -87,7 +88,8 @@ def train_task_lora(config: TrainTaskLora, *, resume: bool = False) -> Path:
     schedule = Schedule(config.checkpoint_every, config.validate_every)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume)
     if accelerator.is_main_process:
-        model.save_pretrained(str(folder / "adapter"))
+        with whole_folder(folder / "adapter") as scratch:
+            model.save_pretrained(str(scratch))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder / "adapter"
