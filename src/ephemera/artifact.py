@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone, describe
 from ephemera.errors import unknown
+from ephemera.weights import check_finite
 
 NETWORKS = Path(__file__).parent / "networks"
 Made = TypeVar("Made")
@@ -48,7 +49,9 @@ def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tenso
 def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tensor]], Made]) -> Made:
     """What `make` builds from the configuration and tensors; ValueError where they are not intact."""
     try:
-        return make(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+        state = load_file(folder / f"{name}.safetensors")
+        check_finite(f"{name}.safetensors", state.items())
+        return make(json.loads((folder / f"{name}.json").read_text()), state)
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -27,6 +27,7 @@ from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
 from ephemera.packed import KeysValues, Packing, can_pack, packed, writes_out
 from ephemera.projections import count_layers, find_projections
+from ephemera.weights import check_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,6 +307,7 @@ class Backbone:
         ids_BT = torch.arange(1, 4, device=self.device)[None] % self.vocabulary_VD.shape[0]
         with torch.no_grad():
             want = self.model(input_ids=ids_BT).logits
+            check_logits(f"{self.name} ({self.model.config.model_type})", want)
             batch = TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())
             # The plain pass: a packed one rounds differently in bfloat16
             have = self.logits(self.forward(batch, twice_differentiable=True).hidden_BTD)
