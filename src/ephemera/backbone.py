@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ephemera.beginnings import Beginnings, Shared
 from ephemera.checkpoint import checkpointed
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
+from ephemera.encoding import without_row
 from ephemera.head import HEAD_GRADIENT, Head
 from ephemera.llama import Pass, can_write_out, written_out
 from ephemera.lora import LoraBatch, attach
@@ -134,9 +135,15 @@ class Backbone:
     @property
     def pad_id(self) -> int:
         for special in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(special, int):
+            if isinstance(special, int) and special < len(self.vocabulary_VD):  # one may be added without a row
                 return special
         return 0
+
+    def check_ids(self, ids: list[int]) -> list[int]:
+        """The ids as they are; ValueError for one without a row in the embedding."""
+        if max(ids, default=0) >= len(self.vocabulary_VD):
+            raise ValueError(without_row(self.tokenizer, max(ids), self.name, len(self.vocabulary_VD)))
+        return ids
 
     def forward(
         self,

@@ -132,6 +132,7 @@ class AdaptiveLM:
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text to adapt to and answer.")
         ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat, special_tokens=self.special_tokens)
+        self.backbone.check_ids(ids)
         room = self.backbone.max_length - reserve
         if room < 1:
             raise ValueError(
@@ -303,9 +304,8 @@ class AdaptiveLM:
         """Token ids of an answer as it continues a prompt."""
         if not answer.strip():
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
-        return encode_answer(
-            self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=self.special_tokens
-        )
+        kind = {"chat": self.chat, "special_tokens": self.special_tokens}
+        return self.backbone.check_ids(encode_answer(self.backbone.tokenizer, prompt, answer, **kind))
 
     def _prefills(
         self,

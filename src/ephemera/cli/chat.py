@@ -161,7 +161,7 @@ class _Talk:
         backbone = self.engine.backbone
         if not backbone.tokenizer.chat_template:
             raise ValueError(f"{backbone.name} has no chat template; use `ephemera answer`.")
-        ids = encode_chat(backbone.tokenizer, messages)
+        ids = backbone.check_ids(encode_chat(backbone.tokenizer, messages))
         room = backbone.max_length - len(ids)
         if room < 1:
             raise ValueError(
