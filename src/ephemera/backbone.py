@@ -24,6 +24,7 @@ from ephemera.encoding import without_row
 from ephemera.head import HEAD_GRADIENT, Head
 from ephemera.llama import Pass, can_write_out, written_out
 from ephemera.lora import LoraBatch, attach
+from ephemera.model_files import called
 from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
 from ephemera.packed import KeysValues, Packing, can_pack, packed, writes_out
@@ -351,7 +352,7 @@ def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
 def describe(backbone: Backbone) -> dict[str, Any]:
     """What a trained network remembers of the model it was trained for."""
     return {
-        "name": backbone.name,
+        "name": called(backbone.name),
         "model_type": backbone.model.config.model_type,
         "hidden_size": backbone.hidden_size,
         "target_modules": backbone.target_modules,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -220,7 +221,7 @@ class AdaptiveLM:
             ),
             seconds=time.perf_counter() - start,
             steps_B=torch.cat([t.steps_B for t in traces]).cpu()[back],
-            base_model=str(self.backbone.path),
+            base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
             reach=reach,
             readings=readings,
             whole_loss=rule is None or rule.objective.describe() is None,

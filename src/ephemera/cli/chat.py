@@ -60,7 +60,7 @@ def chat(
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000
     adapted = Method(model, "adapted", lm.init, lm.rate, most, lm.reach)
     base = Method(model, BASE, None, None, 0)
-    if lm.rate is None and rate is None and init == "zero":
+    if lm.rate is None and rate is None and init == "zero" and steps != 0:
         _say(unshipped(model, "chat", "answers are the model's own"))
     engine = Engine(lm.backbone).start()
     talk = _Talk(engine, adapted, base, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
