@@ -42,6 +42,16 @@ def test_the_conversation_goes_on(talk, llama_folder):
     assert done.stdout == f"{first}\n{second}\n"
 
 
+def test_no_network_is_missed_without_steps(llama_folder):
+    command = ["chat", "--model", str(llama_folder), "--max-tokens", "4"]
+    done = CliRunner().invoke(app, [*command, "--steps", "0"], input="The mill\n/steps 1\n", catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.stdout.strip()
+    assert "no network ships" not in done.stderr
+    assert "1 steps need a rate" in done.stderr
+    assert "no network ships" in CliRunner().invoke(app, command, input="", catch_exceptions=False).stderr
+
+
 def test_mistakes_are_said_and_survived(talk):
     done = talk("/why\n/base\n/steps x\n/frob\n/help\nThe mill\n")
     assert done.exit_code == 0

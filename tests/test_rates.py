@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from ephemera import artifact
 from ephemera.backbone import describe
@@ -196,13 +197,18 @@ def test_corrupt_folders(tmp_path):
         config = json.loads((folder / "rate.json").read_text())
         (folder / "rate.json").write_text(json.dumps({**config, "mlp_size": 6}))
 
+    def not_finite(folder):
+        state = load_file(folder / "rate.safetensors")
+        state[max(state)].view(-1)[0] = float("nan")
+        save_file(state, folder / "rate.safetensors")
+
     def other_key(folder):
         config = json.loads((folder / "rate.json").read_text())
         (folder / "rate.json").write_text(json.dumps({**config, "mlp_sizes": 6}))
 
     for spoil in (
         *(cut_weights, cut_header, no_weights, cut_config),
-        *(binary_config, no_object, no_kind, other_size, other_key),
+        *(binary_config, no_object, no_kind, other_size, other_key, not_finite),
     ):
         folder = saved(tmp_path / spoil.__name__)
         load_rate(folder)

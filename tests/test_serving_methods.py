@@ -5,6 +5,7 @@ import pytest
 from ephemera import rates
 from ephemera.backbone import describe
 from ephemera.inits import ZeroInit
+from ephemera.load import load_backbone
 from ephemera.made_for import MadeFor
 from ephemera.rates import AveragedRate, FixedRate, PerProjectionRate, ScaleNet, load_rate
 from ephemera.serving import methods
@@ -88,6 +89,19 @@ def test_ids(llama):
         ("tiny-llama:layerwise", 3),
         ("tiny-llama:fixed", 3),
     ]
+
+
+def test_a_folder_s_own_name_is_its_model_id(llama_folder, monkeypatch):
+    for where, name in (
+        (llama_folder, "."),
+        (llama_folder, "../" + llama_folder.name),
+        (llama_folder.parent, f"./{llama_folder.name}"),
+    ):
+        monkeypatch.chdir(where)
+        backbone = load_backbone(name, device="cpu")
+        made = methods.build(backbone, ZeroInit(), [FixedRate(0.1)])
+        assert [m.model_id for m in made] == [llama_folder.name, f"{llama_folder.name}:fixed"]
+        assert describe(backbone)["name"] == llama_folder.name  # what a network trained on it remembers
 
 
 def test_another_start_is_served_beside_zero(llama):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ephemera.backbone import Backbone, describe
 from ephemera.errors import unknown
 from ephemera.saving import json_text, reason, whole_folder
+from ephemera.weights import check_finite
 
 NETWORKS = Path(__file__).parent / "networks"
 Made = TypeVar("Made")
@@ -44,7 +45,9 @@ def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tenso
 def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tensor]], Made]) -> Made:
     """What `make` builds from the configuration and tensors; ValueError where they are not intact."""
     try:
-        return make(json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors"))
+        state = load_file(folder / f"{name}.safetensors")
+        check_finite(f"{name}.safetensors", state.items())
+        return make(json.loads((folder / f"{name}.json").read_text()), state)
     except PermissionError as error:
         raise ValueError(
             f"cannot read the {name} in {folder}: {reason(error)}. Ask its owner to run `chmod -R a+rX {shlex.quote(str(folder))}`."

@@ -20,13 +20,16 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ephemera.beginnings import Beginnings, Shared
 from ephemera.checkpoint import checkpointed
 from ephemera.depth import FINAL_NORMS, Lower, some_layers
+from ephemera.encoding import without_row
 from ephemera.head import HEAD_GRADIENT, Head
 from ephemera.llama import Pass, can_write_out, written_out
 from ephemera.lora import LoraBatch, attach
+from ephemera.model_files import called
 from ephemera.norms import write_out_norms
 from ephemera.objective import TokenBatch
 from ephemera.packed import KeysValues, Packing, can_pack, packed, writes_out
 from ephemera.projections import count_layers, find_projections
+from ephemera.weights import check_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +136,15 @@ class Backbone:
     @property
     def pad_id(self) -> int:
         for special in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if isinstance(special, int):
+            if isinstance(special, int) and special < len(self.vocabulary_VD):  # one may be added without a row
                 return special
         return 0
+
+    def check_ids(self, ids: list[int]) -> list[int]:
+        """The ids as they are; ValueError for one without a row in the embedding."""
+        if max(ids, default=0) >= len(self.vocabulary_VD):
+            raise ValueError(without_row(self.tokenizer, max(ids), self.name, len(self.vocabulary_VD)))
+        return ids
 
     def forward(
         self,
@@ -306,6 +315,7 @@ class Backbone:
         ids_BT = torch.arange(1, 4, device=self.device)[None] % self.vocabulary_VD.shape[0]
         with torch.no_grad():
             want = self.model(input_ids=ids_BT).logits
+            check_logits(f"{self.name} ({self.model.config.model_type})", want)
             batch = TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())
             # The plain pass: a packed one rounds differently in bfloat16
             have = self.logits(self.forward(batch, twice_differentiable=True).hidden_BTD)
@@ -342,7 +352,7 @@ def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
 def describe(backbone: Backbone) -> dict[str, Any]:
     """What a trained network remembers of the model it was trained for."""
     return {
-        "name": backbone.name,
+        "name": called(backbone.name),
         "model_type": backbone.model.config.model_type,
         "hidden_size": backbone.hidden_size,
         "target_modules": backbone.target_modules,

@@ -118,6 +118,14 @@ def _alike(sequences: Sequence[Sequence[int]]) -> int:
     return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False)))
 
 
+def without_row(tokenizer: PreTrainedTokenizerBase, token: int, model: str, rows: int) -> str:
+    """What to say of a token that the model's embedding does not have."""
+    return (
+        f"token {tokenizer.convert_ids_to_tokens(token)!r} has id {token}, and the embedding of {model} has {rows} rows. "
+        "Leave it out of the text; or take the model's own tokenizer, or the weights saved after resize_token_embeddings."
+    )
+
+
 class _Encoder:
     """Encodes text whose author must not write special tokens.
 

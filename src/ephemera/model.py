@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,6 +135,7 @@ class AdaptiveLM:
         if not prompt.strip():
             raise ValueError("the prompt is empty; give some text to adapt to and answer.")
         ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat, special_tokens=self.special_tokens)
+        ids = self.backbone.check_ids(ids)
         return fit(self.backbone, ids, reserve=reserve, chat=self.chat, truncate=self.truncate)
 
     def adapt(
@@ -204,7 +206,7 @@ class AdaptiveLM:
             ),
             seconds=time.perf_counter() - start,
             steps_B=torch.cat([t.steps_B for t in traces]).cpu()[back],
-            base_model=str(self.backbone.path),
+            base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
             reach=reach,
             readings=readings,
             whole_loss=rule is None or rule.objective.describe() is None,
@@ -288,9 +290,8 @@ class AdaptiveLM:
         """Token ids of an answer as it continues a prompt."""
         if not answer.strip():
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
-        return encode_answer(
-            self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=self.special_tokens
-        )
+        kind = {"chat": self.chat, "special_tokens": self.special_tokens}
+        return self.backbone.check_ids(encode_answer(self.backbone.tokenizer, prompt, answer, **kind))
 
     def _prefills(
         self,

@@ -53,8 +53,10 @@ def encode_examples(
     encoded = [
         Encoded(
             e.id,
-            encode_prompt(backbone.tokenizer, e.prompt, chat=chat, system=system),
-            encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system)[:max_answer_tokens],
+            backbone.check_ids(encode_prompt(backbone.tokenizer, e.prompt, chat=chat, system=system)),
+            backbone.check_ids(encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system))[
+                :max_answer_tokens
+            ],
             task,
         )
         for e in examples

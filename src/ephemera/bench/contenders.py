@@ -60,7 +60,10 @@ class PeftLoop:
     model in float64."""
 
     def __init__(self, backbone: Backbone):
-        model = AutoModelForCausalLM.from_pretrained(backbone.path, dtype=backbone.dtype)
+        path, file = backbone.path, {}
+        if path.is_file():
+            path, file = path.parent, {"gguf_file": path.name}
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=backbone.dtype, **file)
         if backbone.dtype == torch.float64:
             write_out_norms(model)  # transformers' own go through float32
         config = peft.LoraConfig(

@@ -67,7 +67,7 @@ def chat(
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000
     adapted = Method(model, "adapted", lm.init, lm.rate, most, lm.reach)
     base = Method(model, BASE, None, None, 0)
-    if lm.rate is None and rate is None and init == "zero":
+    if lm.rate is None and rate is None and init == "zero" and steps != 0:
         _say(unshipped(model, "chat", "answers are the model's own"))
     engine = Engine(lm.backbone).start()
     talk = _Talk(engine, adapted, base, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
@@ -168,7 +168,7 @@ class _Talk:
         backbone = self.engine.backbone
         if not backbone.tokenizer.chat_template:
             raise ValueError(f"{backbone.name} has no chat template; use `ephemera answer`.")
-        ids = encode_chat(backbone.tokenizer, messages)
+        ids = backbone.check_ids(encode_chat(backbone.tokenizer, messages))
         room = backbone.max_length - len(ids)
         if room < 1:
             raise ValueError(

@@ -61,7 +61,12 @@ SpecialTokens = Annotated[
     bool, typer.Option("--special-tokens", help="A special token that a prompt spells is one; else it stays text.")
 ]
 InitOption = Annotated[
-    str, typer.Option("--init", "-i", help="Where adapters start: zero, a generator (name or folder), a PEFT folder.")
+    str,
+    typer.Option(
+        "--init",
+        "-i",
+        help="Where adapters start: zero, a generator (name or folder), the folder of a plain PEFT LoRA.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the adapters' start.")]
 StopBelow = Annotated[

@@ -24,7 +24,10 @@ Rates = Annotated[
         show_default=False,
     ),
 ]
-Start = Annotated[str, typer.Option("--init", "-i", help="Where adapters start: zero, a generator or a PEFT folder.")]
+Start = Annotated[
+    str,
+    typer.Option("--init", "-i", help="Where adapters start: zero, a generator or the folder of a plain PEFT LoRA."),
+]
 StepsDefault = Annotated[
     int | None,
     typer.Option(

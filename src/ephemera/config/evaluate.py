@@ -19,7 +19,7 @@ class Evaluate(Settings):
 
     output: str = Field(default="runs/evaluate", description="folder of records, tables and figures")
     model: ModelSettings = ModelSettings()
-    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
+    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a plain PEFT LoRA")
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
     methods: list[Method] = Field(default=list(METHODS), min_length=1, description="rows of the grid")

@@ -100,7 +100,7 @@ class TrainScaleNet(Settings):
 
     output: str = Field(default="runs/scalenet", description="folder of checkpoints, metrics and the trained network")
     model: ModelSettings = ModelSettings()
-    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a PEFT folder")
+    init: str = Field(default="zero", description="where adapters start: zero, a generator, or a plain PEFT LoRA")
     train: DataSettings = DataSettings(split="train")
     validation: DataSettings = DataSettings(split="validation", limit=200)
     objective: ObjectiveSettings = ObjectiveSettings()

@@ -40,7 +40,10 @@ class Rows:
         self.task = data.task
         self.examples = {e.id: e for e in data.examples}
         self.choices = {
-            e.id: [encode_answer(backbone.tokenizer, e.prompt, c, chat=chat, system=system) for c in e.choices]
+            e.id: [
+                backbone.check_ids(encode_answer(backbone.tokenizer, e.prompt, c, chat=chat, system=system))
+                for c in e.choices
+            ]
             for e in data.examples
         }
         for example in data.examples:

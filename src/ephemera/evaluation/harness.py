@@ -179,7 +179,7 @@ class EphemeraLM(TemplateLM):
         check_unicode(string, f"the text {string[:40]!r}")
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return self.backbone.check_ids(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """lm-eval's own split (the context's trailing white space goes to the continuation), but neither side empty."""

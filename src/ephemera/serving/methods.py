@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ephemera.adaptation import beyond, kept_start, told
 from ephemera.backbone import Backbone
@@ -15,6 +14,7 @@ from ephemera.generator import LoraGenerator, lora_of
 from ephemera.inits import Init, ZeroInit
 from ephemera.made_for import FORMATS, Format, Reach
 from ephemera.model import AdaptiveLM
+from ephemera.model_files import called
 from ephemera.rates import (
     AveragedRate,
     FixedRate,
@@ -149,7 +149,7 @@ def build(
             raise ValueError(f"two {kind} rates were given; a server takes one of each kind.")
         moves[kind] = place_rate(rule, backbone)
     zero = started if isinstance(started, ZeroInit) else ZeroInit()
-    model = Path(backbone.name).name if Path(backbone.name).expanduser().exists() else backbone.name
+    model = called(backbone.name)
     methods = [Method(model, BASE, None, None, 0)]
 
     def add(name: str, start: Init, rule: Rate | None) -> None:

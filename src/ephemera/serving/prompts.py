@@ -62,7 +62,7 @@ class Reader:
         if not prompt.strip():
             raise ApiError(400, "prompt: it is empty; give some text to adapt to and answer.", param="prompt")
         try:
-            ids = encode_prompt(self.backbone.tokenizer, prompt)
+            ids = self.backbone.check_ids(encode_prompt(self.backbone.tokenizer, prompt))
         except ValueError as error:
             raise ApiError(422, f"prompt: {error}", param="prompt") from None
         return self._fits(ids, "prompt")
@@ -74,7 +74,7 @@ class Reader:
         if not any(m.plain()["content"].strip() for m in messages):
             raise ApiError(400, "messages: all are empty; give some text to answer.", param="messages")
         try:
-            ids = encode_chat(tokenizer, [m.plain() for m in messages])
+            ids = self.backbone.check_ids(encode_chat(tokenizer, [m.plain() for m in messages]))
         except ValueError as error:
             raise ApiError(422, f"messages: {error}", param="messages") from None
         return self._fits(ids, "messages")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ephemera.adapt import Trace
 from ephemera.adaptation import ABSTAINED, risen, told
 from ephemera.backbone import Backbone
+from ephemera.model_files import called
 from ephemera.objective import TokenBatch, mean_nll
 from ephemera.prefill import Prefill
 from ephemera.serving.adapter import zipped
@@ -69,7 +70,7 @@ def reports(
         packed = None
         if job.adapter and read.lora is not None:
             token = job.ids[-1] if read.base_BD is not None else None
-            packed = zipped(read.lora, row, base_model=backbone.name, last_token=token)
+            packed = zipped(read.lora, row, base_model=called(backbone.name), last_token=token)
         made.append((Report(facts, packed), kept))
     return made
 
