@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from rouge_score.rouge_scorer import RougeScorer
 
 from ephemera.adapt import adapt
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
+from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.generator import load_init, lora_of, place_init
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
@@ -131,7 +131,6 @@ def score(
         fallback += read.fallback_B.tolist()
         ids = read.generate(max_new_tokens=max_new_tokens) if generate else None
         texts += [None] * len(some) if ids is None else backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scorer = RougeScorer(["rougeLsum"])
     return [
         Record(
             method=method,
@@ -146,7 +145,7 @@ def score(
             prompt=None if text is None else _prompt_end(backbone, row),
             answer=None if text is None else answers[row.id],
             text=text,
-            rouge_lsum=None if text is None else scorer.score(answers[row.id], text)["rougeLsum"].fmeasure,
+            rouge_lsum=None if text is None else rouge_lsum(answers[row.id], text),
         )
         for b, (row, text) in enumerate(zip(rows, texts, strict=True))
     ]

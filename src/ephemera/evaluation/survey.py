@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.config import Survey
 from ephemera.evaluation.grid import STOPPED, at_least_two
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
+from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.evaluation.survey_report import write_survey_report
 from ephemera.evaluation.survey_tables import write_tables
 from ephemera.guard import guard
@@ -188,8 +188,6 @@ def _record(
     if text is None:
         return record
     judge = task.task.correct
-    quality = RougeScorer(["rougeLsum"]).score(example.answer, text)["rougeLsum"].fmeasure
-    if judge is not None:
-        quality = float(judge(text, example))
+    quality = rouge_lsum(example.answer, text) if judge is None else float(judge(text, example))
     told = {"prompt": example.prompt[-300:], "answer": example.answer, "text": text, "quality": quality}
     return record.model_copy(update={**told, "judged": judge is not None})
