@@ -29,7 +29,7 @@ from ephemera.run_info import command, commit, versions
 from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import Dataset, Example, Task, load_dataset
 from ephemera.tasks.choice import parse
-from ephemera.tasks.gsm8k import number_in
+from ephemera.tasks.numbers import number_in
 
 
 class Rows:

@@ -21,11 +21,12 @@ from ephemera.tasks.arc import ARC
 from ephemera.tasks.boolq import BOOLQ
 from ephemera.tasks.commonsenseqa import COMMONSENSEQA
 from ephemera.tasks.example import Example, Row, Task
-from ephemera.tasks.gsm8k import GSM8K, NUMBER
+from ephemera.tasks.gsm8k import GSM8K
 from ephemera.tasks.hellaswag import HELLASWAG
 from ephemera.tasks.humaneval import HUMANEVAL
 from ephemera.tasks.mbpp import MBPP
 from ephemera.tasks.nq_open import NQ_OPEN
+from ephemera.tasks.numbers import number_of
 from ephemera.tasks.openbookqa import OPENBOOKQA
 from ephemera.tasks.own import OWN
 from ephemera.tasks.race import RACE_MIDDLE
@@ -135,7 +136,9 @@ def _check_answered(task: Task, row: Row, example: Example) -> None:
         said = last[1].strip().lower() if last else ""
         # "Answer: 5" gives a worked solution away too
         if said and (
-            said in golds or said.rstrip(".") in golds or (NUMBER.fullmatch(said) and _is_right(task, said, example))
+            said in golds
+            or said.rstrip(".") in golds
+            or (number_of(said) is not None and _is_right(task, said, example))
         ):
             raise ValueError(
                 f"{example.place}: {what} already ends in its answer ({said[:60]!r}); it belongs in field "
