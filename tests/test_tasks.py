@@ -178,7 +178,7 @@ def test_malformed_rows_name_file_and_line(text, message, tmp_path):
     ("task", "row"),
     [
         ("squad", {"context": "c", "question": "q", "answers": None}),
-        ("squad", {"context": "c", "question": "q", "answers": ["a"]}),
+        ("squad", {"context": "c", "question": "q", "answers": [["a"]]}),
         ("nq-open", {"question": "q", "answer": 5}),
         ("adapteval/dolly", {"instruction": 5, "output": "a"}),
     ],

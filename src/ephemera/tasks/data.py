@@ -81,9 +81,11 @@ def load_dataset(
     task = find_task(task_name)
     where, rows = _rows(task, split, source)
     examples, dropped = [], 0
+    keys: list[list[str]] = []  # of rows that have no answer field
     for place, given in rows:
-        row = task.reshape(given) if task.reshape and isinstance(given, dict) else given
-        _check_fields(task, row, place)
+        row = _reshaped(task, given, place)
+        answered = _check_fields(task, row, place)
+        keys += [] if answered else [[key for key in given if key != task.fields[-1]]]
         if cut is not None and task.long_field is not None and len(row[task.long_field]) > cut:
             row = {**row, task.long_field: row[task.long_field][:cut].rpartition(" ")[0]}
         try:
@@ -115,7 +117,12 @@ def load_dataset(
         _check_answered(task, row, example)
         examples.append(example)
     if not examples:
-        raise ValueError(f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).")
+        lacking = (
+            f" They have no field {task.fields[-1]!r}, but {', '.join(keys[0])}." if dropped == len(keys) > 0 else ""
+        )
+        raise ValueError(
+            f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).{lacking}"
+        )
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[i] for i in chosen]
@@ -151,11 +158,21 @@ def _identity(prompt: str, answer: str) -> str:
     return hashlib.sha256(f"{prompt}\0{answer}".encode()).hexdigest()[:16]
 
 
-def _check_fields(task: Task, row: Any, place: str) -> None:
+def _reshaped(task: Task, row: Any, place: str) -> Any:
+    """A row of another published layout in the task's own."""
+    if task.reshape is None or not isinstance(row, dict):
+        return row
+    try:
+        return task.reshape(row)
+    except TypeError as error:  # e.g. a list where one answer is read
+        raise ValueError(f"{place}: a field is not of the kind that task {task.name!r} reads ({error}).") from error
+
+
+def _check_fields(task: Task, row: Any, place: str) -> bool:
+    """Does a row have its answer field? One without it counts as a row without an answer; other mistakes are errors."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object with {', '.join(task.fields)}; got {type(row).__name__}.")
     missing = [field for field in task.fields if field not in row]
-    # A row without its answer field counts as a row without an answer; one without a prompt is a mistake.
     if missing and missing != list(task.fields[-1:]):
         raise ValueError(f"{place}: task {task.name!r} needs {', '.join(task.fields)}; missing {', '.join(missing)}.")
     for field in task.fields[:-1]:
@@ -164,7 +181,8 @@ def _check_fields(task: Task, row: Any, place: str) -> None:
         if field in row and field not in NO_TEXTS and not isinstance(row[field], str):
             raise ValueError(f"{place}: field {field!r} should be a text; got {row[field]!r}.")
     for field in missing:
-        row[field] = {"text": []} if task.name == SQUAD.name else ""
+        row[field] = ""
+    return not missing
 
 
 def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tuple[str, Row]]]:
