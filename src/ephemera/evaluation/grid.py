@@ -173,13 +173,14 @@ def evaluate(config: Evaluate) -> Path:
         source=fill(config.data.source, config.data.task),
         limit=config.data.limit,
         seed=config.data.seed,
-    )
+    ).once()
     chat = config.data.format == "chat"
     rows, long = encode_examples(
         backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=data.task.system
     )
     if len(rows) < 2:
-        raise ValueError(f"an evaluation needs at least 2 rows; {data.source} gave {len(rows)}.")
+        equal = f" (and {data.repeated} equal to another)" if data.repeated else ""
+        raise ValueError(f"an evaluation needs at least 2 different rows; {data.source} gave {len(rows)}{equal}.")
     records = RecordFile(folder, Record)
     run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone, fresh=not records.records)
     if "uniform" in config.methods and any(config.steps):
@@ -281,6 +282,7 @@ def _open_run(
         "rows": rows,
         "dropped_without_answer": data.dropped,
         "left_out_as_too_long": long,
+        "left_out_as_equal": data.repeated,
         "uniform_rates": config.uniform_rates,
         "uniform_search": None,
         "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},

@@ -102,15 +102,16 @@ def survey(config: Survey) -> Path:
     backbone = load_backbone(model.name, dtype=model.dtype, device=model.device, **adapted_by(network))
     place_rate(network, backbone)
     methods = Methods(config, backbone, network)
-    tasks = load_tasks(backbone, config.data)
+    tasks = load_tasks(backbone, config.data, once=True)
     if any(len(task.rows) < 2 for task in tasks):
-        raise ValueError("a survey needs at least 2 rows of each task; raise data.limit or data.max_tokens.")
+        raise ValueError("a survey needs at least 2 different rows of each task; raise data.limit or data.max_tokens.")
     folder.mkdir(parents=True, exist_ok=True)
     records = RecordFile(folder, SurveyRecord)
     run: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "made_for": None if network.made_for is None else network.made_for.describe(),
         "sources": {t.task.name: t.source for t in tasks},
+        "left_out_as_equal": {t.task.name: t.repeated for t in tasks if t.repeated},
         "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},
         "versions": versions(),
         "commit": commit(),

@@ -7,7 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,20 @@ NO_TEXTS = ("choices", "endings", "options", "option1", "option2", "test_list") 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of a task, where they came from, and how many rows had no answer."""
+    """Examples of a task, where they came from, how many rows had no answer, and how many `once` left out."""
 
     task: Task
     examples: list[Example]
     source: str
     dropped: int
+    repeated: int = 0
+
+    def once(self) -> Dataset:
+        """Each prompt and answer once: an evaluation counts equal rows once, and swaps none with itself."""
+        different: dict[str, Example] = {}
+        for example in self.examples:
+            different.setdefault(example.id, example)
+        return replace(self, examples=list(different.values()), repeated=len(self.examples) - len(different))
 
 
 def find_task(name: str) -> Task:
