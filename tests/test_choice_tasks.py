@@ -7,7 +7,7 @@ import pytest
 from ephemera.tasks import TASKS, Example, load_dataset
 from ephemera.tasks import data as data_module
 from ephemera.tasks.choice import parse
-from ephemera.tasks.gsm8k import number_in
+from ephemera.tasks.numbers import number_in
 
 LETTERED = {"choices": {"text": ["sun", "wind power"], "label": ["A", "B"]}, "answerKey": "B"}
 WHEEL = {"question": "What turns a mill?", "options": "\nA. sun\nB. wind power\nC. mr. x", "answer": "B. wind power"}
@@ -414,6 +414,9 @@ BAD = [
     ("gsm8k", {"answer": "It is 4.\n#### "}, "field 'answer' has no '#### number' at its end"),
     ("svamp", {"Answer": "four"}, "field 'Answer' should be a number; got 'four'"),
     ("svamp", {"Answer": "nan"}, "field 'Answer' should be a number; got 'nan'"),
+    ("svamp", {"Answer": "1,5"}, "field 'Answer' should be a number; got '1,5'"),
+    ("svamp", {"Answer": True}, "field 'Answer' should be a number; got True"),
+    ("gsm8k", {"answer": "So.\n#### 3:30"}, "field 'answer' has no '#### number' at its end"),
     ("mbpp", {"test_list": []}, "field 'test_list' is empty"),
     ("mbpp", {"test_list": "assert 1"}, "field 'test_list' should be a list of texts; got 'assert 1'"),
     ("own", {"prompt": "1 + 1?\n\nAnswer: 2 ", "answer": "2"}, r"already ends in its answer \('2'\).*field 'answer'"),

@@ -1,3 +1,5 @@
+from operator import attrgetter
+
 import pytest
 import yaml
 
@@ -78,6 +80,69 @@ def test_set_values_are_yaml():
 def test_mistakes_in_set(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(TrainScaleNet, None, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "want"),
+    [
+        ("data.limit=010", 10),
+        ("output=010", "010"),
+        ("output=yes", "yes"),
+        ("output=off", "off"),
+        ("output=2024-01-01", "2024-01-01"),
+        ("output=1:30", "1:30"),
+        ("output=a#b", "a#b"),
+        ("output='a #b'", "a #b"),
+        ("data.source=null", None),
+        ("data.source=~", None),
+        ("fixed_rate=1e-4", 1e-4),
+        ("fixed_rate=.5", 0.5),
+        ("model.checkpoint=yes", True),
+        ("model.checkpoint=false", False),
+    ],
+)
+def test_values_are_read_as_written(override, want, tmp_path):
+    key, _, text = override.partition("=")
+    config = load_config(Evaluate, None, [override])
+    assert attrgetter(key)(config) == want
+    # and in a file, and through what --print-config shows, also for readers of YAML 1.1
+    names = key.split(".")
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate(names)]
+    (tmp_path / "a.yaml").write_text("\n".join(lines) + f" {text}\n")
+    assert load_config(Evaluate, str(tmp_path / "a.yaml")) == config
+    (tmp_path / "b.yaml").write_text(dump_yaml(config))
+    assert load_config(Evaluate, str(tmp_path / "b.yaml")) == config
+    assert check_config(Evaluate, yaml.safe_load(dump_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.limit=yes", "setting 'data.limit': .*; got 'yes'"),
+        ("data.limit=true", "data.limit: a number is needed, and true and false are none; got True"),
+        ("steps=[1, true]", r"steps: a number is needed, and true and false are none; got \[1, True\]"),
+        ("data.seed=1:30", "setting 'data.seed': .*; got '1:30'"),
+        ("data.seed=0x10", "setting 'data.seed': .*; got '0x10'"),
+        ("data.source=#x", r"\(a # begins a comment\)\. In quotes .* --set 'data.source=\"#x\"'"),
+        ("data.source=My files #1/a.jsonl", r"\(a # begins a comment\)\. In quotes .*=\"My files #1/a.jsonl\"'"),
+        ("data.source=", r"\(there is no value; null stands for none\)"),
+        ("data.source=&x", r"\(there is no value; .*--set 'data.source=\"&x\"'"),
+        ("data.source={task}/x", r"not valid YAML .*--set 'data.source=\"{task}/x\"'"),
+        ("data.source={task}", r"got {'task': None}. A text that begins with { or \[ needs YAML's quotes"),
+        ("output=2024", r"got 2024. In YAML's quotes it is a text: output='\"2024\"'"),
+    ],
+)
+def test_values_that_cannot_be_meant_say_how_to_quote_them(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(Evaluate, None, [override])
+
+
+def test_files_of_settings_with_a_mark_or_a_key_given_twice(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfdata:\n  limit: 010 # rows\n")
+    assert load_config(Evaluate, str(tmp_path / "a.yaml")).data.limit == 10
+    (tmp_path / "b.yaml").write_text("data:\n  limit: 1\n  seed: 2\n  limit: 3\n")
+    with pytest.raises(ValueError, match=r"b.yaml is not valid YAML: 'limit' is given twice .* line 4"):
+        load_config(Evaluate, str(tmp_path / "b.yaml"))
 
 
 def test_all_mistakes_at_once():

@@ -152,10 +152,10 @@ def test_names_and_numbers_read_well():
     cells = summarize([record("none", 0, "a", 4.651), record("fixed", 1, "a", 4.0)])
     names = method_names({"config": {"fixed_rate": 0.1}})
     assert nll_table(cells, names).rows == [
-        ["no TTA", "4.651 [4.65, 4.65]", "–"],
-        ["fixed 0.1", "–", "4.000 [4.00, 4.00]"],
+        ["no TTA", "4.651 (one prompt: no interval)", "–"],
+        ["fixed 0.1", "–", "4.000 (one prompt: no interval)"],
     ]
     assert details_table(cells, names).rows[1][:6] == [
-        *("fixed 0.1", "1", "1", "−0.651 [−0.651, −0.651]"),
+        *("fixed 0.1", "1", "1", "−0.651 (one prompt: no interval)"),
         *("–", "0 %"),
     ]

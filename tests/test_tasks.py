@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from ephemera.tasks import TASKS, find_task, load_dataset, read_jsonl
+from ephemera.files import read_rows
+from ephemera.tasks import TASKS, find_task, load_dataset
 from ephemera.tasks import data as data_module
 
 # LDTTA appendix A, word for word ("Instruction:" and "Response:" lines with their ###, as its text says).
@@ -177,7 +178,7 @@ def test_malformed_rows_name_file_and_line(text, message, tmp_path):
     ("task", "row"),
     [
         ("squad", {"context": "c", "question": "q", "answers": None}),
-        ("squad", {"context": "c", "question": "q", "answers": ["a"]}),
+        ("squad", {"context": "c", "question": "q", "answers": [["a"]]}),
         ("nq-open", {"question": "q", "answer": 5}),
         ("adapteval/dolly", {"instruction": 5, "output": "a"}),
     ],
@@ -203,13 +204,13 @@ def test_broken_gz(tmp_path):
     for broken in (whole[:-30], b"no gz at all", bytes(spoilt)):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"rows.jsonl.gz(:\d+)?(: not valid JSON| is not a readable .gz file)"):
-            list(read_jsonl(path))
+            list(read_rows(path))
 
 
 def test_not_text(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"rows.jsonl is not a readable .jsonl file"):
-        list(read_jsonl(tmp_path / "rows.jsonl"))
+        list(read_rows(tmp_path / "rows.jsonl"))
 
 
 def test_unknown_tasks_and_sources(tmp_path):

@@ -13,7 +13,10 @@ from ephemera.tasks import Example, Task, load_dataset
 
 @dataclass(frozen=True, eq=False)
 class TaskRows:
-    """A task's examples by id, and their rows. `dropped` had no answer, `long` were longer than allowed."""
+    """A task's examples by id, and their rows.
+
+    `dropped` had no answer, `long` were longer than allowed, `repeated` were equal to another.
+    """
 
     task: Task
     examples: dict[str, Example]
@@ -21,21 +24,33 @@ class TaskRows:
     source: str
     dropped: int
     long: int
+    repeated: int = 0
 
 
-def load_tasks(backbone: Backbone, settings: DataSettings) -> list[TaskRows]:
-    """The rows of each task that `settings.task` joins by "+"; what was left out is said."""
+def load_tasks(backbone: Backbone, settings: DataSettings, *, once: bool = False) -> list[TaskRows]:
+    """The rows of each task that `settings.task` joins by "+", equal ones `once`; what was left out is said."""
     names = settings.task.split("+")
     return [
-        rows_of(backbone, name, settings.sources.get(name) or fill(settings.source, name), settings) for name in names
+        rows_of(backbone, name, settings.sources.get(name) or fill(settings.source, name), settings, once=once)
+        for name in names
     ]
 
 
-def rows_of(backbone: Backbone, name: str, source: str | None, settings: DataSettings | MixtureSettings) -> TaskRows:
-    """The rows of one task; what was left out is said."""
+def rows_of(
+    backbone: Backbone,
+    name: str,
+    source: str | None,
+    settings: DataSettings | MixtureSettings,
+    *,
+    once: bool = False,
+) -> TaskRows:
+    """The rows of one task, equal ones `once`; what was left out is said."""
     data = load_dataset(
         name, split=settings.split, source=source, limit=settings.limit, seed=settings.seed, cut=settings.cut
     )
+    if once:
+        data = data.once()
+    equal = f"; {data.repeated} equal to another row and counted once" if data.repeated else ""
     rows, long = encode_examples(
         backbone,
         data.examples,
@@ -47,10 +62,10 @@ def rows_of(backbone: Backbone, name: str, source: str | None, settings: DataSet
     )
     print(
         f"{name} {settings.split}: {len(rows)} rows from {data.source} "
-        f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out)",
+        f"({data.dropped} without an answer and {long} over {settings.max_tokens} tokens left out{equal})",
         file=sys.stderr,
     )
-    return TaskRows(data.task, {e.id: e for e in data.examples}, rows, data.source, data.dropped, long)
+    return TaskRows(data.task, {e.id: e for e in data.examples}, rows, data.source, data.dropped, long, data.repeated)
 
 
 def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:

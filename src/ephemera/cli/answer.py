@@ -29,6 +29,7 @@ from ephemera.cli.options import (
     unshipped,
 )
 from ephemera.errors import check_unicode, unknown
+from ephemera.files import kind_of, read_rows, read_text, without_end
 from ephemera.saving import json_text
 from ephemera.store import DEFAULT_MODEL
 
@@ -51,7 +52,12 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 def answer(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without one, --file or standard input.")] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help='Text (one prompt) or JSONL with a "prompt" on each line.')
+        Path | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help='One prompt (.txt, .md) or rows with a "prompt" each (.jsonl, .ndjson, .json); also .gz.',
+        ),
     ] = None,
     model: Model = DEFAULT_MODEL,
     steps: Steps = None,
@@ -229,19 +235,17 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
             raise ValueError(
                 'no prompt: give one in quotes, --file, or standard input (e.g. echo "..." | ephemera answer).'
             )
-        text = standard_input().read()
+        text = without_end(standard_input().read())
         check_unicode(text, "standard input")
         return [text]
     if not file.is_file():
         raise ValueError(f"{file} does not exist or is not a file.")
-    if not file.name.endswith((".jsonl", ".jsonl.gz")):
-        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    if kind_of(file) == "text":
+        text = read_text(file)
         check_unicode(text, str(file))
         return [text]
-    from ephemera.tasks import read_jsonl
-
     prompts = []
-    for place, row in read_jsonl(file):
+    for place, row in read_rows(file):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise ValueError(f'{place}: expected an object with a "prompt" text.')
         check_unicode(row["prompt"], f"{place}: the prompt")

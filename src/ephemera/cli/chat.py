@@ -23,6 +23,7 @@ from ephemera.cli.options import (
     unshipped,
 )
 from ephemera.errors import check_unicode
+from ephemera.files import MARK
 from ephemera.store import DEFAULT_MODEL
 
 HELP = "/base: the last question again, unadapted  /steps N  /why: losses and rates of the last answer  /quit"
@@ -211,7 +212,7 @@ def _lines():
             except (EOFError, KeyboardInterrupt):
                 return
         else:
-            line = standard_input().readline()
+            line = standard_input().readline().removeprefix(MARK)
             if not line:
                 return
         if line.strip():

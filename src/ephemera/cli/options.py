@@ -89,7 +89,14 @@ Truncate = Annotated[
     ),
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", "-s", help="One setting, as key.key=value. Repeatable.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        help="One setting, as key.key=value; value is YAML, and quotes within it make a text. Repeatable.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the settings as YAML, and stop.")]
 

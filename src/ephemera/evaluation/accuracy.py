@@ -29,7 +29,7 @@ from ephemera.run_info import command, commit, versions
 from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import Dataset, Example, Task, load_dataset
 from ephemera.tasks.choice import parse
-from ephemera.tasks.gsm8k import number_in
+from ephemera.tasks.numbers import number_in
 
 
 class Rows:
@@ -115,7 +115,7 @@ def _load(config: Benchmark, entry: Any) -> Dataset:
     limit = config.data.limit
     if config.data.fraction is not None:
         limit = max(1, round(config.data.fraction * len(data.examples)))
-    return load_dataset(entry.task, split=config.data.split, source=where, limit=limit, seed=config.data.seed)
+    return load_dataset(entry.task, split=config.data.split, source=where, limit=limit, seed=config.data.seed).once()
 
 
 def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset], *, fresh: bool) -> dict[str, Any]:
@@ -151,6 +151,7 @@ def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset], *, fres
         "sources": {name: found.source for name, found in data.items()},
         "dropped_without_answer": {name: found.dropped for name, found in data.items()},
         "left_out_as_too_long": {},
+        "left_out_as_equal": {name: found.repeated for name, found in data.items()},
         "models": {},
         "versions": versions(),
         "commit": commit(),

@@ -14,7 +14,7 @@ import numpy as np
 from ephemera.evaluation.execute import pass_at_k
 from ephemera.evaluation.records import RECORDS, RUN, AnswerRecord, read_records, write_bytes, write_json
 from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
-from ephemera.evaluation.tables import EMPTY, RESULTS, TABLE_MD, Table
+from ephemera.evaluation.tables import EMPTY, ONE, RESULTS, TABLE_MD, Table
 
 Metric = Callable[[AnswerRecord], float | None]
 Key = tuple[str, str]  # model, variant
@@ -221,7 +221,8 @@ def _cell(estimate: Estimate | None, percent: bool, signed: bool) -> str:
     scale, digits = (100, 1) if percent else (1, 3)
     sign = "+" if signed else ""
     numbers = [f"{scale * x:{sign}.{digits}f}" for x in (estimate.mean, estimate.low, estimate.high)]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]".replace("-", "−")
+    shown = f"{numbers[0]} {ONE}" if estimate.n == 1 else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+    return shown.replace("-", "−")
 
 
 def _plain(cells: dict[Key, dict[str, Estimate]]) -> list[dict[str, Any]]:
@@ -246,6 +247,10 @@ def _conditions(run: dict[str, Any], records: Sequence[AnswerRecord]) -> list[tu
         ("Variants", "; ".join(variants)),
         ("Rows", ", ".join(f"{task} {n}" for task, n in per_task.items()) + f" ({config['data']['split']})"),
         ("Left out as too long", ", ".join(f"{t} {n}" for t, n in run["left_out_as_too_long"].items()) or "none"),
+        (
+            "Equal to another row and counted once",
+            ", ".join(f"{t} {n}" for t, n in run.get("left_out_as_equal", {}).items() if n) or "none",
+        ),
         (
             "Prompts",
             f"{config['data']['format']}, temperature {config['temperature']:g}, {config['samples']} sample(s)",

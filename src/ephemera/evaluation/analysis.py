@@ -177,7 +177,7 @@ def analyse(config: Analyse) -> Analysis:
             source=source_of(entry, config.data.source),
             limit=config.data.limit,
             seed=config.data.seed,
-        )
+        ).once()  # a repeated row would be its own neighbour
         for entry in config.data.tasks
     ]
     model = config.model
@@ -229,7 +229,8 @@ def analyse(config: Analyse) -> Analysis:
         "Generator": f"{config.generator} (weights {print_of_it}), h from {generator.source}",
         "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
         "Prompts": f"{len(rows)} ({', '.join(f'{t} {n}' for t, n in zip(tasks, counts, strict=True))}), "
-        f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {long}",
+        f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {long}, "
+        f"equal to another and left out: {sum(data.repeated for data in loaded)}",
         "Sources": ", ".join(dict.fromkeys(data.source for data in loaded)),
         "Seed": f"{config.seed} (controls, shuffles, embeddings), {config.data.seed} (choice of rows)",
         "Intervals": f"{LEVEL} %, percentile bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}",
@@ -259,14 +260,13 @@ def _rows(backbone: Backbone, loaded: Sequence[Dataset], config: Analyse) -> tup
     by_task: dict[str, list[Encoded]] = {}
     long = 0
     for data in loaded:
-        encoded, left_out = encode_examples(
+        kept, left_out = encode_examples(
             backbone,
             data.examples,
             chat=config.data.format == "chat",
             max_tokens=config.data.max_tokens,
             system=data.task.system,
         )
-        kept = list({row.id: row for row in encoded}.values())  # a repeated row would be its own neighbour
         if len(kept) < 2:
             raise ValueError(
                 f"an analysis needs at least 2 rows of each task; {data.task.name} has {len(kept)} ({data.source})."

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from rouge_score.rouge_scorer import RougeScorer
 
 from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
 from ephemera.begin import adapt_from, reach_of
 from ephemera.config import Evaluate, fill
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
+from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.generator import load_init, lora_of, place_init
 from ephemera.inits import Init
 from ephemera.lora import LoraBatch
@@ -138,7 +138,6 @@ def score(
         fallback += read.fallback_B.tolist()
         ids = read.generate(max_new_tokens=max_new_tokens) if generate else None
         texts += [None] * len(some) if ids is None else backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    scorer = RougeScorer(["rougeLsum"])
     return [
         Record(
             method=method,
@@ -153,7 +152,7 @@ def score(
             prompt=None if text is None else _prompt_end(backbone, row),
             answer=None if text is None else answers[row.id],
             text=text,
-            rouge_lsum=None if text is None else scorer.score(answers[row.id], text)["rougeLsum"].fmeasure,
+            rouge_lsum=None if text is None else rouge_lsum(answers[row.id], text),
         )
         for b, (row, text) in enumerate(zip(rows, texts, strict=True))
     ]
@@ -181,13 +180,14 @@ def evaluate(config: Evaluate) -> Path:
         source=fill(config.data.source, config.data.task),
         limit=config.data.limit,
         seed=config.data.seed,
-    )
+    ).once()
     chat = config.data.format == "chat"
     rows, long = encode_examples(
         backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=data.task.system
     )
     if len(rows) < 2:
-        raise ValueError(f"an evaluation needs at least 2 rows; {data.source} gave {len(rows)}.")
+        equal = f" (and {data.repeated} equal to another)" if data.repeated else ""
+        raise ValueError(f"an evaluation needs at least 2 different rows; {data.source} gave {len(rows)}{equal}.")
     records = RecordFile(folder, Record)
     run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone, fresh=not records.records)
     if "uniform" in config.methods and any(config.steps):
@@ -289,6 +289,7 @@ def _open_run(
         "rows": rows,
         "dropped_without_answer": data.dropped,
         "left_out_as_too_long": long,
+        "left_out_as_equal": data.repeated,
         "uniform_rates": config.uniform_rates,
         "uniform_search": None,
         "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.config import Survey
 from ephemera.evaluation.grid import STOPPED, at_least_two
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
+from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.evaluation.survey_report import write_survey_report
 from ephemera.evaluation.survey_tables import write_tables
 from ephemera.guard import guard
@@ -102,15 +102,16 @@ def survey(config: Survey) -> Path:
     backbone = load_backbone(model.name, dtype=model.dtype, device=model.device, **adapted_by(network))
     place_rate(network, backbone)
     methods = Methods(config, backbone, network)
-    tasks = load_tasks(backbone, config.data)
+    tasks = load_tasks(backbone, config.data, once=True)
     if any(len(task.rows) < 2 for task in tasks):
-        raise ValueError("a survey needs at least 2 rows of each task; raise data.limit or data.max_tokens.")
+        raise ValueError("a survey needs at least 2 different rows of each task; raise data.limit or data.max_tokens.")
     folder.mkdir(parents=True, exist_ok=True)
     records = RecordFile(folder, SurveyRecord)
     run: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "made_for": None if network.made_for is None else network.made_for.describe(),
         "sources": {t.task.name: t.source for t in tasks},
+        "left_out_as_equal": {t.task.name: t.repeated for t in tasks if t.repeated},
         "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},
         "versions": versions(),
         "commit": commit(),
@@ -188,8 +189,6 @@ def _record(
     if text is None:
         return record
     judge = task.task.correct
-    quality = RougeScorer(["rougeLsum"]).score(example.answer, text)["rougeLsum"].fmeasure
-    if judge is not None:
-        quality = float(judge(text, example))
+    quality = rouge_lsum(example.answer, text) if judge is None else float(judge(text, example))
     told = {"prompt": example.prompt[-300:], "answer": example.answer, "text": text, "quality": quality}
     return record.model_copy(update={**told, "judged": judge is not None})

@@ -102,7 +102,11 @@ def write_tables(folder: Path, records: Sequence[SurveyRecord], run: dict[str, A
     price = ""
     if run["price"] is not None:
         price = f"\nTime to the first token with the network: {run['price']:.2f} plain prefills.\n"
-    made = f"{price}\nMade by `{run['command']}` at commit {run['commit']}.\n"
+    equal = "".join(
+        f"\n{name}: {count} rows equal to another, counted once.\n"
+        for name, count in run.get("left_out_as_equal", {}).items()
+    )
+    made = f"{price}{equal}\nMade by `{run['command']}` at commit {run['commit']}.\n"
     write_bytes(folder / TABLE_MD, (table_of(cells).markdown() + made).encode())
 
 

@@ -16,6 +16,7 @@ from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Cell, Consist
 
 RESULTS, TABLE_CSV, TABLE_MD = "results.json", "table.csv", "table.md"
 EMPTY = "–"
+ONE = "(one prompt: no interval)"
 NLL_NOTE = f"Mean over prompts, nats per answer token, lower is better; in brackets the {LEVEL} % interval."
 DETAILS_NOTE = (
     "Differences are paired by prompt, over the n prompts that every method of this run holds; below zero is better "
@@ -66,6 +67,8 @@ def with_interval(estimate: Estimate | None, digits: int = 2) -> str:
         return EMPTY
     if not math.isfinite(estimate.mean):
         return "not finite"
+    if estimate.n == 1:
+        return f"{estimate.mean:.3f} {ONE}"
     return f"{estimate.mean:.3f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 
 
@@ -75,6 +78,8 @@ def signed_interval(estimate: Estimate | None) -> str:
         return EMPTY
     if not math.isfinite(estimate.mean):
         return "not finite"
+    if estimate.n == 1:
+        return f"{estimate.mean:+.3f} {ONE}".replace("-", "−")
     return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]".replace("-", "−")
 
 
@@ -120,6 +125,8 @@ def conditions(run: dict[str, Any], cells: Sequence[Cell]) -> list[tuple[str, st
     config, data = run["config"], run["config"]["data"]
     held = max(c.n for c in cells)
     left_out = f"{run['left_out_as_too_long']} longer than {data['max_tokens']} tokens left out"
+    if run.get("left_out_as_equal"):
+        left_out += f", {run['left_out_as_equal']} equal to another row and counted once"
     uniform = run["uniform_rates"] or {}
     lora = config["model"]["lora"]
     return [

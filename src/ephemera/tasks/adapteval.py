@@ -17,12 +17,19 @@ def question_prompt(row: Row) -> str:
 
 
 def instruction_prompt(row: Row) -> str:
-    instruction, extra = row["instruction"], row.get("input") or ""
+    instruction, extra = row["instruction"], _input(row)
     if instruction.startswith(PLAIN):  # AdaptEval's own GSM8K file carries the template in its rows
         return instruction
     if extra.strip():
         return f"{WITH_INPUT}### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:"
     return f"{PLAIN}### Instruction:\n{instruction}\n\n### Response:"
+
+
+def _input(row: Row) -> str:
+    extra = row.get("input")
+    if extra is not None and not isinstance(extra, str):
+        raise ValueError(f"field 'input' should be a text or null; got {extra!r}.")
+    return extra or ""
 
 
 def answers_answer(row: Row) -> str:
@@ -52,7 +59,7 @@ def asked(row: Row) -> str:
     instruction = (
         row["instruction"].removeprefix(PLAIN).removeprefix("### Instruction:\n").removesuffix("\n\n### Response:")
     )
-    extra = (row.get("input") or "").strip()
+    extra = _input(row).strip()
     return f"{instruction}\n\n{extra}" if extra else instruction
 
 

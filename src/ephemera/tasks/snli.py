@@ -2,6 +2,7 @@
 
 from ephemera.tasks.choice import correct, pick
 from ephemera.tasks.example import Row, Task
+from ephemera.tasks.fields import label
 
 LABELS = ["entailment", "neutral", "contradiction"]
 
@@ -14,7 +15,7 @@ def prompt(row: Row) -> str:
 
 
 def answer(row: Row) -> str:
-    if row["label"] in (-1, ""):  # the annotators did not agree
+    if label(row["label"]) in ("-1", ""):  # the annotators did not agree
         return ""
     return pick(LABELS, row["label"], "label")
 

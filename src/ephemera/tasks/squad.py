@@ -1,6 +1,7 @@
 """SQuAD v1.1: the answer is a span of the passage (LDTTA A.2)."""
 
 from ephemera.tasks.example import Row, Task
+from ephemera.tasks.fields import spans
 
 
 def prompt(row: Row) -> str:
@@ -12,8 +13,7 @@ def prompt(row: Row) -> str:
 
 
 def answer(row: Row) -> str:
-    texts = row["answers"]["text"]
-    return texts[0] if texts else ""
+    return spans(row["answers"], "answers")
 
 
 SQUAD = Task(

@@ -1,10 +1,9 @@
 """SVAMP: one-step word problems that vary known ones; judged as GSM8K is."""
 
-import math
-
 from ephemera.tasks.example import Row, Task
 from ephemera.tasks.gsm8k import SYSTEM, correct
 from ephemera.tasks.gsm8k import prompt as worded
+from ephemera.tasks.numbers import number_of
 
 
 def prompt(row: Row) -> str:
@@ -16,11 +15,8 @@ def answer(row: Row) -> str:
     given = row["Answer"]
     if given is None or given == "":
         return ""
-    try:
-        number = float(str(given).replace(",", ""))
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
+    number = number_of(str(given)) if isinstance(given, str | int | float) else None
+    if number is None:
         raise ValueError(f"field 'Answer' should be a number; got {given!r}.")
     return f"The answer is {int(number) if number.is_integer() else number}."
 

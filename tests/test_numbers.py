@@ -1,0 +1,162 @@
+import pytest
+
+from ephemera.tasks import TASKS, Example
+from ephemera.tasks.numbers import number_in, number_of
+
+# As people write them; None: no value that is certain
+NUMBERS = [
+    (r"\boxed{1{,}000}", 1000),
+    (r"The answer is \boxed{1{,}000}", 1000),
+    (r"\boxed{1\,000}", 1000),
+    (r"\boxed{1,\!000}", 1000),
+    (r"So $1\ 000$", 1000),
+    (r"\boxed{\frac{1}{2}}", 0.5),
+    (r"\boxed{\dfrac{3}{4}}", 0.75),
+    (r"\boxed{2\frac{1}{2}}", 2.5),
+    (r"\boxed{-\frac12}", -0.5),
+    (r"-2\frac{1}{2}", -2.5),
+    ("1/2", 0.5),
+    ("2 1/2", 2.5),
+    ("2 and 1/2", 2.5),
+    ("\xbd", 0.5),
+    ("2\xbd", 2.5),
+    ("-\xbd", -0.5),
+    ("3\u20444", 0.75),
+    (r"\boxed{\text{42 apples}}", 42),
+    (r"\boxed{5\text{ apples}}", 5),
+    (r"\boxed{\$5}", 5),
+    (r"\boxed{50\%}", 50),
+    (r"\boxed{x = 5}", 5),
+    (r"\boxed{\sqrt{2}}", None),
+    (r"The answer is $4\sqrt{2}$", None),
+    (r"5\pi", None),
+    ("5\u03c0", None),
+    (r"\frac{x}{2}", None),
+    (r"\boxed{42}. Check: 2 + 40", 42),
+    (r"25 \text{ cm}^2", 25),
+    ("25 cm^2", 25),
+    ("25 m\xb2", 25),
+    ("10\xb2", 100),
+    ("10^3", 1000),
+    (r"2 \times 10^{3}", 2000),
+    ("1.5e3", 1500),
+    ("2 \xd7 10\xb3", 2000),
+    (r"90^\circ", 90),
+    ("10^{-2}", 0.01),
+    ("\u20ac1,000", 1000),
+    ("-\u20ac5", -5),
+    ("\u20ac-5", -5),
+    ("5 \u20ac", 5),
+    ("5,50 \u20ac", 5.5),
+    ("\u20ac5,50", 5.5),
+    ("$5,50", None),
+    ("12,5 %", None),
+    ("1.000,50 \u20ac", 1000.5),
+    ("\u20ac1.000", None),
+    ("1.000.000", 1000000.0),
+    ("1.2.3", None),
+    ("\u20b91,00,000", 100000),
+    ("1'000", 1000),
+    ("1_000", 1000),
+    ("1 000", 1000),
+    ("1\u202f234.5", 1234.5),
+    ("12 345", None),
+    ("US$5", 5),
+    ("Rs.500", 500),
+    ("Rs500", 500),
+    ("USD5", 5),
+    ("$1.5 million", 1500000.0),
+    ("2 thousand", 2000),
+    ("$3k", 3000),
+    ("$5M", 5000000.0),
+    ("5m", 5),
+    ("5k", 5),
+    ("2 hours 30 minutes", None),
+    ("2 hours and 30 minutes", None),
+    ("2h30m", None),
+    ("2 hours and 30 minutes, i.e. 150 minutes", 150),
+    ("5 ft 3 in", None),
+    ("5'10\"", None),
+    ("$5 and 30 cents", None),
+    ("5 dollars, 30 cents", None),
+    ("3 hours and 2 hours", 2),
+    ("2 million 500 thousand", None),
+    ("3:30", None),
+    ("The answer is 3:30", None),
+    ("12/25/2020", None),
+    ("H2O", None),
+    ("m2", None),
+    ("v1.5", None),
+    ("2x5", 5),
+    ("\u7b54\u6848\u662f5", 5),
+    ("\u7b54\u6848\u662f-5", -5),
+    ("\u7b54\u6848\u662f \uff11\uff12", 12),
+    ("\u0661\u066c\u0660\u0660\u0660", 1000),
+    ("1/0", None),
+    ("9" * 400, None),
+    ("10/2 = 5", 5),
+    ("The answer is 10/2 = 5. 7", 5),
+    ("2-1/2", None),
+    ("The answer is 5! 7", 5),
+    ("5-10", 10),
+    ("The sum of 12,15", 15),
+    ("1,2,3", 3),
+    ("So 10-5", 5),
+    ("5.", 5),
+    ("It is \u20137 degrees", -7),
+    (r"\[ x = \boxed{7} \]", 7),
+    ("$12,15$", None),
+    ("5 pounds and 3 cups", 3),
+    ("the cost is $20/2", 10),
+    ("24 hours/2 = 12", 12),
+    (r"\boxed{12 \text{ hours } 30 \text{ minutes}}", None),
+    (r"\approx5", 5),
+    ("1e400", None),
+    (r"\boxed{7}. Then \boxed{8}", 7),
+    ("5th of 7", 7),
+    ("(2+3)^2", None),
+]
+
+
+@pytest.mark.parametrize(("text", "want"), NUMBERS)
+def test_a_number_is_read_rightly_or_not_at_all(text, want):
+    assert number_in(text) == want
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "want"),
+    [
+        ("1000", r"So \boxed{1{,}000}.", True),
+        ("1", r"So \boxed{1{,}000}.", False),
+        ("26", "It is 26 billion miles.", True),  # GSM8K's own words, where the question asks for billions
+        ("26000000000", "It is 26 billion miles.", True),
+        ("26000000", "It is 26 billion miles.", False),
+        ("0.5", "The answer is 1/2.", True),
+        ("2", "The answer is 1/2.", False),
+        ("30", "The answer is 2 hours 30 minutes.", False),
+        ("2", "The answer is 2 hours 30 minutes.", False),
+        ("1,00,000", "100000", True),
+    ],
+)
+def test_answers_with_such_numbers_are_judged(gold, text, want):
+    for name in ("gsm8k", "svamp"):
+        judge = TASKS[name].correct
+        assert judge is not None
+        assert judge(text, Example("id", "p", f"The answer is {gold}.")) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("$1,002", 1002),
+        (" 3.0 ", 3),
+        ("1/2", 0.5),
+        ("-5", -5),
+        ("5.", None),
+        ("5 and 6", None),
+        ("1,5", None),
+        ("", None),
+    ],
+)
+def test_a_text_that_is_one_number(text, want):
+    assert number_of(text) == want
