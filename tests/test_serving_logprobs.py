@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import openai
@@ -59,6 +60,11 @@ def tokenizer(request):
     return TOKENIZERS[request.param]()
 
 
+@cache
+def vocabulary_of(tokenizer) -> Vocabulary:
+    return Vocabulary(tokenizer)
+
+
 def without_first_space(tokenizer, text: str) -> str:
     """SentencePiece begins a text with a space, and its decoder drops it."""
     return text.removeprefix(" ") if "▁" in tokenizer.get_vocab() else text
@@ -70,13 +76,13 @@ def ids_of(tokenizer, text: str) -> list[int]:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bytes_of_tokens_are_the_text(tokenizer, text):
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     found = b"".join(vocabulary.bytes_of(i) or b"?" for i in ids_of(tokenizer, text)).decode()
     assert without_first_space(tokenizer, found) == text
 
 
 def test_no_two_tokens_share_a_name(tokenizer):
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     names = [vocabulary.name(i) for i in range(len(tokenizer) + 3)]
     assert len(set(names)) == len(names)
     assert names[-1] == f"token_id:{len(tokenizer) + 2}"  # a row of the embedding without a token
@@ -88,7 +94,7 @@ def test_no_two_tokens_share_a_name(tokenizer):
 
 def test_a_byte_that_is_a_piece_too_has_another_name():
     tokenizer = sentencepiece()
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = vocabulary_of(tokenizer)
     byte, piece = tokenizer.convert_tokens_to_ids(["<0x41>", "A"])
     assert vocabulary.bytes_of(byte) == vocabulary.bytes_of(piece) == b"A"
     assert (vocabulary.name(byte), vocabulary.name(piece)) == ("bytes:\\x41", "A")
@@ -99,18 +105,34 @@ def test_offsets_are_places_in_the_text(tokenizer, text):
     """Against what the tokenizer says when it encodes, and what its decoder gives of the tokens before."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    have = Vocabulary(tokenizer).offsets(ids, tokenizer.decode(ids))
+    have = vocabulary_of(tokenizer).offsets(ids, tokenizer.decode(ids))
     if "▁" in tokenizer.get_vocab():
         assert have == [start for start, _ in encoded["offset_mapping"]]
     else:
         assert have == [len(tokenizer.decode(ids[:place]).rstrip("\ufffd")) for place in range(len(ids))]
 
 
+def test_offsets_of_a_prompt_are_places_in_it_as_it_was_given():
+    """Qwen's tokenizers compose accents first: their tokens decode to a shorter text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    text = "e\u0301e\u0301 the"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "éé the"
+    have = vocabulary_of(tokenizer).prompt_offsets(ids, text)
+    assert have[:5] == [0, 0, 0, 2, 2]  # BOS, then two bytes of each composed letter
+    assert set(have[5:]) <= {4, 5, 6, 7}
+    plain = tokenizer("the river")["input_ids"]
+    assert vocabulary_of(tokenizer).prompt_offsets(plain, "the river") == vocabulary_of(tokenizer).offsets(
+        plain, "the river"
+    )
+
+
 def test_offsets_of_bytes_that_are_no_text():
     """Random tokens: places never fall back, nor leave the text, and a lone bad byte is one character."""
     dice = random.Random(3)
     for tokenizer in (tiny_tokenizer(), sentencepiece()):
-        vocabulary = Vocabulary(tokenizer)
+        vocabulary = vocabulary_of(tokenizer)
         for _ in range(300):
             ids = [dice.randrange(len(tokenizer)) for _ in range(dice.randrange(1, 12))]
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -142,7 +164,7 @@ def answered(
     more = {key: sampling.pop(key) for key in ("echo", "format") if key in sampling}
     sampling = Sampling(max_tokens=sampling.pop("max_tokens", len(ids)), logprobs=2, **sampling)
     job = Job(list(prompt), methods.Method("m", "none", None, None, 0), 0, told.append, sampling=sampling, **more)
-    answer = Answer(job, 0, Vocabulary(tokenizer), frozenset() if end is None else frozenset([end]))
+    answer = Answer(job, 0, vocabulary_of(tokenizer), frozenset() if end is None else frozenset([end]))
     answer.begin([])
     for i in ids:
         if answer.reason is None:
@@ -159,8 +181,8 @@ def test_pieces_of_a_stream_hold_the_tokens_of_their_text(tokenizer):
         entries = [entry for piece in pieces for entry in piece.logprobs]
         whole = "".join(piece.text for piece in pieces)
         assert whole == tokenizer.decode(ids)
-        assert [entry.token.name for entry in entries] == [Vocabulary(tokenizer).name(i) for i in ids]
-        assert [entry.offset for entry in entries] == Vocabulary(tokenizer).offsets(ids, whole)
+        assert [entry.token.name for entry in entries] == [vocabulary_of(tokenizer).name(i) for i in ids]
+        assert [entry.offset for entry in entries] == vocabulary_of(tokenizer).offsets(ids, whole)
         end = 0
         for piece in pieces[:-1]:  # the last one has what is left
             end += len(piece.text)
@@ -208,7 +230,7 @@ def test_an_answer_goes_on_from_an_echo_as_one_text(tokenizer, text):
     cut = len(ids_of(tokenizer, "the"))
     parts = answered(tokenizer, ids[cut:], prompt=ids[:cut], echo="the")
     assert "".join(part.text for part in parts) == f"the {text}"
-    want = Vocabulary(tokenizer).offsets(ids, f"the {text}")[cut:]
+    want = vocabulary_of(tokenizer).offsets(ids, f"the {text}")[cut:]
     assert [entry.offset for part in parts for entry in part.logprobs] == want
 
 

@@ -245,7 +245,7 @@ class Engine:
             return []
         states_TD, count = read.hidden_BTD[row, -len(job.ids) :], job.sampling.logprobs or 0
         entries = prompt_entries(states_TD, job.ids, self.backbone.logits, count, self.vocabulary)
-        places = self.vocabulary.offsets(job.ids, job.echo or "", special=job.shows_special)
+        places = self.vocabulary.prompt_offsets(job.ids, job.echo or "", special=job.shows_special)
         for entry, place in zip(entries, places, strict=True):
             entry.offset = place
         return entries

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,6 +48,14 @@ class Vocabulary:
             places.append(min(max(seen - cut, 0), len(text)))
             seen += len(decoder.decode(share))
         return places
+
+    def prompt_offsets(self, ids: Sequence[int], text: str, *, special: bool = False) -> list[int]:
+        """The same for a prompt as it was given: a normalizer may have made its tokens from another text."""
+        if self.tokenizer.is_fast and self.tokenizer.decode(list(ids), skip_special_tokens=not special) != text:
+            encoded = self.tokenizer.backend_tokenizer.encode(text)
+            if encoded.ids == list(ids):
+                return list(accumulate((start for start, _ in encoded.offsets), max))
+        return self.offsets(ids, text, special=special)
 
     def _shares(self, ids: Sequence[int], *, special: bool) -> list[bytes]:
         """Each token's bytes as they go into a decoded text."""
