@@ -260,10 +260,12 @@ def test_half_a_character_is_refused_wherever_it_stands(raw, path, fields, param
     assert "surrogate" not in ask(raw, path, **whole).text
 
 
-def test_a_prompt_of_no_tokens_is_refused():
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_prompt_of_no_tokens_is_refused(bos):
     backbone = tiny_backbone("llama")
     backbone.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
-    backbone.tokenizer.backend_tokenizer.post_processor = None  # no BOS
+    if not bos:
+        backbone.tokenizer.backend_tokenizer.post_processor = None
     with live(backbone, tiny_methods(backbone)) as (url, _), httpx.Client(base_url=url) as raw:
         for prompt in ("\u200b", ["a b", "\u200b\u200b"]):
             refused(ask(raw, "completions", prompt=prompt), "prompt", "no tokens", "give some text")

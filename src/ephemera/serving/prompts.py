@@ -74,7 +74,9 @@ class Reader:
             ids = encode_prompt(self.backbone.tokenizer, prompt)
         except ValueError as error:
             raise ApiError(422, f"prompt: {error}", param="prompt") from None
-        return self._fits(ids, "prompt")
+        tokenizer = self.backbone.tokenizer
+        added = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}  # a text makes none of them
+        return self._fits([] if added.issuperset(ids) else ids, "prompt")
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self.backbone.tokenizer
