@@ -184,7 +184,7 @@ def test_models(client):
     [
         ({"model": "tiny-lama"}, 404, "model"),
         ({"frobnicate": 1}, 400, "frobnicate"),
-        ({"tools": []}, 400, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format.type"),
         ({"temperature": 3}, 400, "temperature"),
         ({"temperature": True}, 400, "temperature"),
@@ -198,7 +198,7 @@ def test_models(client):
         ({"adapt": {"steps": 99}}, 400, "adapt.steps"),
         ({"adapt": {"steps": -1}}, 400, "adapt.steps"),
         ({"adapt": {"stepps": 1}}, 400, "adapt.stepps"),
-        ({"stop": ["a"] * 5}, 400, "stop"),
+        ({"stop": ["a"] * 17}, 400, "stop"),
         ({"stream_options": {}}, 400, None),
         ({"top_logprobs": 2}, 400, None),
         ({"messages": []}, 400, "messages"),

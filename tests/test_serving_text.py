@@ -7,8 +7,10 @@ import random
 import pytest
 import torch
 
-from ephemera.serving.sampling import Sampling, draw, told
+from ephemera.serving.logprobs import logprob_entry
+from ephemera.serving.sampling import Sampling, draw
 from ephemera.serving.text import Detokenizer, Stop
+from ephemera.serving.vocabulary import Vocabulary
 from tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -87,11 +89,12 @@ def test_top_p_keeps_the_smallest_likely_set(size):
 
 def test_logprobs_are_the_models_own():
     logits_V = torch.randn(VOCABULARY)
-    entry = told(logits_V, 40, 3, tiny_tokenizer())
+    vocabulary = Vocabulary(tiny_tokenizer())
+    entry = logprob_entry(logits_V, 40, 3, vocabulary)
     want = logits_V.log_softmax(0)
-    assert entry["logprob"] == pytest.approx(float(want[40]))
-    assert [t["logprob"] for t in entry["top_logprobs"]] == pytest.approx(want.topk(3).values.tolist())
-    assert told(logits_V, 40, 0, tiny_tokenizer())["top_logprobs"] == []
+    assert entry.token.logprob == pytest.approx(float(want[40]))
+    assert [t.logprob for t in entry.top] == pytest.approx(want.topk(3).values.tolist())
+    assert logprob_entry(logits_V, 40, 0, vocabulary).top == []
 
 
 def test_seeds():

@@ -11,16 +11,16 @@ from typing import Any
 
 from ephemera.saving import json_text
 from ephemera.serving.errors import envelope
+from ephemera.serving.logprobs import TokenLogprob, chat_logprobs, completion_logprobs
 from ephemera.serving.work import Adapting, Event, Failed, Finished, Job, Report, Text
 
 
 @dataclass
 class Choice:
     texts: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: str | None = None
     begun: bool = False
-    chars: int = 0
 
 
 class Answering:
@@ -71,7 +71,7 @@ class Answering:
         for index, choice in enumerate(self.choices):
             text = "".join(choice.texts)
             made: dict[str, Any] = {"index": index, "finish_reason": choice.reason}
-            made["logprobs"] = self._logprobs(choice.logprobs, 0)
+            made["logprobs"] = self._logprobs(choice.logprobs)
             if self.chat:
                 made["message"] = {"role": "assistant", "content": text, "refusal": None}
             else:
@@ -111,8 +111,7 @@ class Answering:
         choice = self.choices[index]
         text = event.text if isinstance(event, Text) else ""
         made: dict[str, Any] = {"index": index, "finish_reason": None}
-        made["logprobs"] = self._logprobs(event.logprobs if isinstance(event, Text) else [], choice.chars)
-        choice.chars += len(text)
+        made["logprobs"] = self._logprobs(event.logprobs if isinstance(event, Text) else [])
         if self.chat:
             made["delta"] = {} if choice.begun else {"role": "assistant"}
             if isinstance(event, Text):
@@ -131,21 +130,10 @@ class Answering:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _logprobs(self, tokens: list[dict[str, Any]], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, entries: list[TokenLogprob]) -> dict[str, Any] | None:
         if not self.wants_logprobs:
             return None
-        if self.chat:
-            return {"content": tokens, "refusal": None}
-        offsets = []
-        for t in tokens:
-            offsets.append(offset)
-            offset += len(t["token"])
-        return {
-            "tokens": [t["token"] for t in tokens],
-            "token_logprobs": [t["logprob"] for t in tokens],
-            "top_logprobs": [{o["token"]: o["logprob"] for o in t["top_logprobs"]} for t in tokens],
-            "text_offset": offsets,
-        }
+        return chat_logprobs(entries) if self.chat else completion_logprobs(entries)
 
 
 def _sse(data: dict[str, Any]) -> str:

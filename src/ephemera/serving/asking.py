@@ -91,13 +91,20 @@ def say_errors(app: FastAPI) -> None:
         return JSONResponse(error.body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        message, field = where(list(error.errors()))
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        message, field = where(error.errors())
+        sent = request.headers.get("content-type", "")
+        kind = sent.partition(";")[0].strip().lower()
+        if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+            given = f"the Content-Type {sent!a}" if sent else "no Content-Type"
+            message, field = f"the body was sent with {given}; send it with 'Content-Type: application/json'.", None
         return JSONResponse(envelope(400, message, param=field), status_code=400)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}."
+        if error.status_code == 400:  # FastAPI's own, of bodies that json.loads refuses otherwise than by its error
+            message = "the body is no valid JSON: it is not UTF-8, nested too deeply, or has a number that is too long."
         return JSONResponse(envelope(error.status_code, message), status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)

@@ -16,24 +16,39 @@ from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill
 from ephemera.serving.cache import Rows
-from ephemera.serving.sampling import draw, told
+from ephemera.serving.logprobs import TokenLogprob, logprob_entry
+from ephemera.serving.sampling import draw
 from ephemera.serving.text import Detokenizer, Stop
+from ephemera.serving.vocabulary import Vocabulary
 from ephemera.serving.work import Failed, Finished, Job, Text
+
+CONTEXT = 8  # tokens of an echoed prompt that an answer's first text may depend on
 
 
 class Answer:
     """One answer as it grows."""
 
-    def __init__(self, job: Job, choice: int, backbone: Backbone, end_tokens: frozenset[int]):
+    def __init__(self, job: Job, choice: int, vocabulary: Vocabulary, end_tokens: frozenset[int]):
         self.job, self.choice = job, choice
-        self.tokenizer = backbone.tokenizer
+        self.vocabulary = vocabulary
         self.end_tokens = end_tokens
-        self.text = Detokenizer(backbone.tokenizer)
+        context = () if job.echo is None else job.ids[-CONTEXT:]
+        self.text = Detokenizer(vocabulary.tokenizer, context)
         self.stop = Stop(job.sampling.stop)
         self.generator = job.sampling.generator(choice)
         self.token, self.count, self.silent = 0, 0, 0
-        self.logprobs: list[dict] = []
+        self.read = self.shown = 0  # characters that the tokens made, and that were told
+        self.unread: list[TokenLogprob] = []  # of tokens that are no text yet
+        self.logprobs: list[TokenLogprob] = []  # of tokens whose text is not told yet
         self.reason: str | None = None
+
+    def begin(self, entries: Sequence[TokenLogprob]) -> None:
+        """Tell the prompt's text, where it is asked for, and what is known of its tokens."""
+        if self.job.echo is not None:
+            self.read = self.shown = len(self.job.echo)
+            self.job.tell(Text(self.choice, self.job.echo, 0, list(entries)))
+        if self.job.sampling.max_tokens == 0:
+            self._finish("length")
 
     def take(self, logits_V: Tensor, greedy: int) -> None:
         """Choose the next token, and tell its text. `reason` is set when the answer is complete."""
@@ -42,11 +57,13 @@ class Answer:
         self.token = token
         self.count += 1
         self.silent += 1
-        if token in self.end_tokens:
+        ends = token in self.end_tokens
+        # As OpenAI's: completions tell the token that ends them, chats do not
+        if sampling.logprobs is not None and not (ends and self.job.format == "chat"):
+            self.unread.append(logprob_entry(logits_V, token, sampling.logprobs, self.vocabulary))
+        if ends:
             return self._finish("stop")
-        if sampling.logprobs is not None:
-            self.logprobs.append(told(logits_V, token, sampling.logprobs, self.tokenizer))
-        shown, stopped = self.stop.push(self.text.push(token))
+        shown, stopped = self.stop.push(self._text(token))
         if stopped:
             self.reason = "stop"
             return self._say(shown)
@@ -55,14 +72,35 @@ class Answer:
         if shown:
             self._say(shown)
 
-    def _finish(self, reason: str, shown: str = "") -> None:
-        more, stopped = self.stop.push(self.text.finish())
-        self.reason = "stop" if stopped else reason
-        self._say(shown + more + ("" if stopped else self.stop.finish()))
+    def _text(self, token: int | None) -> str:
+        """The text that a token completes (None: what was held back); its tokens get their places."""
+        before = self.text.given
+        text = self.text.finish() if token is None else self.text.push(token)
+        if self.unread:
+            ids = self.text.ids[before : self.text.given]
+            entries, self.unread = self.unread[: len(ids)], self.unread[len(ids) :]
+            for entry, offset in zip(entries, self.vocabulary.offsets(ids, text), strict=False):
+                entry.offset = self.read + offset
+            self.logprobs += entries
+        self.read += len(text)
+        return text
 
-    def _say(self, text: str) -> None:
-        self.job.tell(Text(self.choice, text, self.silent, self.logprobs))
-        self.logprobs, self.silent = [], 0
+    def _finish(self, reason: str, shown: str = "") -> None:
+        more, stopped = self.stop.push(self._text(None))
+        self.reason = "stop" if stopped else reason
+        if stopped:
+            return self._say(shown + more)
+        for entry in self.unread:  # the token that ends the answer
+            entry.offset = self.read
+        self.logprobs += self.unread
+        self._say(shown + more + self.stop.finish(), last=True)
+
+    def _say(self, text: str, *, last: bool = False) -> None:
+        """Tell text, and of its tokens: those behind it wait, or belong to a stop sequence."""
+        self.shown += len(text)
+        told = [entry for entry in self.logprobs if last or entry.offset < self.shown]
+        self.job.tell(Text(self.choice, text, self.silent, told))
+        self.logprobs, self.silent = self.logprobs[len(told) :], 0
 
     def close(self) -> None:
         assert self.reason is not None

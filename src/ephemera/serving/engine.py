@@ -28,8 +28,10 @@ from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.prefill import Prefill, prefill
 from ephemera.serving.batch import Answer, DecodeBatch, fail, greedy_tokens, out_of_memory
 from ephemera.serving.cache import check_cache
+from ephemera.serving.logprobs import TokenLogprob, prompt_entries
 from ephemera.serving.reporting import Times, reports
 from ephemera.serving.threads import in_passing_thread
+from ephemera.serving.vocabulary import Vocabulary
 from ephemera.serving.work import Adapting, Busy, Failed, Job, Observer
 
 log = logging.getLogger("ephemera.serving")
@@ -58,6 +60,7 @@ class Engine:
         """`stop_below`: as in `adapt`; a prompt whose rates are near zero takes no further step."""
         self.backbone = backbone
         backbone.beginnings = Beginnings([chat_beginning(backbone.tokenizer)])
+        self.vocabulary = Vocabulary(backbone.tokenizer)
         self.stop_below = stop_below
         self.max_rows, self.max_queue = max_rows, max_queue
         self.observer = observer or Observer()
@@ -210,10 +213,11 @@ class Engine:
             read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=method.reach)
         with torch.no_grad():
             logits_BV = backbone.logits(read.hidden_BTD[:, -1])
+        entries = [self._prompt_entries(job, read, row) for row, job in enumerate(group)]
         answers, sources = [], []
         for row, job in enumerate(group):
             for choice in range(job.n if not job.cancelled else 0):
-                answers.append(Answer(job, choice, backbone, self.batch.end_tokens))
+                answers.append(Answer(job, choice, self.vocabulary, self.batch.end_tokens))
                 sources.append(row)
         if answers:
             self.batch.join(answers, read, sources)
@@ -221,10 +225,24 @@ class Engine:
         for answer, source, token in zip(answers, sources, greedy_tokens([logits_BV[s] for s in sources]), strict=True):
             if token is None:
                 fail(answer, Failed(500, "the model's logits were not finite.", "not_finite"))
-            else:
+                continue
+            answer.begin(entries[source])
+            if answer.reason is None:
                 answer.take(logits_BV[source], token)
         self._report(group, trace, read, Times(seconds, first), left_B)
         self._part([a for a in answers if a.reason is not None])
+
+    @torch.no_grad()
+    def _prompt_entries(self, job: Job, read: Prefill, row: int) -> list[TokenLogprob]:
+        """What is told of a prompt's own tokens; Reader lets only prompts ask that no adapter has seen."""
+        if not job.scored:
+            return []
+        states_TD, count = read.hidden_BTD[row, -len(job.ids) :], job.sampling.logprobs or 0
+        entries = prompt_entries(states_TD, job.ids, self.backbone.logits, count, self.vocabulary)
+        places = self.vocabulary.prompt_offsets(job.ids, job.echo or "", special=job.shows_special)
+        for entry, place in zip(entries, places, strict=True):
+            entry.offset = place
+        return entries
 
     def _report(
         self, group: list[Job], trace: Trace | None, read: Prefill, times: Times, left_B: Tensor | None

@@ -12,7 +12,7 @@ from ephemera.made_for import FORMATS, Format
 from ephemera.serving.errors import ApiError
 from ephemera.serving.methods import Method, find
 from ephemera.serving.sampling import Sampling
-from ephemera.serving.schema import AdaptOptions, AdaptRequest, ChatRequest, CompletionRequest, Message
+from ephemera.serving.schema import AdaptOptions, AdaptRequest, ChatRequest, CompletionRequest, Message, Prompt
 from ephemera.serving.work import Event, Job
 from ephemera.subset import own_tokens
 
@@ -58,14 +58,23 @@ class Reader:
     def described(self, created: int) -> list[dict[str, Any]]:
         return [self.describe(model_id, created) for model_id in dict.fromkeys(m.model_id for m in self.methods)]
 
-    def plain(self, prompt: str) -> list[int]:
+    def plain(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, or token ids as they are."""
+        if not isinstance(prompt, str):
+            known = self.backbone.vocabulary_VD.shape[0]
+            if unknown := next((i for i in prompt if i >= known), None):
+                words = f"prompt: the token id {unknown} is not in the vocabulary (0 to {known - 1})."
+                raise ApiError(400, words, param="prompt")
+            return self._fits(prompt, "prompt")
         if not prompt.strip():
             raise ApiError(400, "prompt: it is empty; give some text to adapt to and answer.", param="prompt")
         try:
             ids = self.backbone.check_ids(encode_prompt(self.backbone.tokenizer, prompt))
         except ValueError as error:
             raise ApiError(422, f"prompt: {error}", param="prompt") from None
-        return self._fits(ids, "prompt")
+        tokenizer = self.backbone.tokenizer
+        added = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}  # a text makes none of them
+        return self._fits([] if added.issuperset(ids) else ids, "prompt")
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self.backbone.tokenizer
@@ -80,7 +89,7 @@ class Reader:
         return self._fits(ids, "messages")
 
     def jobs(self, body: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Job]:
-        """One job per prompt."""
+        """One job per prompt, given in tokens."""
         format: Format = "chat" if isinstance(body, ChatRequest) else "plain"
         method = self.method(body.model, format)
         steps = self._steps(method, body.adapt)
@@ -91,8 +100,9 @@ class Reader:
             )
             raise ApiError(400, words, param="n")
         options = body.adapt or AdaptOptions()
+        echoes = self._echoes(body, method, steps)
         made = []
-        for ids in prompts:
+        for ids, echo in zip(prompts, echoes or [None] * len(prompts), strict=True):
             self._fits_template(method, steps, ids)
             sampling = Sampling(
                 temperature=1.0 if body.temperature is None else body.temperature,
@@ -109,6 +119,8 @@ class Reader:
                     steps,
                     _nobody,
                     format,
+                    echo=echo[0] if echo else None,
+                    shows_special=bool(echo and echo[1]),
                     sampling=sampling,
                     n=n,
                     seed=options.seed,
@@ -117,6 +129,23 @@ class Reader:
                 )
             )
         return made
+
+    def _echoes(
+        self, body: ChatRequest | CompletionRequest, method: Method, steps: int
+    ) -> list[tuple[str, bool]] | None:
+        """What answers are to begin with: each prompt's text, and whether it shows special tokens."""
+        if isinstance(body, ChatRequest) or not body.echo:
+            return None
+        if body.logprobs is not None and method.adapts(steps):
+            words = (
+                f"echo: {body.model} with {steps} steps adapts to the prompt, so that logprobs would score a text that "
+            )
+            words += f"it had adapted to. Use the model {self.methods[0].model_id!r}, or leave out echo or logprobs."
+            raise ApiError(400, words, param="echo")
+        decode: Any = self.backbone.tokenizer.decode
+        return [
+            (p, False) if isinstance(p, str) else (decode(p, skip_special_tokens=False), True) for p in body.prompts
+        ]
 
     def adaptation(self, body: AdaptRequest, ids: list[int], *, adapter: bool) -> Job:
         format: Format = "plain" if body.messages is None else "chat"
@@ -159,7 +188,8 @@ class Reader:
 
     def _fits(self, ids: list[int], field: str) -> list[int]:
         if not ids:
-            raise ApiError(400, f"{field}: it has no tokens.", param=field)
+            words = f"{field}: the tokenizer of {self.backbone.name} makes no tokens of it; give some text to answer."
+            raise ApiError(400, words, param=field)
         most = min(self.limits.prompt_tokens, self.backbone.max_length - 1)
         if len(ids) > most:
             words = f"{field}: {len(ids)} tokens are more than this server takes ({most})."

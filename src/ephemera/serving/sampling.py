@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 NUCLEUS = 512  # likeliest tokens looked at first: a full sort of 49,152 takes longer than the row's share of a pass
 
@@ -53,18 +51,3 @@ def draw(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
             break
     kept_N = p_N * (before_N < sampling.top_p)
     return int(tokens_N[int(torch.multinomial(kept_N, 1, generator=generator))])
-
-
-def told(logits_V: Tensor, token: int, count: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """A token's log-probability and the `count` likeliest ones, of the model itself (before temperature and top_p)."""
-    logp_V = logits_V.float().log_softmax(-1)
-
-    def one(i: int, logp: float) -> dict[str, Any]:
-        text = tokenizer.decode([i])
-        assert isinstance(text, str)
-        whole = "\N{REPLACEMENT CHARACTER}" not in text
-        return {"token": text, "logprob": logp, "bytes": list(text.encode()) if whole else None}
-
-    top = logp_V.topk(count) if count else None
-    others = [one(i, p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)] if top else []
-    return {**one(token, float(logp_V[token])), "top_logprobs": others}

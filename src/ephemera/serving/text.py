@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # how a decoder shows bytes that are no whole character yet
+from ephemera.serving.vocabulary import HALF
 
 
 class Detokenizer:
     """Text of a growing answer. What it has given never changes: a piece ends where the characters so far are whole.
 
     Decoding starts at the tokens of the piece before, because a token's text may depend on what precedes it.
+    `context`: tokens whose text the answer is to follow.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.before, self.given = 0, 0
+        self.ids: list[int] = list(context)
+        self.before, self.given = 0, len(self.ids)
 
     def push(self, token: int) -> str:
         self.ids.append(token)

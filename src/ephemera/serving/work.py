@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ephemera.made_for import Format
+from ephemera.serving.logprobs import TokenLogprob
 from ephemera.serving.methods import Method
 from ephemera.serving.sampling import Sampling
 
@@ -26,7 +27,7 @@ class Text:
     choice: int
     text: str
     tokens: int
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Job:
     steps: int
     emit: Callable[[Event], None]
     format: Format = "plain"  # of the prompt
+    echo: str | None = None  # the prompt's text, if answers are to begin with it
+    shows_special: bool = False  # whether that text shows special tokens: those of a prompt given as token ids
     sampling: Sampling = field(default_factory=Sampling)
     n: int = 1
     seed: int = 0  # of the adapter's start
@@ -83,6 +86,11 @@ class Job:
     @property
     def late(self) -> bool:
         return time.perf_counter() - self.arrived > self.seconds
+
+    @property
+    def scored(self) -> bool:
+        """Whether the log-probabilities of the prompt's own tokens are asked for."""
+        return self.echo is not None and self.sampling.logprobs is not None
 
     @property
     def rows(self) -> int:
