@@ -12,6 +12,8 @@ SRC = Path(ephemera.__file__).parent
 LAYERS = (
     *(
         "errors",
+        "files",
+        "yaml_values",
         "saving",
         "made_for",
         "store",
@@ -94,7 +96,7 @@ def test_imports_point_down(path):
         )
         assert not (here in SIBLINGS and other in SIBLINGS and here != other)
     if here == "tasks":
-        assert imports(path) <= {"tasks", "errors", "store"}
+        assert imports(path) <= {"tasks", "errors", "files", "store"}
 
 
 def test_every_part_has_its_place():

@@ -79,7 +79,7 @@ def test_standard_input_ends_before_the_newline_that_echo_adds(typed, want, monk
         ("p.json", b'[{"prompt": "p"}, 5]', r'p.json: row 2: expected an object with a "prompt" text'),
         ("p.json", b'{"prompt": "p"}\n{"prompt": ', r"p.json:2: not valid JSON"),
         ("p.json", b"[]", "p.json holds no prompts"),
-        ("p.txt", "x".encode("utf-16"), r"p.txt is not readable text: .* Save it as UTF-8"),
+        ("p.txt", "x".encode("utf-16"), r"p.txt is not valid Unicode: .* which is not UTF-8"),
         ("p.txt.gz", b"x", r"p.txt.gz is not readable text: Not a gzipped file"),
         ("p.jsonl", "{}".encode("utf-16"), r"p.jsonl is not a readable .jsonl file: .* Save it as UTF-8"),
     ],

@@ -21,6 +21,7 @@ from ephemera import artifact, cli, doctor, saving, store
 from ephemera.cli import answer
 from ephemera.model import AdaptiveLM
 from ephemera.serving.answers import Answering
+from ephemera.serving.logprobs import NamedToken, TokenLogprob
 from ephemera.serving.work import Finished, Text
 from ephemera.training.card import read_metrics
 from ephemera.training.loop import _checkpoint
@@ -261,7 +262,8 @@ def test_a_stream_of_the_server(llama):
 
     base = next(m for m in tiny_methods(llama) if m.name == "none")
     job = job_for(llama, base, PROMPT)
-    logprobs = [{"token": "a", "logprob": float("-inf"), "bytes": [97], "top_logprobs": []}]
+    never = NamedToken("a", b"a", float("-inf"))
+    logprobs = [TokenLogprob(never, [never])]
     answering = Answering([job], "m", chat=True, wants_logprobs=True)
     events = _of(Text(0, "a", 1, logprobs), Finished(0, "stop"))
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from ephemera.errors import check_unicode
+
 ROWS, TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".text", ".md")
 FORMS = (
     f"Rows are in {', '.join(ROWS)}; one text is in {', '.join(TEXT)} or a name without an ending. Each may end in .gz; "
@@ -40,10 +42,12 @@ def read_text(path: Path) -> str:
     """A file's text, without a byte order mark and without its last line's end."""
     kind_of(path)
     try:
-        with _open(path) as file:
-            return without_end(file.read())
-    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable text: {error}. Save it as UTF-8.") from error
+        with _open(path, errors="surrogateescape") as file:
+            text = without_end(file.read())
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{path} is not readable text: {error}.") from error
+    check_unicode(text, str(path))
+    return text
 
 
 def without_end(text: str) -> str:
@@ -93,10 +97,10 @@ def _split(path: Path) -> tuple[str, str]:
     return name.stem, name.suffix.lower()
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path, errors: str = "strict") -> IO[str]:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors)
+    return path.open(encoding="utf-8-sig", errors=errors)
 
 
 def _whole(digits: str) -> int | float:

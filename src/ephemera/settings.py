@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from yaml import YAMLError
 
-from ephemera import yaml_values
 from ephemera.errors import nearest
+from ephemera.yaml_values import dump, load, load_value
 
 
 class Settings(BaseModel):
@@ -57,7 +57,7 @@ def load_config(kind: type[Config], path: str | None = None, overrides: list[str
         if not separator:
             raise ValueError(f"--set takes key=value, e.g. optimizer.samples=100; got {override!r}.")
         try:
-            value = yaml_values.load_value(text)
+            value = load_value(text)
         except YAMLError as error:
             quoted = shlex.quote(f"{key}={json.dumps(text, ensure_ascii=False)}")
             raise ValueError(
@@ -85,12 +85,12 @@ def check_config(kind: type[Config], values: dict[str, Any]) -> Config:
 
 
 def dump_yaml(config: Settings) -> str:
-    return yaml_values.dump(config.model_dump(mode="json"))
+    return dump(config.model_dump(mode="json"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml_values.load(path.read_text(encoding="utf-8-sig"))
+        values = load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read config {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -241,9 +241,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{file} does not exist or is not a file.")
     if kind_of(file) == "text":
-        text = read_text(file)
-        check_unicode(text, str(file))
-        return [text]
+        return [read_text(file)]
     prompts = []
     for place, row in read_rows(file):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
