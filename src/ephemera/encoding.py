@@ -185,7 +185,7 @@ class _Encoder:
             return False
 
     def _templated(self, marked: Sequence[Mapping[str, Any]]) -> str:
-        text = self.tokenizer.apply_chat_template(list(marked), tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template([dict(m) for m in marked], tokenize=False, add_generation_prompt=True)
         assert isinstance(text, str)
         return text
 

@@ -36,11 +36,13 @@ class Verdict:
 @torch.no_grad()
 def guard(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tuple[Trace, Prefill, Verdict]:
     """The trace with what the gate leaves of its adapters, and the prompts read with those: no prompt is read a second time."""
-    assert trace.h_BH is not None, "the rate looks at h(x)"
+    h_BH = trace.h_BH
+    assert h_BH is not None, "the rate looks at h(x)"
     reading = whole_reading(backbone, batch, trace.reading or trace.lower)
     trace = replace(trace, reading=reading)
     base_BV = log_p(backbone, reading.hidden_BTD[:, -1])
-    share_B = gate.share_B(gate.risk_BS(signals(base_BV, batch, trace), trace.h_BH))
+    risk_BS = gate.risk_BS(signals(base_BV, batch, trace), h_BH)
+    share_B = gate.share_B(risk_BS)
     share_B = torch.where(trace.fallback_B, 0.0, share_B)
     read, share_B, kl_B = trusted(backbone, batch, trace, share_B, gate.tau, base_BV)
     assert read.lora is not None

@@ -60,7 +60,8 @@ class AdaptiveLM:
         self.init = self._init(init)
         self.rate = self._rate(rate)
         self.chat, self.special_tokens = chat, special_tokens
-        self.truncate, self.stop_below = truncate, stop_below
+        self.truncate: Literal["left"] | None = truncate
+        self.stop_below = stop_below
 
     @classmethod
     def from_pretrained(
@@ -290,8 +291,8 @@ class AdaptiveLM:
         """Token ids of an answer as it continues a prompt."""
         if not answer.strip():
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
-        kind = {"chat": self.chat, "special_tokens": self.special_tokens}
-        return self.backbone.check_ids(encode_answer(self.backbone.tokenizer, prompt, answer, **kind))
+        ids = encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=self.special_tokens)
+        return self.backbone.check_ids(ids)
 
     def _prefills(
         self,

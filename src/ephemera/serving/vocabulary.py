@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,7 +53,7 @@ class Vocabulary:
     def prompt_offsets(self, ids: Sequence[int], text: str, *, special: bool = False) -> list[int]:
         """The same for a prompt as it was given: a normalizer may have made its tokens from another text."""
         if self.tokenizer.is_fast and self.tokenizer.decode(list(ids), skip_special_tokens=not special) != text:
-            encoded = self.tokenizer.backend_tokenizer.encode(text)
+            encoded = self._fast.encode(text)
             if encoded.ids == list(ids):
                 return list(accumulate((start for start, _ in encoded.offsets), max))
         return self.offsets(ids, text, special=special)
@@ -85,10 +86,15 @@ class Vocabulary:
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(i for i, token in added if token.special) | frozenset(self.tokenizer.all_special_ids)
 
+    @property
+    def _fast(self) -> Any:
+        """The `tokenizers` object of a fast tokenizer, which transformers does not type."""
+        return self.tokenizer.backend_tokenizer
+
     @cached_property
     def _steps(self) -> list[dict]:
         """The steps of the tokenizer's decoder, as its file describes them."""
-        decoder = self.tokenizer.backend_tokenizer.decoder if self.tokenizer.is_fast else None
+        decoder = self._fast.decoder if self.tokenizer.is_fast else None
         if decoder is None:
             return []
         found = json.loads(decoder.__getstate__())

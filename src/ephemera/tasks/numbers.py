@@ -22,7 +22,7 @@ TYPOGRAPHY = str.maketrans({"\u2044": "/", "\u2215": "/", "\u066c": ",", "\u066b
 _GROUP = r"(?:[^{}]|\{[^{}]*\})*"
 _FRAC = r"\\[dtc]?frac\s*"
 # What LaTeX writes, as plain text; in this order.
-LATEX = [
+_LATEX = [
     (r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox|operatorname)\s*\{([^{}]*)\}", r"\1"),
     (r"\{,\}", ","),
     (r"\\!", ""),
@@ -42,7 +42,7 @@ LATEX = [
     (rf"(?<=[A-Za-z])\s?\^\s*\{{?\s*[{MINUS}]?\d+\s*\}}?", ""),
     (rf"(?<=[)\]}}])\s?\^\s*\{{?\s*[{MINUS}]?\d+\s*\}}?", UNREADABLE),
 ]
-LATEX = [(re.compile(pattern), instead) for pattern, instead in LATEX]
+LATEX = [(re.compile(pattern), instead) for pattern, instead in _LATEX]
 VULGAR = re.compile("(\\d?)([\u00bc-\u00be\u2150-\u215e\u2189])")
 SUPERSCRIPT = re.compile("(\\d?)([\u207b]?[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+)")
 # `loose` may be one number or two, `version` is none.
