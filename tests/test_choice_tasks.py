@@ -388,7 +388,7 @@ BAD = [
     ("svamp", {"Question": "How many? Answer: 3.0"}, r"field 'Question' already ends in its answer \('3.0'\)"),
     ("snli", {"premise": 5}, "field 'premise' should be a text; got 5"),
     ("snli", {"premise": {"a": 1}}, "field 'premise' should be a text; got {'a': 1}"),
-    ("snli", {"premise": "\ud800"}, "half a surrogate pair"),
+    ("snli", {"premise": "\ud800"}, "the prompt is not valid Unicode"),
     ("snli", {"label": int("9" * 4200)}, "field 'label' should be a whole number; got inf"),
     ("gsm8k", {"answer": 5}, "field 'answer' should be a text; got 5"),
     ("own", {"answer": 5}, "field 'answer' should be a text; got 5"),

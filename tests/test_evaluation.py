@@ -227,7 +227,7 @@ def test_a_prompt_that_diverges_is_answered_by_the_base_model(setting, tmp_path)
     rows = encode_examples(backbone, data.examples[:2], chat=False, max_tokens=1024)[0]
     start = ZeroInit()(backbone, prompt_batch(backbone, rows), [0, 0])
     broken = start.with_tensors([t.clone().index_fill_(0, torch.tensor([1]), float("nan")) for t in start.tensors])
-    adapted = Adapted(broken, start, [[], []], None, [False, False], 1.0)
+    adapted = Adapted(broken, start, [[], []], None, [False, False], 1.0, "all")
     answers = {e.id: e.answer for e in data.examples}
     records = score(backbone, rows, adapted, "fixed", 1, answers=answers, generate=False, max_new_tokens=1)
     assert [r.fallback for r in records] == [False, True]

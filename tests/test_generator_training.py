@@ -557,6 +557,7 @@ def test_a_generators_reach_is_kept_and_its_prompts_are_read_once(tmp_path, monk
     adaptation = lm.adapt("The mill on the river runs at night")
     assert adaptation.reach == "answer"
     lm.answer_nll("The mill on the river runs at night", "and by day", adaptation)
-    assert sum(width > 4 for width in seen) == 1, "one reading of the prompt for h and for the answer"
+    length = len(lm.encode("The mill on the river runs at night"))
+    assert seen.count(length) == 1, "one reading of the prompt for h and for the answer"
     with pytest.raises(ValueError, match="unknown reach"):
         LoraGenerator(projections=backbone.projections, state_size=8, reach="half")  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from ephemera import begin
 from ephemera.decode import Prepared
 from ephemera.encoding import chat_beginning, encode_prompt
 from ephemera.inits import ZeroInit
@@ -320,10 +321,8 @@ def test_out_of_memory_splits_groups_then_refuses(llama, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return real(backbone, batch, *args, **kwargs)
 
-    from ephemera.serving import engine as engine_module
-
-    real = engine_module.adapt
-    monkeypatch.setattr(engine_module, "adapt", adapt)
+    real = begin.adapt
+    monkeypatch.setattr(begin, "adapt", adapt)
     with running(Engine(llama)) as engine:
         found = collect([job_for(llama, method, p, steps=1) for p in PROMPTS], engine)
     assert max(sizes) > 1
