@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_points import TEMPLATE, Point, points
+from benchmarks.frontier_points import Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.adapt import Trace
 from ephemera.artifact import shipped
@@ -83,11 +83,10 @@ class Schedule:
 
 
 def objective_of(point: Point, lens: Lens | None) -> Objective:
-    template = None if point.template else TEMPLATE
     if point.exit_layer is None:
-        return Objective(tokens=point.tokens, vocabulary=point.vocabulary, template=template)
+        return Objective(vocabulary=point.vocabulary)
     through = None if lens is None or not point.lens else lens.only(point.exit_layer)
-    return Objective(point.exit_layer, through, point.tokens, point.vocabulary, template)
+    return Objective(point.exit_layer, through, point.vocabulary)
 
 
 def answer_nlls(

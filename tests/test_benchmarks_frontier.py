@@ -18,7 +18,7 @@ from tiny import merged_model, random_ids, slow_nll
 POINTS = [
     Point(),
     Point("first-1", 1, vocabulary=50),
-    Point("first-1", 1, K=2, tokens="last-8"),
+    Point("first-1", 1, K=2),
     Point("last-1", normalize="prompt"),
 ]
 

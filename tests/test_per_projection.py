@@ -81,7 +81,7 @@ def test_they_are_saved_and_loaded(tmp_path, made_for):
 
 def test_their_objective_and_lens_come_with_them(tmp_path):
     backbone = tiny_backbone(depth=3, layers="first-2")
-    objective = Objective(EXIT, random_lens(backbone).float(), tokens="last-3", vocabulary=50)
+    objective = Objective(EXIT, random_lens(backbone).float(), vocabulary=50)
     random_rate(trained_for=describe(backbone), objective=objective).save_pretrained(tmp_path)
     loaded = load_rate(tmp_path)
     assert loaded.objective.describe() == objective.describe()

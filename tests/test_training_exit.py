@@ -88,7 +88,7 @@ def early(material: Path, output: Path, lens_folder: Path, **more):  # noqa: F81
     config = settings(material, output)
     config.model.lora.layers = "first-1"
     config.objective = config.objective.model_copy(
-        update={"exit_layer": 1, "lens": str(lens_folder), "vocabulary": 50, "tokens": "last-3", **more}
+        update={"exit_layer": 1, "lens": str(lens_folder), "vocabulary": 50, **more}
     )
     return config
 
@@ -97,7 +97,7 @@ def test_a_trained_folder_brings_layers_objective_and_lens(material, lens_folder
     folder = train_scalenet(early(material, tmp_path / "run", lens_folder))
     for place in (folder, folder / "averaged"):
         rate = load_rate(place)
-        assert (rate.objective.exit_layer, rate.objective.tokens, rate.objective.vocabulary) == (1, "last-3", 50)
+        assert (rate.objective.exit_layer, rate.objective.vocabulary) == (1, 50)
         assert rate.objective.lens.exit_layers == (1,)
     assert not (folder / "averaged" / "lens.safetensors").exists()
     lm = AdaptiveLM.from_pretrained(str(material / "model"), rate=folder, device="cpu", lora={"r": 2})

@@ -62,7 +62,7 @@ def adapt(
     takes no fused kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate
     takes neither that step nor a later one; when all rows have stopped the loop ends, before that step's loss and
     backward pass. `keep_reading`: the first step's forward leaves its keys and values (reach `answer`); only for a start
-    with B = 0, where that forward is the base model's. With `stop_below`, and with an objective over the hardest tokens, steps wait for the device; else none does.
+    with B = 0, where that forward is the base model's. With `stop_below` steps wait for the device; else none does.
     `after_step` is called with k when step k is done; no adapter is attached then, so it may run the model, and what it
     raises ends the loop.
     """
@@ -78,7 +78,6 @@ def adapt(
     steps_B = moving_B.long() * (steps if stop_below is None else 0)
     if steps and backbone.device.type != "cpu":
         batch.ready()
-    tokens = rate.objective.predicted(backbone, batch) if rate is not None and steps else None
     for k in range(1, steps + 1):
         assert rate is not None
         current = flat if second_order and k > 1 else flat.leaves()
@@ -105,7 +104,7 @@ def adapt(
                 break
             rates_BM = torch.where(moving_B[:, None], rates_BM, 0.0)
         with torch.enable_grad():
-            nll_B = rate.objective.nll_B(backbone, out, batch, tokens, twice_differentiable=second_order)
+            nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
             grads = current.with_tensors(
                 torch.autograd.grad(
                     nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True

@@ -23,13 +23,6 @@ class ObjectiveSettings(Settings):
     tune_lens: float = Field(
         default=0.0, ge=0, description="train the lens too, at this share of the learning rate, exactly (second order)"
     )
-    tokens: str = Field(
-        default="all", description='tokens that are scored: "all", "last-8", "every-2", "hardest-50%" (highest loss)'
-    )
-    template: str | None = Field(
-        default=None,
-        description='score only what stands in its holes, e.g. "Question: {} Answer:"; default: a template\'s words too',
-    )
     vocabulary: int | None = Field(
         default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"
     )

@@ -313,7 +313,7 @@ def settled_objective(settings: ObjectiveSettings) -> Objective:
     lens = None
     if settings.lens is not None and settings.exit_layer is not None:
         lens = load_lens(settings.lens).only(settings.exit_layer)
-    return Objective(settings.exit_layer, lens, settings.tokens, settings.vocabulary, settings.template)
+    return Objective(settings.exit_layer, lens, settings.vocabulary)
 
 
 def _settle(
