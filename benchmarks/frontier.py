@@ -39,7 +39,7 @@ from ephemera.load import load_backbone
 from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill, prefill
-from ephemera.rates import FixedRate, Normalize, Rate, Trains, adapted_by, load_rate
+from ephemera.rates import FixedRate, Rate, Trains, adapted_by, load_rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.store import DEFAULT_MODEL
@@ -57,7 +57,6 @@ class Schedule:
 
     rates: tuple[float, ...]
     objective: Objective = PROMPT
-    normalize: Normalize = "none"
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
@@ -169,18 +168,15 @@ def quality(
     backbone, objective = on(point, whole), objective_of(point, lens)
 
     def loss(rates: tuple[float, ...]) -> float:
-        return mean(
-            answer_nlls(backbone, search, Schedule(rates, objective, point.normalize, point.reach), len(rates))[0]
-        )
+        return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.reach), len(rates))[0])
 
-    start = 4.0 if point.normalize == "prompt" else 1.0 if point.normalize == "projection" else 8.0
-    seen = climb(lambda rate: loss((rate,)), start)
+    seen = climb(lambda rate: loss((rate,)), 8.0)
     rates, table = (vertex(seen),), {"first": {f"{r:g}": v for r, v in sorted(seen.items())}}
     for k in range(2, point.K + 1):  # greedily: each later step's share of the first
         shares = {share: loss((*rates, rates[0] * share)) for share in LATER_GRID if share > 0}
         rates = (*rates, rates[0] * min(shares, key=lambda share: shares[share]))
         table[f"share_{k}"] = {f"{s:g}": v for s, v in shares.items()}
-    nlls, _ = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize, point.reach), point.K)
+    nlls, _ = answer_nlls(backbone, rows, Schedule(rates, objective, point.reach), point.K)
     return {"rates": rates, "search": table, "nlls": [round(x, 4) for x in nlls]}
 
 
@@ -277,7 +273,7 @@ def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Ten
         if point.lens and point.exit_layer is not None:  # what it holds does not change what it costs
             lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)
             objective = replace(objective, lens=lens)
-        rule = Schedule((1e-3,) * point.K, objective, point.normalize, point.reach)
+        rule = Schedule((1e-3,) * point.K, objective, point.reach)
     return lambda: first_token(backbone, batch, rule, point.K, point.stop_below)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ephemera.made_for import Reach
-from ephemera.rates import Normalize
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,6 @@ class Point:
     K: int = 1
     vocabulary: int | None = None
     lens: bool = True
-    normalize: Normalize = "none"
     network: str | None = None
     stop_below: float | None = None
     reach: Reach = "all"  # of a network: its own
@@ -32,7 +30,6 @@ class Point:
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}" + ("" if self.lens else " untrained"))
         parts += [f"words {self.vocabulary}"] * (self.vocabulary is not None)
-        parts += [f"normalized by {self.normalize}"] * (self.normalize != "none")
         parts += ["reach answer"] * (self.reach == "answer")
         return ", ".join([*parts, f"K={self.K}"])
 
@@ -71,9 +68,8 @@ def points() -> list[Point]:
         *(Point(layers=layers) for layers in ("first-8", "first-15", "last-15")),
         *(Point(targets=kind) for kind in ("v", "q")),
         Point(vocabulary=COMMON),
-        # Steps of length one, and more of them
-        *(Point(normalize=by) for by in ("prompt", "projection")),
+        # A second step
         Point("first-8", 8, K=2),
-        *(Point(K=2, normalize=by) for by in ("none", "prompt", "projection")),
+        Point(K=2),
     ]
     return list(dict.fromkeys(found))

@@ -19,7 +19,7 @@ POINTS = [
     Point(),
     Point("first-1", 1, vocabulary=50),
     Point("first-1", 1, K=2),
-    Point("last-1", normalize="prompt"),
+    Point("last-1"),
 ]
 
 

@@ -31,7 +31,7 @@ def random_rate(**settings) -> PerProjectionRate:
 
 def test_they_start_at_the_base_rates_whatever_the_prompt():
     rate = PerProjectionRate(projections=M, base_rates=(0.5, 0.1, 0.0))
-    assert (rate.max_steps, rate.uses_representation, rate.normalize, rate.reach) == (3, "no", "none", "all")
+    assert (rate.max_steps, rate.uses_representation, rate.reach) == (3, "no", "all")
     for K in (2, 3):
         for k, eta in ((1, 0.5), (2, 0.1)):
             close(rate.rates_BM(None, k, K, like=torch.zeros(5), projections=M), torch.full((5, M), eta), 1e-6)

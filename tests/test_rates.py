@@ -246,3 +246,18 @@ def test_a_copied_folder_still_loads(tmp_path):
     saved(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert load_rate(tmp_path / "b").max_steps == 5
+
+
+@pytest.mark.parametrize(("key", "neutral", "gone"), [("normalize", "none", "prompt")])
+def test_settings_that_are_gone_load_at_their_neutral_value_only(key, neutral, gone, tmp_path):
+    backbone = tiny_backbone(dtype=torch.float32)
+    for name, rate in (("network", random_scalenet(backbone).float()), ("averaged", averaged(backbone))):
+        rate.save_pretrained(tmp_path / name)
+        path = tmp_path / name / "rate.json"
+        config = json.loads(path.read_text())
+        for value in (neutral, None):
+            path.write_text(json.dumps({**config, key: value}))
+            assert type(load_rate(path.parent)) is type(rate)
+        path.write_text(json.dumps({**config, key: gone}))
+        with pytest.raises(ValueError, match=rf"^the rate in .* sets {key} to '{gone}', which this version no longer"):
+            load_rate(path.parent)

@@ -21,7 +21,6 @@ class Falling:
     gate = None
     trains = "both"
     made_for = None
-    normalize = "none"
     objective = Objective()
     base_rate = 0.3
 

@@ -14,7 +14,7 @@ from ephemera.depth import Lower
 from ephemera.flat import FlatLora
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch
-from ephemera.rates import Normalize, Rate
+from ephemera.rates import Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def adapt(
                     nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True
                 )
             )
-            grads = normalized(grads if rate.trains == "both" else grads.without_A(), rate.normalize)
+            grads = grads if rate.trains == "both" else grads.without_A()
         with torch.set_grad_enabled(second_order):
             flat = current.step(grads, rates_BM if second_order else rates_BM.detach())
         if stop_below is not None:
@@ -157,15 +157,6 @@ def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:
         return zero_BK
     taken = torch.stack(list(columns), 1)
     return torch.cat([taken, zero_BK[:, len(columns) :].to(taken.dtype)], 1)
-
-
-def normalized(grads: FlatLora, by: Normalize) -> FlatLora:
-    """Each prompt's gradient scaled to length one: over all its projections, or each projection (A and B together)."""
-    if by == "none":
-        return grads
-    squares_BM = grads.dot_BM(grads)
-    squares_BM = squares_BM if by == "projection" else squares_BM.sum(1, keepdim=True).expand_as(squares_BM)
-    return grads.scaled(squares_BM.sqrt().clamp(min=1e-12).reciprocal())
 
 
 def meta_gradient(answer_grads: FlatLora, step_grads: Sequence[FlatLora]) -> Tensor:

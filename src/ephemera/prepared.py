@@ -23,7 +23,7 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor, Reach
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import Prefill, fork, nll_after, prefill, whole_reading
-from ephemera.rates import Normalize, Rate, Trains
+from ephemera.rates import Rate, Trains
 from ephemera.readout import Objective
 
 
@@ -81,7 +81,6 @@ class _Still:
     """A rate of zero that looks at h(x), and keeps it."""
 
     objective: Objective
-    normalize: Normalize
     seen: list[Tensor]
     max_steps: int = 1
     base_rate: float = 0.0
@@ -106,14 +105,13 @@ def prepare(
     seeds: Sequence[int],
     *,
     objective: Objective,
-    normalize: Normalize = "none",
 ) -> Prepared:
     """One forward and one backward pass over prompts, given as token ids, part after part; joined to one batch.
 
     `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
     """
     done: list[tuple[TokenBatch, Trace]] = []
-    still = _Still(objective, normalize, [])
+    still = _Still(objective, [])
     start = 0
     for ids in parts:
         batch = pad(ids, pad_id=backbone.pad_id).to(backbone.device)

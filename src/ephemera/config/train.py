@@ -44,9 +44,6 @@ class ScaleNetSettings(Settings):
     normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
     representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
     trains: Literal["both", "B"] = Field(default="both", description="a step moves A and B, or B only")
-    normalize: Literal["none", "prompt", "projection"] = Field(
-        default="none", description="gradients as they are, or scaled to length one, over a prompt or each projection"
-    )
 
 
 class AloneSettings(ScaleNetSettings):

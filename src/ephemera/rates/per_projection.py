@@ -60,10 +60,6 @@ class PerProjectionRate(nn.Module):
         return "no" if self.gate is None else "step"  # which the gate looks at
 
     @property
-    def normalize(self) -> Literal["none"]:
-        return "none"
-
-    @property
     def reach(self) -> Reach:
         return "all" if self.made_for is None else self.made_for.reach
 

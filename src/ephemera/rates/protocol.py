@@ -13,7 +13,7 @@ from ephemera.readout import Objective
 
 MAX_STEPS = 5  # LDTTA 4.1
 NAME = "rate"  # of its files
-Normalize = Literal["none", "prompt", "projection"]
+RETIRED = {"normalize": "none"}  # in files of earlier versions
 Trains = Literal["both", "B"]
 
 
@@ -21,8 +21,6 @@ class Rate(Protocol):
     """A rule for steps: how far, along which gradient.
 
     `uses_representation` says whether it wants h(x), and from which step. `objective` is what the gradient is of.
-    `normalize`: the gradient as it is (the paper's), or scaled to length one, over a prompt's projections together or
-    each projection by itself; rates are then lengths.
     """
 
     @property
@@ -38,9 +36,6 @@ class Rate(Protocol):
     def base_rate(self) -> float:
         """The rate of a whole first step: `stop_below` is a share of it."""
         ...
-
-    @property
-    def normalize(self) -> Normalize: ...
 
     @property
     def trains(self) -> Trains:

@@ -14,7 +14,7 @@ from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
-from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize, Trains
+from ephemera.rates.protocol import MAX_STEPS, NAME, Trains
 from ephemera.readout import PROMPT, Objective
 
 
@@ -42,7 +42,6 @@ class ScaleNet(nn.Module):
         representation: Literal["step", "first"] = "step",
         trained_for: dict[str, Any] | None = None,
         objective: Objective = PROMPT,
-        normalize: Normalize = "none",
         made_for: MadeFor | None = None,
         trains: Trains = "both",
     ):
@@ -57,14 +56,12 @@ class ScaleNet(nn.Module):
             "normalization": normalization,
             "representation": representation,
             "trained_for": trained_for,
-            "normalize": normalize,
             "trains": trains,
         }
         self.objective = objective
         self.made_for = made_for
         self.gate: Gate | None = None
         self.trains: Trains = trains
-        self.normalize: Normalize = normalize
         self.base_rates = tuple(base_rates)
         self.max_log_scale = max_log_scale
         self.normalization = normalization
