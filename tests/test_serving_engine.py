@@ -322,8 +322,8 @@ def test_out_of_memory_splits_groups_then_refuses(llama, monkeypatch):
 
     from ephemera.serving import engine as engine_module
 
-    real = engine_module.adapt
-    monkeypatch.setattr(engine_module, "adapt", adapt)
+    real = engine_module.adapt_from
+    monkeypatch.setattr(engine_module, "adapt_from", adapt)
     with running(Engine(llama)) as engine:
         found = collect([job_for(llama, method, p, steps=1) for p in PROMPTS], engine)
     assert max(sizes) > 1
