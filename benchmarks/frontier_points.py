@@ -18,14 +18,12 @@ class Point:
     vocabulary: int | None = None
     lens: bool = True
     network: str | None = None
-    stop_below: float | None = None
     reach: Reach = "all"  # of a network: its own
 
     @property
     def key(self) -> str:
         if self.network is not None:
-            stops = "" if self.stop_below is None else f", stop below {self.stop_below:g}"
-            return f"{self.network} K={self.K}{stops}"
+            return f"{self.network} K={self.K}"
         parts = [f"layers {self.layers}", f"{self.targets}"]
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}" + ("" if self.lens else " untrained"))
@@ -49,9 +47,7 @@ def points() -> list[Point]:
         Point("first-8", 8, vocabulary=COMMON, reach="answer"),
         Point("first-8", 8, reach="answer"),
         Point(network="universal"),
-        # As many steps as its own rates ask for
         Point(network="scalenet-nq-open", K=5),
-        Point(network="scalenet-nq-open", K=5, stop_below=0.01),
         # Not shipped: docs/performance.md has their commands
         Point(network="runs/scalenet-nq-open-fast-4/network"),
         Point(network="runs/scalenet-nq-open-top/network"),

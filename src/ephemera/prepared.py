@@ -83,7 +83,6 @@ class _Still:
     objective: Objective
     seen: list[Tensor]
     max_steps: int = 1
-    base_rate: float = 0.0
     uses_representation: Literal["step"] = "step"
     reach: Reach = "answer"
     made_for: MadeFor | None = None
@@ -173,7 +172,6 @@ def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tup
         initial_lora=lora,
         prompt_nll_BK=torch.cat([trace.prompt_nll_BK for trace in traces]),
         rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
-        steps_B=torch.cat([trace.steps_B for trace in traces]),
         fallback_B=torch.cat([trace.fallback_B for trace in traces]),
         grads=[FlatLora(zero_BN, torch.cat([g.B_BN for g in grads]), lora)],
         reading=Lower(ids_BT, backbone.layers, hidden_B1D, cache),

@@ -41,10 +41,6 @@ class AveragedRate:
         return self.table_KKM.shape[0]
 
     @property
-    def base_rate(self) -> float:
-        return self.table_KKM[:, 0].max().item()
-
-    @property
     def uses_representation(self) -> Literal["no"]:
         return "no"
 

@@ -36,10 +36,6 @@ class FixedRate:
         return None
 
     @property
-    def base_rate(self) -> float:
-        return self.rate
-
-    @property
     def uses_representation(self) -> Literal["no"]:
         return "no"
 

@@ -33,11 +33,6 @@ class Rate(Protocol):
     def objective(self) -> Objective: ...
 
     @property
-    def base_rate(self) -> float:
-        """The rate of a whole first step: `stop_below` is a share of it."""
-        ...
-
-    @property
     def trains(self) -> Trains:
         """Whether a step moves A and B, as in the papers, or B only (ours)."""
         ...

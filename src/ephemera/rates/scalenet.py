@@ -86,10 +86,6 @@ class ScaleNet(nn.Module):
         return len(self.base_rates)
 
     @property
-    def base_rate(self) -> float:
-        return self.base_rates[0]
-
-    @property
     def uses_representation(self) -> Literal["step", "first"]:
         return self.representation
 
