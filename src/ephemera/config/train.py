@@ -121,10 +121,6 @@ class TrainLens(Settings):
 
 class GeneratorSettings(Settings):
     hidden_size: int = Field(default=1024, ge=1, description="of the shared MLP")
-    source: Literal["last", "mean", "ends"] = Field(
-        default="last", description="h: the last prompt token's state, the mean, or first token and mean"
-    )
-    head_rank: int | None = Field(default=None, ge=1, description="low-rank output heads; default: full")
     reach: Literal["all", "answer"] = Field(
         default="all", description="adapters act on every token, or from the last prompt token on"
     )
