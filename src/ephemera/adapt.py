@@ -84,7 +84,6 @@ def adapt(
         reading = reading or _reading(backbone, batch, out, rate)
         h_BH = out.representation_BH(batch) if wants_h else None
         first_h_BH = h_BH if first_h_BH is None else first_h_BH
-        h_BH = first_h_BH if rate.uses_representation == "first" else h_BH
         with torch.set_grad_enabled(keep_grads or second_order):
             rates_BM = rate.rates_BM(h_BH, k, steps, like=like, projections=M)
         with torch.enable_grad():

@@ -41,8 +41,6 @@ class ScaleNetSettings(Settings):
     max_log_scale: float = Field(
         default=4.0, gt=0, description="clamp of the network's output a (Eq. 16); s is at most 1+a+a^2/2"
     )
-    normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
-    representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
     trains: Literal["both", "B"] = Field(default="both", description="a step moves A and B, or B only")
 
 

@@ -13,21 +13,25 @@ from ephemera.readout import Objective
 
 MAX_STEPS = 5  # LDTTA 4.1
 NAME = "rate"  # of its files
-RETIRED = {"normalize": "none"}  # in files of earlier versions
+RETIRED = {
+    "normalize": "none",
+    "normalization": "standardize",
+    "representation": "step",
+}  # in files of earlier versions
 Trains = Literal["both", "B"]
 
 
 class Rate(Protocol):
     """A rule for steps: how far, along which gradient.
 
-    `uses_representation` says whether it wants h(x), and from which step. `objective` is what the gradient is of.
+    `uses_representation` says whether it wants h(x), anew at each step. `objective` is what the gradient is of.
     """
 
     @property
     def max_steps(self) -> int | None: ...
 
     @property
-    def uses_representation(self) -> Literal["no", "step", "first"]: ...
+    def uses_representation(self) -> Literal["no", "step"]: ...
 
     @property
     def objective(self) -> Objective: ...
