@@ -40,7 +40,6 @@ def points() -> list[Point]:
         Point(),
         Point(network="scalenet-nq-open"),
         Point(network="scalenet-fast"),
-        Point(network="scalenet-nq-open-fast"),
         # Adapters on the answer only: the base model's reading of the prompt is kept
         Point(reach="answer"),
         Point(targets="q_proj+o_proj+down_proj", reach="answer"),
@@ -48,9 +47,6 @@ def points() -> list[Point]:
         Point("first-8", 8, reach="answer"),
         Point(network="universal"),
         Point(network="scalenet-nq-open", K=5),
-        # Not shipped: docs/performance.md has their commands
-        Point(network="runs/scalenet-nq-open-fast-4/network"),
-        Point(network="runs/scalenet-nq-open-top/network"),
         # The loss read off an earlier layer, through the tuned lens: over all words, over the common ones
         *(Point(f"first-{E}", E, vocabulary=words) for E in (8, 10, 6, 4) for words in (None, COMMON)),
         *(Point(f"first-{E}", E, vocabulary=COMMON) for E in (12, 15)),

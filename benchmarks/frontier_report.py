@@ -19,9 +19,6 @@ NETWORK = "trained networks"
 NETWORK_LABELS = {
     "scalenet-nq-open": "full",
     "scalenet-fast": "fast (exit 8)",
-    "scalenet-nq-open-fast": "exit 8, one task",
-    "runs/scalenet-nq-open-fast-4/network": "exit 4",
-    "runs/scalenet-nq-open-top/network": "lens at the top",
 }
 
 

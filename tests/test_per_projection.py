@@ -282,7 +282,6 @@ def test_a_sentence_for_users():
 TASKS = {
     "scalenet-fast": ("nq-open", "squad"),
     "scalenet-nq-open": ("nq-open",),
-    "scalenet-nq-open-fast": ("nq-open",),
     "scalenet-squad": ("squad",),
     "stepwise-nq-open": ("nq-open",),
     "stepwise-squad": ("squad",),
