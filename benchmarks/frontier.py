@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.frontier_points import TEMPLATE, Point, points
+from benchmarks.frontier_points import Point, points
 from benchmarks.frontier_report import write_report
-from ephemera.adapt import Trace
 from ephemera.artifact import shipped
 from ephemera.backbone import Backbone
 from ephemera.begin import adapt_from, reach_of
@@ -39,7 +38,7 @@ from ephemera.load import load_backbone
 from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch
 from ephemera.prefill import Prefill, prefill
-from ephemera.rates import FixedRate, Normalize, Rate, Trains, adapted_by, load_rate
+from ephemera.rates import FixedRate, Rate, Trains, adapted_by, load_rate
 from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.store import DEFAULT_MODEL
@@ -57,7 +56,6 @@ class Schedule:
 
     rates: tuple[float, ...]
     objective: Objective = PROMPT
-    normalize: Normalize = "none"
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
@@ -66,10 +64,6 @@ class Schedule:
     @property
     def max_steps(self) -> int:
         return len(self.rates)
-
-    @property
-    def base_rate(self) -> float:
-        return self.rates[0]
 
     @property
     def uses_representation(self):
@@ -83,36 +77,29 @@ class Schedule:
 
 
 def objective_of(point: Point, lens: Lens | None) -> Objective:
-    template = None if point.template else TEMPLATE
     if point.exit_layer is None:
-        return Objective(tokens=point.tokens, vocabulary=point.vocabulary, template=template)
+        return Objective(vocabulary=point.vocabulary)
     through = None if lens is None or not point.lens else lens.only(point.exit_layer)
-    return Objective(point.exit_layer, through, point.tokens, point.vocabulary, template)
+    return Objective(point.exit_layer, through, point.vocabulary)
 
 
-def answer_nlls(
-    backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, K: int, stop_below: float | None = None
-) -> tuple[list[float], list[int]]:
-    """Each row's answer NLL after K steps, and how many it took, in the order of the rows."""
-    found: dict[str, tuple[float, int]] = {}
+def answer_nlls(backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, K: int) -> list[float]:
+    """Each row's answer NLL after K steps, in the order of the rows."""
+    found: dict[str, float] = {}
     for batch_rows in batches_of(backbone, rows, BATCH):
         batch = prompt_batch(backbone, batch_rows)
-        read, trace = adapted(backbone, batch, rule, K, stop_below)
-        nll_B = read.answer_nll([row.answer for row in batch_rows])
-        taken = zip(nll_B.tolist(), trace.steps_B.tolist(), strict=True)
-        found |= {row.id: pair for row, pair in zip(batch_rows, taken, strict=True)}
-    return [found[row.id][0] for row in rows], [found[row.id][1] for row in rows]
+        nll_B = adapted(backbone, batch, rule, K).answer_nll([row.answer for row in batch_rows])
+        found |= {row.id: nll for row, nll in zip(batch_rows, nll_B.tolist(), strict=True)}
+    return [found[row.id] for row in rows]
 
 
-def adapted(
-    backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int, stop_below: float | None
-) -> tuple[Prefill, Trace]:
+def adapted(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int) -> Prefill:
     """K steps and the reading that answers begin from, as the rate's reach and gate have it."""
     reach = reach_of(INIT, rule)
-    trace, read, _ = adapt_from(backbone, batch, INIT, [0] * len(batch.ids_BT), rule, K, reach, stop_below=stop_below)
+    trace, read, _ = adapt_from(backbone, batch, INIT, [0] * len(batch.ids_BT), rule, K, reach)
     if read is None:
         read = prefill(backbone, batch, trace.lora, trace.initial_lora, reach=reach, lower=trace.reading or trace.lower)
-    return read, trace
+    return read
 
 
 def mean(values: Sequence[float]) -> float:
@@ -165,23 +152,19 @@ def quality(
     """Rates found on the search rows, and the NLL of each of the other rows under them."""
     if point.network is not None:
         backbone, rule = network_of(point, whole)
-        nlls, steps = answer_nlls(backbone, rows, rule, point.K, point.stop_below)
-        return {"nlls": [round(x, 4) for x in nlls]} | ({} if point.stop_below is None else {"steps": steps})
+        return {"nlls": [round(x, 4) for x in answer_nlls(backbone, rows, rule, point.K)]}
     backbone, objective = on(point, whole), objective_of(point, lens)
 
     def loss(rates: tuple[float, ...]) -> float:
-        return mean(
-            answer_nlls(backbone, search, Schedule(rates, objective, point.normalize, point.reach), len(rates))[0]
-        )
+        return mean(answer_nlls(backbone, search, Schedule(rates, objective, point.reach), len(rates)))
 
-    start = 4.0 if point.normalize == "prompt" else 1.0 if point.normalize == "projection" else 8.0
-    seen = climb(lambda rate: loss((rate,)), start)
+    seen = climb(lambda rate: loss((rate,)), 8.0)
     rates, table = (vertex(seen),), {"first": {f"{r:g}": v for r, v in sorted(seen.items())}}
     for k in range(2, point.K + 1):  # greedily: each later step's share of the first
         shares = {share: loss((*rates, rates[0] * share)) for share in LATER_GRID if share > 0}
         rates = (*rates, rates[0] * min(shares, key=lambda share: shares[share]))
         table[f"share_{k}"] = {f"{s:g}": v for s, v in shares.items()}
-    nlls, _ = answer_nlls(backbone, rows, Schedule(rates, objective, point.normalize, point.reach), point.K)
+    nlls = answer_nlls(backbone, rows, Schedule(rates, objective, point.reach), point.K)
     return {"rates": rates, "search": table, "nlls": [round(x, 4) for x in nlls]}
 
 
@@ -204,7 +187,7 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
         raise ValueError(
             f"{args.output} holds points of other settings ({results['settings']}); give another --output."
         )
-    results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)[0]]})
+    results.setdefault("none", {"nlls": [round(x, 4) for x in answer_nlls(whole, rows, None, 0)]})
     for point in asked_for(args):
         if point.key in results["points"] and "nlls" in results["points"][point.key]:
             continue
@@ -224,14 +207,9 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def first_token(
-    backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int, stop_below: float | None = None
-) -> Tensor:
+def first_token(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int) -> Tensor:
     """What a user waits for: K steps, the prefill, the first token."""
-    if K == 0:
-        read = prefill(backbone, batch, None)
-    else:
-        read, _ = adapted(backbone, batch, rule, K, stop_below)
+    read = adapted(backbone, batch, rule, K) if K else prefill(backbone, batch, None)
     return backbone.logits(read.hidden_BTD[:, -1]).argmax(-1)
 
 
@@ -278,8 +256,8 @@ def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Ten
         if point.lens and point.exit_layer is not None:  # what it holds does not change what it costs
             lens = Lens(hidden_size=whole.hidden_size, exit_layers=[point.exit_layer]).requires_grad_(False)
             objective = replace(objective, lens=lens)
-        rule = Schedule((1e-3,) * point.K, objective, point.normalize, point.reach)
-    return lambda: first_token(backbone, batch, rule, point.K, point.stop_below)
+        rule = Schedule((1e-3,) * point.K, objective, point.reach)
+    return lambda: first_token(backbone, batch, rule, point.K)
 
 
 def save(folder: Path, results: dict[str, Any]) -> None:

@@ -1,12 +1,10 @@
-"""The points of the frontier: exit layer, adapted layers, kinds, steps, tokens and vocabulary of the loss."""
+"""The points of the frontier: exit layer, adapted layers, kinds, steps and vocabulary of the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ephemera.made_for import Reach
-from ephemera.rates import Normalize
-from ephemera.tasks.nq_open import NQ_OPEN
 
 
 @dataclass(frozen=True)
@@ -17,33 +15,24 @@ class Point:
     exit_layer: int | None = None
     targets: str = "qv"
     K: int = 1
-    tokens: str = "all"
     vocabulary: int | None = None
     lens: bool = True
-    normalize: Normalize = "none"
     network: str | None = None
-    template: bool = True  # whether the loss counts the template's own words
-    stop_below: float | None = None
     reach: Reach = "all"  # of a network: its own
 
     @property
     def key(self) -> str:
         if self.network is not None:
-            stops = "" if self.stop_below is None else f", stop below {self.stop_below:g}"
-            return f"{self.network} K={self.K}{stops}"
+            return f"{self.network} K={self.K}"
         parts = [f"layers {self.layers}", f"{self.targets}"]
         if self.exit_layer is not None:
             parts.append(f"exit {self.exit_layer}" + ("" if self.lens else " untrained"))
-        parts += [f"tokens {self.tokens}"] * (self.tokens != "all")
-        parts += ["without the template's words"] * (not self.template)
         parts += [f"words {self.vocabulary}"] * (self.vocabulary is not None)
-        parts += [f"normalized by {self.normalize}"] * (self.normalize != "none")
         parts += ["reach answer"] * (self.reach == "answer")
         return ", ".join([*parts, f"K={self.K}"])
 
 
 COMMON = 4096  # ids in the small softmax
-TEMPLATE = NQ_OPEN.prompt({"question": "{}"})
 
 
 def points() -> list[Point]:
@@ -51,40 +40,28 @@ def points() -> list[Point]:
         Point(),
         Point(network="scalenet-nq-open"),
         Point(network="scalenet-fast"),
-        Point(network="scalenet-nq-open-fast"),
         # Adapters on the answer only: the base model's reading of the prompt is kept
         Point(reach="answer"),
         Point(targets="q_proj+o_proj+down_proj", reach="answer"),
         Point("first-8", 8, vocabulary=COMMON, reach="answer"),
         Point("first-8", 8, reach="answer"),
         Point(network="universal"),
-        # As many steps as its own rates ask for
         Point(network="scalenet-nq-open", K=5),
-        Point(network="scalenet-nq-open", K=5, stop_below=0.01),
-        # Not shipped: docs/performance.md has their commands
-        Point(network="runs/scalenet-nq-open-fast-4/network"),
-        Point(network="runs/scalenet-nq-open-top/network"),
         # The loss read off an earlier layer, through the tuned lens: over all words, over the common ones
         *(Point(f"first-{E}", E, vocabulary=words) for E in (8, 10, 6, 4) for words in (None, COMMON)),
         *(Point(f"first-{E}", E, vocabulary=COMMON) for E in (12, 15)),
         *(Point("first-8", 8, vocabulary=words) for words in (16384, 512)),
-        *(Point("first-8", 8, tokens=tokens) for tokens in ("every-2", "last-16", "last-8")),
         # Through the untrained one
         Point("first-8", 8, lens=False),
         # Its kinds and layers
         *(Point("first-8", 8, kind) for kind in ("v", "q")),
         *(Point(layers, 8) for layers in ("first-4", "2-7")),
-        # The loss at the top, over some layers, kinds, tokens and words
+        # The loss at the top, over some layers, kinds and words
         *(Point(layers=layers) for layers in ("first-8", "first-15", "last-15")),
         *(Point(targets=kind) for kind in ("v", "q")),
         Point(vocabulary=COMMON),
-        Point(tokens="last-8"),
-        *(Point(tokens=f"hardest-{percent}%") for percent in (50, 25)),
-        Point(template=False),
-        Point(template=False, tokens="hardest-50%"),
-        # Steps of length one, and more of them
-        *(Point(normalize=by) for by in ("prompt", "projection")),
+        # A second step
         Point("first-8", 8, K=2),
-        *(Point(K=2, normalize=by) for by in ("none", "prompt", "projection")),
+        Point(K=2),
     ]
     return list(dict.fromkeys(found))

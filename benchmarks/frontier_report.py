@@ -14,14 +14,11 @@ RESAMPLES = 10_000
 TOP = "loss at the top, one rate"
 EARLY = "early exit, lens trained to match the last layer, one rate"
 EARLY_COMMON = "the same, over the common words"
-EARLY_OTHER = "early exit: other tokens, words, layers, kinds, K"
+EARLY_OTHER = "early exit: other words, layers, kinds, K"
 NETWORK = "trained networks"
 NETWORK_LABELS = {
     "scalenet-nq-open": "full",
     "scalenet-fast": "fast (exit 8)",
-    "scalenet-nq-open-fast": "exit 8, one task",
-    "runs/scalenet-nq-open-fast-4/network": "exit 4",
-    "runs/scalenet-nq-open-top/network": "lens at the top",
 }
 
 
@@ -141,7 +138,7 @@ def _group(point: Point) -> str:
         return NETWORK
     if point.exit_layer is None:
         return TOP
-    plain = (point.tokens, point.targets, point.K, point.lens) == ("all", "qv", 1, True)
+    plain = (point.targets, point.K, point.lens) == ("qv", 1, True)
     if not plain or point.layers != f"first-{point.exit_layer}" or point.vocabulary not in (None, COMMON):
         return EARLY_OTHER
     return EARLY if point.vocabulary is None else EARLY_COMMON
@@ -152,7 +149,7 @@ def _label(point: Point) -> str:
     if point.network is not None:
         return NETWORK_LABELS.get(point.network, Path(point.network).name)
     if point.exit_layer is None:
-        if point in (Point(), Point(K=2), Point(tokens="last-8")):
-            return "all layers" + " K=2" * (point.K == 2) + ", last 8 tokens" * (point.tokens != "all")
+        if point in (Point(), Point(K=2)):
+            return "all layers" + " K=2" * (point.K == 2)
         return {"last-15": "last 15 layers"}.get(point.layers, "")
     return f"exit {point.exit_layer}" if _group(point) in (EARLY, EARLY_COMMON) else ""

@@ -31,8 +31,6 @@ from ephemera.lora import Projection
 from ephemera.objective import TokenBatch, pad
 from ephemera.store import DEFAULT_MODEL
 
-HEAD_RANK = 64
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -81,19 +79,14 @@ def targets(shape: Shape) -> dict[str, list[str]]:
 
 
 def sizes() -> list[dict[str, Any]]:
-    """Parameters and bfloat16 megabytes of a generator for each model, with full heads and with low-rank ones."""
+    """Parameters and bfloat16 megabytes of a generator for each model."""
     rows = []
     for shape in SHAPES:
         for label, kinds in targets(shape).items():
-            row: dict[str, Any] = {"model": shape.name, "modules": label}
-            for heads, rank in (("full", None), ("low_rank", HEAD_RANK)):
-                with torch.device("meta"):
-                    generator = LoraGenerator(
-                        projections=shape.projections(kinds), state_size=shape.hidden_size, head_rank=rank
-                    )
-                count = sum(p.numel() for p in generator.parameters())
-                row |= {f"{heads}_parameters": count, f"{heads}_megabytes": 2 * count / 1e6}
-            rows.append(row)
+            with torch.device("meta"):
+                generator = LoraGenerator(projections=shape.projections(kinds), state_size=shape.hidden_size)
+            count = sum(p.numel() for p in generator.parameters())
+            rows.append({"model": shape.name, "modules": label, "parameters": count, "megabytes": 2 * count / 1e6})
     return rows
 
 
@@ -170,15 +163,11 @@ def _ratio(mine: Callable[[], Any], other: Callable[[], Any], repeats: int) -> d
 def sizes_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## Parameters of a generator (r 2, hidden size 1,024)\n",
-        f"From shapes alone; low-rank heads have rank {HEAD_RANK}. Memory in bfloat16.\n",
-        "| model | modules | full heads | MB | low-rank heads | MB |",
-        "|---|---|--:|--:|--:|--:|",
+        "From shapes only. Memory in bfloat16.\n",
+        "| model | modules | parameters | MB |",
+        "|---|---|--:|--:|",
     ]
-    lines += [
-        f"| {r['model']} | {r['modules']} | {r['full_parameters']:,} | {r['full_megabytes']:.1f} | "
-        f"{r['low_rank_parameters']:,} | {r['low_rank_megabytes']:.1f} |"
-        for r in rows
-    ]
+    lines += [f"| {r['model']} | {r['modules']} | {r['parameters']:,} | {r['megabytes']:.1f} |" for r in rows]
     return "\n".join(lines)
 
 

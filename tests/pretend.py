@@ -85,7 +85,6 @@ CASES: dict[str, Case] = {
     "scalenet": ("llama", torch.float32, lambda backbone: random_scalenet(backbone).float()),
     "averaged": ("llama", torch.float32, averaged),
     "exit": ("llama", torch.float32, early),
-    "unit gradients": ("llama", torch.float32, lambda _: FixedRate(0.1, normalize="projection")),
     "gpt-neox": ("gpt_neox", torch.float32, lambda _: FixedRate(0.1)),
     "qwen3": ("qwen3", torch.float32, lambda _: FixedRate(0.1)),
     "gemma3": ("gemma3", torch.float32, lambda _: FixedRate(0.1)),

@@ -71,19 +71,6 @@ def test_fixed_steps_equal_a_slow_loop_exactly(architecture):
         close(trace.lora.rows([row]).tensors, lora.tensors)
 
 
-def test_first_representation_is_kept(llama):
-    prompts, start = random_ids([9, 5]), random_lora(llama, 2)
-    network = random_scalenet(llama, representation="first")
-    trace = adapt(llama, left(prompts), start, network, 3)
-    for row, ids in enumerate(prompts):
-        h = slow_representation(llama.model, ids, merged_weights(llama, start, row)).detach()[None].float()
-        for k in (1, 2, 3):
-            want = network.rates_BM(h, k, 3, like=h, projections=4)[0]
-            close(trace.rates_BKM[row, k - 1], want, 1e-5)
-    anew = adapt(llama, left(prompts), start, random_scalenet(llama), 3)
-    assert not torch.allclose(anew.rates_BKM[:, 2], trace.rates_BKM[:, 2])
-
-
 def same(trace: Trace, row: int, alone: Trace, tolerance: float = 1e-10) -> None:
     close(trace.prompt_nll_BK[row], alone.prompt_nll_BK[0], tolerance)
     close(trace.lora.rows([row]).tensors, alone.lora.tensors, tolerance)

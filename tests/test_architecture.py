@@ -29,8 +29,6 @@ LAYERS = (
         "llama",
         "head",
         "objective",
-        "subset",
-        "hardest",
         "checkpoint",
         "depth",
         "projections",

@@ -14,11 +14,9 @@ def test_parameters_by_hand():
     D, H, r, layers = 576, 1024, 2, 30
     fixed = D * H + H + (layers + 2 + 2) * H + 2 * (H * H + H) + 2 * H
     outs = [r * 576, r * 576, r * 576, r * 192]  # q: A, B; v: A, B
-    assert rows["SmolLM2-135M", "q/v"]["full_parameters"] == fixed + sum((H + 1) * out for out in outs)
-    rank = generator.HEAD_RANK
-    low = fixed + sum(H * rank + (rank + 1) * out for out in outs)
-    assert rows["SmolLM2-135M", "q/v"]["low_rank_parameters"] == low
-    assert rows["SmolLM2-135M", "q/v"]["low_rank_megabytes"] == pytest.approx(2 * low / 1e6)
+    count = fixed + sum((H + 1) * out for out in outs)
+    assert rows["SmolLM2-135M", "q/v"]["parameters"] == count
+    assert rows["SmolLM2-135M", "q/v"]["megabytes"] == pytest.approx(2 * count / 1e6)
     assert len(rows) == 15
     text = generator.sizes_table(list(rows.values()))
     assert text.count("| Llama-3.2-3B |") == 3

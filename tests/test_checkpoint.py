@@ -45,7 +45,7 @@ def test_adapters_equal_those_of_plain_steps(architecture, packs):
 def test_some_layers_an_exit_and_a_kept_bottom():
     backbone = tiny_backbone("llama", depth=4, layers=[1, 2])
     batch, start = left(random_ids(LENGTHS)), random_lora(backbone, 3)
-    rate = FixedRate(0.3, Objective(exit_layer=3, tokens="every-2"))
+    rate = FixedRate(0.3, Objective(exit_layer=3))
     want = adapt(backbone, batch, start, rate, 2)
     close(adapt(again(backbone), batch, start, rate, 2).lora.tensors, want.lora.tensors)
 

@@ -195,7 +195,8 @@ def slow_nll(model_folder: str, lora, row: int, prompt: list[int], answer: list[
 
 def test_swapped_answers_with_the_neighbours_adapter(setting, tmp_path):
     torch.manual_seed(3)
-    network = ScaleNet(hidden_size=16, projections=4, base_rates=(3.0, 1.0), normalization="layernorm")
+    network = ScaleNet(hidden_size=16, projections=4, base_rates=(3.0, 1.0))
+    network.std_H.fill_(0.05)  # tiny models' states are small: so that prompts differ
     torch.nn.init.normal_(network.out.weight, std=0.5)
     network.save_pretrained(tmp_path / "network")
     methods = {"methods": ["none", "layerwise", "swapped"], "layerwise": str(tmp_path / "network")}
@@ -254,7 +255,8 @@ def test_no_batch_is_of_one():
 def test_joined_neighbours_pass_through_the_model_apart(setting, tmp_path, monkeypatch):
     """However long a batch has become, no pass is longer than the device likes, and the records are the same."""
     torch.manual_seed(3)
-    network = ScaleNet(hidden_size=16, projections=4, base_rates=(3.0, 1.0), normalization="layernorm")
+    network = ScaleNet(hidden_size=16, projections=4, base_rates=(3.0, 1.0))
+    network.std_H.fill_(0.05)  # tiny models' states are small: so that prompts differ
     torch.nn.init.normal_(network.out.weight, std=0.5)
     network.save_pretrained(tmp_path / "network")
     methods = {"methods": ["none", "layerwise", "swapped"], "layerwise": str(tmp_path / "network"), "steps": [0, 1]}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ephemera import artifact
 from ephemera.backbone import Backbone, describe
-from ephemera.generator import LoraGenerator, load_generator, load_init, place_init, select_state
+from ephemera.generator import LoraGenerator, last_state, load_generator, load_init, place_init
 from ephemera.inits import PeftInit, ZeroInit
 from ephemera.lora import LoraBatch, Projection
 from ephemera.model import AdaptiveLM
@@ -98,8 +98,6 @@ def slow_adapter(generator: LoraGenerator, projections: tuple[Projection, ...], 
         z = (y - y.mean()) / (((y - y.mean()) ** 2).mean() + 1e-5).sqrt()
         z = z * state["norm.weight"] + state["norm.bias"]
         out = slow_linear(state, f"{matrix}_heads.{m}.0", z)
-        if generator.config["head_rank"] is not None:
-            out = slow_linear(state, f"{matrix}_heads.{m}.1", out)
         rows, columns = (generator.r, p.in_features) if matrix == "A" else (p.out_features, generator.r)
         made.append(torch.stack([out[i * columns : (i + 1) * columns] for i in range(rows)]))
     return made[0], made[1]
@@ -111,22 +109,18 @@ def slow_lora(generator: LoraGenerator, projections: tuple[Projection, ...], h_B
     return LoraBatch(projections, tuple(A), tuple(B), r=generator.r, lora_alpha=generator.lora_alpha)
 
 
-def slow_state(backbone: Backbone, ids: list[int], source: str) -> Tensor:
+def slow_state(backbone: Backbone, ids: list[int]) -> Tensor:
     """h [H] of one unpadded prompt."""
     output = backbone.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    last_TD = output.hidden_states[-1][0]
-    mean_D = torch.stack([last_TD[t] for t in range(len(ids))]).sum(0) / len(ids)
-    return {"last": last_TD[-1], "mean": mean_D, "ends": torch.cat([last_TD[0], mean_D])}[source].detach()
+    return output.hidden_states[-1][0, -1].detach()
 
 
-@pytest.mark.parametrize("head_rank", [None, 3])
-@pytest.mark.parametrize("source", ["last", "mean", "ends"])
 @pytest.mark.parametrize(("architecture", "targets"), MODELS)
-def test_adapters_equal_the_slow_loop(architecture, targets, source, head_rank):
+def test_adapters_equal_the_slow_loop(architecture, targets):
     backbone = tiny_backbone(architecture, target_modules=targets)
-    generator = random_generator(backbone, source=source, head_rank=head_rank)
+    generator = random_generator(backbone)
     prompts = random_ids([7, 3])
-    h_BH = torch.stack([slow_state(backbone, ids, source) for ids in prompts])
+    h_BH = torch.stack([slow_state(backbone, ids) for ids in prompts])
     want = slow_lora(generator, backbone.projections, h_BH)
     with torch.no_grad():
         have = generator.lora(backbone.projections, h_BH)
@@ -153,7 +147,7 @@ def test_normalization_of_training_prompts(llama):
     generator = fresh(llama)
     rows = encoded([5, 9, 3, 12, 7, 4, 8, 6, 10, 5], [1] * 10)
     fit_states(llama, generator, rows)
-    states_NH = torch.stack([slow_state(llama, row.prompt, "last") for row in rows])
+    states_NH = torch.stack([slow_state(llama, row.prompt) for row in rows])
     close(generator.mean_H, states_NH.mean(0), 1e-5)
     close(generator.std_H, states_NH.std(0), 1e-5)
 
@@ -168,11 +162,10 @@ def test_h_is_finite_where_training_prompts_agreed(llama):
 # --- the start ---
 
 
-@pytest.mark.parametrize("head_rank", [None, 3])
 @pytest.mark.parametrize(("architecture", "targets"), MODELS)
-def test_starts_as_a_no_op_and_then_moves(architecture, targets, head_rank):
+def test_starts_as_a_no_op_and_then_moves(architecture, targets):
     backbone = tiny_backbone(architecture, target_modules=targets)
-    generator = fresh(backbone, head_rank=head_rank, init_std=0.05)
+    generator = fresh(backbone, init_std=0.05)
     rows = encoded([7, 4], [2, 3])
     batch = prompt_batch(backbone, rows)
     lora = generator(backbone, batch, [0, 0])
@@ -213,36 +206,28 @@ def test_starts_as_a_no_op_and_then_moves(architecture, targets, head_rank):
 # --- rows, padding, answers ---
 
 
-@pytest.mark.parametrize("source", ["last", "mean", "ends"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_alone_is_the_row_in_a_batch(llama, source, side):
-    generator = random_generator(llama, source=source)
+def test_a_row_alone_is_the_row_in_a_batch(llama, side):
+    generator = random_generator(llama)
     prompts = random_ids([9, 2, 5, 1])
     batch = pad(prompts, side=side)
     # In float64, for float32 would hide a small share of a neighbour or of padding
     states_BH = generator.state_BH(llama, batch)
     lora = generator(llama, batch, [0] * 4)
     for b, ids in enumerate(prompts):
-        close(states_BH[b], slow_state(llama, ids, source), 1e-6)
+        close(states_BH[b], slow_state(llama, ids), 1e-6)
         alone = generator(llama, left([ids]), [0])
         close(lora.rows([b]).tensors, alone.tensors, 1e-4)
 
 
 def test_states_are_chosen_by_the_mask():
     hidden = torch.arange(1.0, 9).view(2, 4, 1)  # 1 2 3 4, 5 6 7 8
-    batch = pad([[3, 3], [3, 3, 3, 3]], side="right")
-    assert select_state(hidden, batch, "last").tolist() == [[2], [8]]
-    assert select_state(hidden, batch, "mean").tolist() == [[1.5], [6.5]]
-    assert select_state(hidden, batch, "ends").tolist() == [[1, 1.5], [5, 6.5]]
-    batch = pad([[3, 3], [3, 3, 3, 3]], side="left")
-    assert select_state(hidden, batch, "last").tolist() == [[4], [8]]
-    assert select_state(hidden, batch, "mean").tolist() == [[3.5], [6.5]]
-    assert select_state(hidden, batch, "ends").tolist() == [[3, 3.5], [5, 6.5]]
+    for side, want in (("right", [[2], [8]]), ("left", [[4], [8]])):
+        assert last_state(hidden, pad([[3, 3], [3, 3, 3, 3]], side=side)).tolist() == want
 
 
-@pytest.mark.parametrize("source", ["last", "mean", "ends"])
-def test_answers_never_reach_h(llama, source):
-    generator = random_generator(llama, source=source)
+def test_answers_never_reach_h(llama):
+    generator = random_generator(llama)
     trainee = GeneratorTrainee(llama, generator, validation={})
     seen: list[Tensor] = []
     generator.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
@@ -252,17 +237,16 @@ def test_answers_never_reach_h(llama, source):
         trainee.backward(rows, 0)
     assert len(seen) == 2
     assert torch.equal(seen[0], seen[1])
-    close(seen[0], torch.stack([slow_state(llama, ids, source) for ids in prompts]), 1e-6)
+    close(seen[0], torch.stack([slow_state(llama, ids) for ids in prompts]), 1e-6)
 
 
 # --- gradients ---
 
 
-@pytest.mark.parametrize("head_rank", [None, 3])
 @pytest.mark.parametrize(("architecture", "targets"), MODELS)
-def test_gradient_is_autograd_through_merged_weights(architecture, targets, head_rank):
+def test_gradient_is_autograd_through_merged_weights(architecture, targets):
     backbone = tiny_backbone(architecture, target_modules=targets)
-    generator = random_generator(backbone, head_rank=head_rank)
+    generator = random_generator(backbone)
     rows = encoded([6, 9, 4, 7], [3, 1, 2, 2])  # four, for the mean's 1/4 is exact in float32
     report = GeneratorTrainee(backbone, generator, validation={}).backward(rows, 0)
     have = [p.grad for p in generator.parameters() if p.grad is not None]
@@ -283,10 +267,8 @@ def test_gradient_is_autograd_through_merged_weights(architecture, targets, head
 # --- beside a bfloat16 model ---
 
 
-@pytest.mark.parametrize("head_rank", [None, 3])
-@pytest.mark.parametrize("source", ["last", "ends"])
-def test_in_bfloat16_the_adapters_are_the_same_up_to_its_rounding(llama, source, head_rank):
-    generator = random_generator(llama, hidden_size=64, source=source, head_rank=head_rank).float()
+def test_in_bfloat16_the_adapters_are_the_same_up_to_its_rounding(llama):
+    generator = random_generator(llama, hidden_size=64).float()
     generator.mean_H.mul_(1000)  # a mean that bfloat16 would round by more than the deviation
     h_BH = generator.mean_H + generator.std_H * torch.randn(6, len(generator.mean_H))
     with torch.no_grad():
@@ -333,11 +315,9 @@ def stored(folder: Path, backbone: Backbone, **settings: Any) -> LoraGenerator:
     return generator
 
 
-@pytest.mark.parametrize("head_rank", [None, 3])
-@pytest.mark.parametrize("source", ["last", "ends"])
-def test_a_generator_is_saved_and_loaded(tmp_path, source, head_rank):
+def test_a_generator_is_saved_and_loaded(tmp_path):
     backbone = tiny_backbone(dtype=torch.float32, target_modules="attention")
-    generator = stored(tmp_path / "a", backbone, source=source, head_rank=head_rank, target_modules="attention")
+    generator = stored(tmp_path / "a", backbone, target_modules="attention")
     loaded = load_generator(tmp_path / "a")
     assert loaded.config == generator.config
     assert loaded.state_dict().keys() == generator.state_dict().keys()
@@ -387,9 +367,6 @@ def test_corrupt_folders(tmp_path):
     def other_key(folder):
         changed(folder, hidden_sizes=12)
 
-    def other_source(folder):
-        changed(folder, source="first")
-
     def no_description(folder):
         changed(folder, trained_for={})
 
@@ -402,7 +379,7 @@ def test_corrupt_folders(tmp_path):
     backbone = tiny_backbone(dtype=torch.float32)
     for spoil in (
         *(cut_weights, no_weights, cut_config, no_object),
-        *(no_projections, other_size, other_key, other_source),
+        *(no_projections, other_size, other_key),
         *(no_description, no_targets, no_alpha),
     ):
         folder = tmp_path / spoil.__name__
@@ -413,7 +390,20 @@ def test_corrupt_folders(tmp_path):
             load_generator(folder)
 
 
-def test_unknown_names(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("key", "neutral", "gone"), [("source", "last", "ends"), ("head_rank", None, 3)])
+def test_settings_that_are_gone_load_at_their_neutral_value_only(key, neutral, gone, tmp_path):
+    generator = stored(tmp_path, tiny_backbone(dtype=torch.float32))
+    config = json.loads((tmp_path / "generator.json").read_text())
+    (tmp_path / "generator.json").write_text(json.dumps({**config, key: neutral}))
+    assert load_generator(tmp_path).config == generator.config
+    (tmp_path / "generator.json").write_text(json.dumps({**config, key: gone}))
+    with pytest.raises(
+        ValueError, match=rf"^the generator in .* sets {key} to .*, which this version no longer supports"
+    ):
+        load_generator(tmp_path)
+
+
+def test_unknown_names(tmp_path, monkeypatch):
     monkeypatch.setattr(artifact, "NETWORKS", tmp_path / "networks")
     stored(tmp_path / "networks" / "generator-choice", tiny_backbone(dtype=torch.float32))
     assert isinstance(load_init("generator-choice"), LoraGenerator)
@@ -422,8 +412,6 @@ def test_unknown_names(llama, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no generator: generator.json and generator.safetensors are expected"):
         load_init(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"unknown generator source 'lats'. Did you mean 'last'\?"):
-        fresh(llama, source="lats")
     assert load_init("zero", r=3) == ZeroInit(r=3)
 
 
@@ -464,7 +452,7 @@ def test_adaptive_lm_starts_from_a_generator(architecture, targets, tmp_path):
     assert [p.name for p in lm.backbone.projections] == [p.name for p in backbone.projections]
     still = lm.adapt(PROMPTS, steps=0)
     for b, prompt in enumerate(PROMPTS):
-        h_1H = slow_state(backbone, lm.encode(prompt), "last")[None]
+        h_1H = slow_state(backbone, lm.encode(prompt))[None]
         want = generator.lora(lm.backbone.projections, h_1H)
         close(still.lora.rows([b]).tensors, want.tensors, 1e-4)
     assert all(torch.equal(a, b) for a, b in zip(still.lora.tensors, still.initial_lora.tensors, strict=True))

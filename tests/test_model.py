@@ -291,9 +291,7 @@ def test_peft_factors_of_random_fused_adapters(tmp_path):
     """With B and A of every projection non-zero, each must land on its own rows."""
     backbone = tiny_backbone("gpt_neox", target_modules="attention", dtype=torch.float32)
     lora = random_lora(backbone, 2)
-    adaptation = Adaptation(
-        ("a", "b"), lora, lora, torch.zeros(2, 0), torch.zeros(2, 0, 8), (None, None), 0.0, torch.zeros(2).long()
-    )
+    adaptation = Adaptation(("a", "b"), lora, lora, torch.zeros(2, 0), torch.zeros(2, 0, 8), (None, None), 0.0)
     adaptation.export_peft(tmp_path, row=1)
     peft = PeftModel.from_pretrained(tiny_model("gpt_neox", dtype=torch.float32), str(tmp_path)).eval()
     batch = left(random_ids([9]))

@@ -77,7 +77,7 @@ def test_step_wise_is_one_rate_for_all_projections():
 
 
 def test_k_and_K_enter_as_shares_of_kmax():
-    network = small(normalization="none")
+    network = small()  # mean 0, deviation 1: h as it is, within 5
     torch.nn.init.normal_(network.out.weight)
     h = torch.randn(1, 2 * HIDDEN)
     for k, K in ((1, 1), (1, 4), (2, 4)):
@@ -87,7 +87,7 @@ def test_k_and_K_enter_as_shares_of_kmax():
         close(network.scales(h, k, K)[0], want, 1e-5)
 
 
-def test_normalizations():
+def test_standardisation():
     h = torch.randn(50, 2 * HIDDEN) * 3 + 2
     standard = small()
     standard.fit_normalization(h)
@@ -95,9 +95,6 @@ def test_normalizations():
     close(normal.mean(0), torch.zeros(2 * HIDDEN), 1e-5)
     close(normal.std(0), torch.ones(2 * HIDDEN), 1e-5)
     assert standard._normalized(h * 1e6).abs().max() == 5
-    halves = small(normalization="layernorm")._normalized(h).unflatten(1, (2, HIDDEN))
-    close(halves.mean(2), torch.zeros(50, 2), 1e-5)  # each half on its own scale
-    assert torch.equal(small(normalization="none")._normalized(h), h)
 
 
 def test_a_constant_feature_is_no_division_by_zero():
@@ -107,7 +104,7 @@ def test_a_constant_feature_is_no_division_by_zero():
 
 
 def test_a_row_without_a_representation_does_not_touch_the_gradient():
-    network = small(normalization="layernorm")
+    network = small()
     torch.nn.init.normal_(network.out.weight)
     h = torch.randn(2, 2 * HIDDEN)
     h[1] = float("nan")
@@ -128,17 +125,15 @@ def test_fixed_rates():
 
 
 @pytest.mark.parametrize("granularity", ["layer", "step"])
-@pytest.mark.parametrize("normalization", ["standardize", "layernorm"])
-def test_a_network_is_saved_and_loaded(granularity, normalization, tmp_path):
+def test_a_network_is_saved_and_loaded(granularity, tmp_path):
     backbone = tiny_backbone(dtype=torch.float32)
-    network = random_scalenet(backbone, granularity=granularity, normalization=normalization, representation="first")
+    network = random_scalenet(backbone, granularity=granularity)
     network.float().fit_normalization(torch.randn(9, 64))
     network.config["trained_for"] = network.trained_for = describe(backbone)
     network.save_pretrained(tmp_path / "a")
     loaded = load_rate(tmp_path / "a")
     assert isinstance(loaded, ScaleNet)
     assert loaded.config == network.config
-    assert loaded.uses_representation == "first"
     assert not any(p.requires_grad for p in loaded.parameters())
     h = torch.randn(2, 64)
     assert torch.equal(loaded.scales(h, 2, 3), network.scales(h, 2, 3))
@@ -246,3 +241,26 @@ def test_a_copied_folder_still_loads(tmp_path):
     saved(tmp_path / "a")
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert load_rate(tmp_path / "b").max_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("key", "neutral", "gone"),
+    [
+        ("normalize", "none", "prompt"),
+        ("normalization", "standardize", "layernorm"),
+        ("normalization", "standardize", "none"),
+        ("representation", "step", "first"),
+    ],
+)
+def test_settings_that_are_gone_load_at_their_neutral_value_only(key, neutral, gone, tmp_path):
+    backbone = tiny_backbone(dtype=torch.float32)
+    for name, rate in (("network", random_scalenet(backbone).float()), ("averaged", averaged(backbone))):
+        rate.save_pretrained(tmp_path / name)
+        path = tmp_path / name / "rate.json"
+        config = json.loads(path.read_text())
+        for value in (neutral, None):
+            path.write_text(json.dumps({**config, key: value}))
+            assert type(load_rate(path.parent)) is type(rate)
+        path.write_text(json.dumps({**config, key: gone}))
+        with pytest.raises(ValueError, match=rf"^the rate in .* sets {key} to '{gone}', which this version no longer"):
+            load_rate(path.parent)

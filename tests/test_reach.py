@@ -338,16 +338,6 @@ def test_no_adapter_at_all(llama):
     close(read.answer_nll(random_ids([3, 1])), want.answer_nll(random_ids([3, 1])), 0)
 
 
-def test_rows_that_all_stopped_at_the_first_step_were_read(llama):
-    prompts = random_ids(LENGTHS)
-    start = ZeroInit(r=2)(llama, left(prompts), [0] * 4)
-    wild = SomeRowsWild(dict.fromkeys(range(4), 1e-6))
-    trace = adapt(llama, left(prompts), start, wild, 2, stop_below=0.1, keep_reading=True)
-    assert trace.steps_B.tolist() == [0] * 4
-    check_reading(llama, prompts, left(prompts), trace)
-    check_read(llama, prompts, start, read_after(llama, prompts, trace))
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_row_that_cannot_be_read_starts_over(architecture):
     backbone = kept_backbone(architecture)

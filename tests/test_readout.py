@@ -1,5 +1,6 @@
-"""The loss at an exit layer, over some tokens and words, against a slow one; its own errors; its files."""
+"""The loss at an exit layer, over some words, against a slow one; its own errors; its files."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,8 @@ from ephemera.backbone import Backbone
 from ephemera.head import Head
 from ephemera.lens import Lens
 from ephemera.objective import pad
-from ephemera.rates import FixedRate
+from ephemera.rates import FixedRate, load_rate
 from ephemera.readout import PROMPT, Objective, load_objective
-from ephemera.subset import by_place
 from tiny import (
     ARCHITECTURES,
     VOCABULARY,
@@ -23,6 +23,7 @@ from tiny import (
     merged_weights,
     random_ids,
     random_lora,
+    random_scalenet,
     tiny_backbone,
 )
 
@@ -48,13 +49,8 @@ def slow_loss(backbone: Backbone, objective: Objective, ids: list[int], weights:
     inputs = {"input_ids": torch.tensor([ids]), "output_hidden_states": True}
     states = torch.func.functional_call(backbone.model, weights, (), inputs).hidden_states
     lens, norm = objective.lens, backbone.decoder.get_submodule(backbone.final_norm)
-    counted = range(1, len(ids))
-    if objective.tokens == "last-3":
-        counted = counted[-3:]
-    elif objective.tokens == "every-2":
-        counted = [t for t in counted if (len(ids) - 1 - t) % 2 == 0]
     losses = []
-    for t in counted:
+    for t in range(1, len(ids)):
         h = states[EXIT][0, t - 1]
         if lens is not None:
             h = h + lens.weight_EDD[0] @ (h / lens.scale_ED[0]) + lens.bias_ED[0]
@@ -70,7 +66,7 @@ def slow_loss(backbone: Backbone, objective: Objective, ids: list[int], weights:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"tokens": "last-3"}, {"tokens": "every-2"}, {"vocabulary": 100}, {"tokens": "last-3", "vocabulary": 30}],
+    [{}, {"vocabulary": 100}, {"vocabulary": 30}],
     ids=str,
 )
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -102,7 +98,7 @@ def check_against_slow(backbone: Backbone, objective: Objective, side) -> None:
 
 
 def test_rows_do_not_touch_each_other(llama):
-    objective = Objective(exit_layer=2, lens=random_lens(llama), tokens="every-2", vocabulary=90)
+    objective = Objective(exit_layer=2, lens=random_lens(llama), vocabulary=90)
     prompts, start = random_ids(LENGTHS), random_lora(llama, 3)
     together = adapt(llama, left(prompts), start, FixedRate(0.3, objective), 2)
     for row, ids in enumerate(prompts):
@@ -127,20 +123,6 @@ def test_softcapped_heads(llama):
     close(have.lora.tensors, adapt(llama, batch, start, FixedRate(0.3), 1).lora.tensors)
 
 
-def test_scored_tokens_are_counted_from_the_end():
-    batch = pad(random_ids([5, 3]), side="left")
-    assert by_place(batch, "last-2").tolist() == [[False, False, False, True, True], [False, False, False, True, True]]
-    assert by_place(batch, "every-2").tolist() == [[True, False, True, False, True], [False, False, True, False, True]]
-    right = pad(random_ids([5, 3]), side="right")
-    assert by_place(right, "last-9").tolist() == right.mask_BT.tolist()
-
-
-@pytest.mark.parametrize("tokens", ["last-0", "first-3", "every", "last--2", ""])
-def test_unknown_tokens(tokens):
-    with pytest.raises(ValueError, match=r'tokens=.* is unknown; it is "all", "last-8", "every-2"'):
-        Objective(tokens=tokens)
-
-
 def test_what_does_not_fit_is_refused():
     backbone = tiny_backbone("llama", depth=4, layers="first-3")
     with pytest.raises(ValueError, match=r'after 2 of 4 layers, but layer 2 is adapted.*"first-2"'):
@@ -160,10 +142,25 @@ def test_what_does_not_fit_is_refused():
 def test_as_it_stands_in_a_file(tmp_path, llama):
     assert PROMPT.describe() is None
     assert load_objective(None, tmp_path) is PROMPT
-    objective = Objective(exit_layer=2, lens=random_lens(llama), tokens="last-8", vocabulary=50)
+    objective = Objective(exit_layer=2, lens=random_lens(llama), vocabulary=50)
     objective.save_lens(tmp_path)
     (tmp_path / "inner").mkdir()
     for kept, folder in ((objective.describe(), tmp_path), (objective.describe(".."), tmp_path / "inner")):
         loaded = load_objective(kept, folder)
         assert replace(loaded, lens=None).describe() == replace(objective, lens=None).describe()
         close(loaded.lens.weight_EDD, objective.lens.weight_EDD, 1e-2)
+
+
+@pytest.mark.parametrize(("key", "neutral", "gone"), [("tokens", "all", "last-8"), ("template", None, "Question: {}")])
+def test_settings_that_are_gone_load_at_their_neutral_value_only(key, neutral, gone, tmp_path, llama):
+    network = random_scalenet(llama).float()
+    network.objective = Objective(vocabulary=50)
+    network.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "rate.json").read_text())
+    config["objective"][key] = neutral
+    (tmp_path / "rate.json").write_text(json.dumps(config))
+    assert load_rate(tmp_path).objective.describe() == network.objective.describe()
+    config["objective"][key] = gone
+    (tmp_path / "rate.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"^the rate in .* sets {key} to .*, which this version no longer supports"):
+        load_rate(tmp_path)

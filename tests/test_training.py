@@ -57,7 +57,6 @@ class TableRate:
     trains = "both"
     made_for = None
     objective = PROMPT
-    normalize = "none"
 
     def __init__(self, table_BKM: Tensor):
         self.table_BKM = table_BKM

@@ -11,7 +11,7 @@ from ephemera.adapt import adapt
 from ephemera.backbone import describe
 from ephemera.inits import ZeroInit
 from ephemera.lens import Lens
-from ephemera.rates import FixedRate, ScaleNet, load_rate
+from ephemera.rates import ScaleNet, load_rate
 from ephemera.readout import Objective
 from ephemera.training import scalenet
 from ephemera.training.meta_gradient import scalenet_backward
@@ -57,24 +57,6 @@ def test_the_lens_gradient_is_autograd_through_the_step(clip):
     close([p.grad for p in lens.parameters()], wanted, 1e-6)
 
 
-def test_normalized_gradients_have_length_one(llama):
-    batch = left([row.prompt for row in encoded([6, 9], [1, 1])])
-    start = ZeroInit(r=2)(llama, batch, [0, 0])
-    for by in ("prompt", "projection"):
-        trace = adapt(llama, batch, start, FixedRate(0.7, normalize=by), 1)
-        moved = torch.stack(
-            [
-                torch.stack([(a - b).flatten(1).square().sum(1) for a, b in zip(x, y, strict=True)])
-                for x, y in ((trace.lora.A, start.A), (trace.lora.B, start.B))
-            ]
-        ).sum(0)
-        lengths = moved.sqrt() if by == "projection" else moved.sum(0).sqrt()
-        close(lengths, torch.full_like(lengths, 0.7), 1e-6)
-        plain = adapt(llama, batch, start, FixedRate(0.7), 1)
-        a, b = (t.lora.B[0][0] - start.B[0][0] for t in (trace, plain))
-        close(a / a.norm(), b / b.norm(), 1e-6)
-
-
 @pytest.fixture(scope="module")
 def lens_folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("lens") / "network"
@@ -88,7 +70,7 @@ def early(material: Path, output: Path, lens_folder: Path, **more):  # noqa: F81
     config = settings(material, output)
     config.model.lora.layers = "first-1"
     config.objective = config.objective.model_copy(
-        update={"exit_layer": 1, "lens": str(lens_folder), "vocabulary": 50, "tokens": "last-3", **more}
+        update={"exit_layer": 1, "lens": str(lens_folder), "vocabulary": 50, **more}
     )
     return config
 
@@ -97,7 +79,7 @@ def test_a_trained_folder_brings_layers_objective_and_lens(material, lens_folder
     folder = train_scalenet(early(material, tmp_path / "run", lens_folder))
     for place in (folder, folder / "averaged"):
         rate = load_rate(place)
-        assert (rate.objective.exit_layer, rate.objective.tokens, rate.objective.vocabulary) == (1, "last-3", 50)
+        assert (rate.objective.exit_layer, rate.objective.vocabulary) == (1, 50)
         assert rate.objective.lens.exit_layers == (1,)
     assert not (folder / "averaged" / "lens.safetensors").exists()
     lm = AdaptiveLM.from_pretrained(str(material / "model"), rate=folder, device="cpu", lora={"r": 2})

@@ -229,8 +229,6 @@ class SomeRowsWild:
     trains = "both"
     made_for = None
     objective = PROMPT
-    normalize = "none"
-    base_rate = 0.1
 
     def __init__(self, wild: dict[int, float]):
         self.wild = wild

@@ -14,7 +14,7 @@ from ephemera.depth import Lower
 from ephemera.flat import FlatLora
 from ephemera.lora import LoraBatch
 from ephemera.objective import TokenBatch
-from ephemera.rates import Normalize, Rate
+from ephemera.rates import Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,6 @@ class Trace:
     """What a batch's adaptation left: adapters at both ends, and each step's loss and rates.
 
     `prompt_nll_BK[:, k-1]` is the prompt NLL (nats per token) seen by step k, before its update.
-    `steps_B`: steps that each row took, K where none stopped early; beyond them its rates are 0 and its losses NaN.
     `fallback_B` marks rows whose losses or updates were not finite: their `lora` is `initial_lora`.
     `grads` holds each step's gradients, where they were kept. `lower`: the layers below the lowest adapted one, run once
     for all steps; `prefill` takes them too. `reading`: the base model's own pass over the prompts, as far as the first
@@ -33,7 +32,6 @@ class Trace:
     initial_lora: LoraBatch
     prompt_nll_BK: Tensor
     rates_BKM: Tensor
-    steps_B: Tensor
     fallback_B: Tensor
     grads: list[FlatLora] = field(default_factory=list)
     lower: Lower | None = None
@@ -50,7 +48,6 @@ def adapt(
     *,
     keep_grads: bool = False,
     second_order: bool = False,
-    stop_below: float | None = None,
     keep_reading: bool = False,
     after_step: Callable[[int], None] | None = None,
 ) -> Trace:
@@ -59,26 +56,18 @@ def adapt(
     The cost is K forward and backward passes, from the lowest adapted layer to where the rate's objective reads the
     loss. `keep_grads` stores what first-order training needs and lets `rates_BKM` carry ScaleNet's graph;
     `second_order` builds the graph through every step instead (Eq. 18; its memory grows with every step, and attention
-    takes no fused kernel). `stop_below`: a row whose rates of a step are all below this share of the rule's base rate
-    takes neither that step nor a later one; when all rows have stopped the loop ends, before that step's loss and
-    backward pass. `keep_reading`: the first step's forward leaves its keys and values (reach `answer`); only for a start
-    with B = 0, where that forward is the base model's. With `stop_below`, and with an objective over the hardest tokens, steps wait for the device; else none does.
+    takes no fused kernel). `keep_reading`: the first step's forward leaves its keys and values (reach `answer`); only for
+    a start with B = 0, where that forward is the base model's. No step waits for the device.
     `after_step` is called with k when step k is done; no adapter is attached then, so it may run the model, and what it
     raises ends the loop.
     """
-    if stop_below is not None and not 0 <= stop_below < float("inf"):
-        raise ValueError(f"stop_below={stop_below}: give a share of the base rate, 0 or more (e.g. 0.01), or none.")
-    assert stop_below is None or not (keep_grads or second_order), "training takes every step"
     start = flat = FlatLora.of(initial_lora)
     B, M, like = batch.ids_BT.shape[0], len(initial_lora.projections), start.A_BN.detach()
     nlls, rates, grads_of_steps = [], [], []
     wants_h = rate is not None and rate.uses_representation != "no"
     lower, reading, first_h_BH = backbone.lower(batch) if steps else None, None, None
-    moving_B = torch.ones(B, dtype=torch.bool, device=like.device)
-    steps_B = moving_B.long() * (steps if stop_below is None else 0)
     if steps and backbone.device.type != "cpu":
         batch.ready()
-    tokens = rate.objective.predicted(backbone, batch) if rate is not None and steps else None
     for k in range(1, steps + 1):
         assert rate is not None
         current = flat if second_order and k > 1 else flat.leaves()
@@ -95,27 +84,18 @@ def adapt(
         reading = reading or _reading(backbone, batch, out, rate)
         h_BH = out.representation_BH(batch) if wants_h else None
         first_h_BH = h_BH if first_h_BH is None else first_h_BH
-        h_BH = first_h_BH if rate.uses_representation == "first" else h_BH
         with torch.set_grad_enabled(keep_grads or second_order):
             rates_BM = rate.rates_BM(h_BH, k, steps, like=like, projections=M)
-        if stop_below is not None:
-            # Not "any at least": a rate that is no number does not stop a row, it makes it fall back
-            moving_B = moving_B & ~(rates_BM < stop_below * rate.base_rate).all(1)
-            if not bool(moving_B.any()):
-                break
-            rates_BM = torch.where(moving_B[:, None], rates_BM, 0.0)
         with torch.enable_grad():
-            nll_B = rate.objective.nll_B(backbone, out, batch, tokens, twice_differentiable=second_order)
+            nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
             grads = current.with_tensors(
                 torch.autograd.grad(
                     nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True
                 )
             )
-            grads = normalized(grads if rate.trains == "both" else grads.without_A(), rate.normalize)
+            grads = grads if rate.trains == "both" else grads.without_A()
         with torch.set_grad_enabled(second_order):
             flat = current.step(grads, rates_BM if second_order else rates_BM.detach())
-        if stop_below is not None:
-            flat, steps_B = flat.where(moving_B, current), steps_B + moving_B
         nlls.append(nll_B.detach())
         rates.append(rates_BM)
         if keep_grads:
@@ -124,15 +104,13 @@ def adapt(
             after_step(k)
     if not second_order:
         flat = flat.detach()
-    taken_BK = torch.arange(steps, device=like.device) < steps_B[:, None]
-    nll_BK = _columns(nlls, like.new_zeros(B, steps))
-    finite_B = (nll_BK.isfinite() | ~taken_BK).all(1) & flat.finite_B()
+    nll_BK = torch.stack(nlls, 1) if steps else like.new_zeros(B, 0)
+    finite_B = nll_BK.isfinite().all(1) & flat.finite_B()
     return Trace(
         lora=flat.where(finite_B, start).lora if steps else initial_lora,
         initial_lora=initial_lora,
-        prompt_nll_BK=torch.where(taken_BK, nll_BK, torch.nan),
-        rates_BKM=_columns(rates, like.new_zeros(B, steps, M)),
-        steps_B=steps_B,
+        prompt_nll_BK=nll_BK,
+        rates_BKM=torch.stack(rates, 1) if steps else like.new_zeros(B, 0, M),
         fallback_B=~finite_B,
         grads=grads_of_steps,
         lower=lower,
@@ -150,23 +128,6 @@ def _reading(backbone: Backbone, batch: TokenBatch, out: Forward, rate: Rate) ->
         with torch.no_grad():
             hidden_BTD = backbone.decoder.get_submodule(backbone.final_norm)(hidden_BTD)
     return Lower(batch.ids_BT, layers or backbone.layers, hidden_BTD, out.cache)
-
-
-def _columns(columns: Sequence[Tensor], zero_BK: Tensor) -> Tensor:
-    """One column [B] or [B,M] a step; zero for steps that no row took."""
-    if not columns:
-        return zero_BK
-    taken = torch.stack(list(columns), 1)
-    return torch.cat([taken, zero_BK[:, len(columns) :].to(taken.dtype)], 1)
-
-
-def normalized(grads: FlatLora, by: Normalize) -> FlatLora:
-    """Each prompt's gradient scaled to length one: over all its projections, or each projection (A and B together)."""
-    if by == "none":
-        return grads
-    squares_BM = grads.dot_BM(grads)
-    squares_BM = squares_BM if by == "projection" else squares_BM.sum(1, keepdim=True).expand_as(squares_BM)
-    return grads.scaled(squares_BM.sqrt().clamp(min=1e-12).reciprocal())
 
 
 def meta_gradient(answer_grads: FlatLora, step_grads: Sequence[FlatLora]) -> Tensor:

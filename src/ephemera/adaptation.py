@@ -75,8 +75,7 @@ class Adaptation:
     `prompt_nll_BK` [B,K]: prompt NLL in nats per token seen by step k, before its update (a training
     loss, not a result). `rates_BKM` [B,K,M]: learning rate of each step and projection, in the order of
     `lora.projections`. `lora`, `initial_lora`: the adapters after and before. `notes[b]` says what a user should know of
-    row b's answer, or is None. `steps_B`: steps that each row took; where that is fewer than K (`stop_below`),
-    the losses of the others are NaN and their rates 0. `seconds`: wall time of the whole adaptation.
+    row b's answer, or is None. `seconds`: wall time of the whole adaptation.
 
     `reach`: where the adapters act (made_for.py). With "answer", `readings` holds the base model's keys and values of the
     prompts, by batch, so that every answer to them, adapted or not, begins there. Dropping the adaptation frees them.
@@ -90,11 +89,15 @@ class Adaptation:
     rates_BKM: Tensor
     notes: tuple[str | None, ...]
     seconds: float
-    steps_B: Tensor
     base_model: str = field(default="")
     reach: Reach = "all"
     readings: dict[tuple[int, ...], Lower] = field(default_factory=dict, repr=False)
     whole_loss: bool = True
+
+    @property
+    def steps(self) -> int:
+        """K, the steps that every row took."""
+        return self.prompt_nll_BK.shape[1]
 
     @property
     def fallback_B(self) -> Tensor:
@@ -121,7 +124,6 @@ class Adaptation:
             rates_BKM=self.rates_BKM[:, :0],
             notes=(None,) * len(self.prompts),
             seconds=0.0,
-            steps_B=torch.zeros_like(self.steps_B),
         )
 
     def after_reading(self, left_B: Sequence[float] | None) -> Adaptation:
@@ -132,7 +134,7 @@ class Adaptation:
         """
         notes = []
         for row, note in enumerate(self.notes):
-            seen_K = self.prompt_nll_BK[row, : int(self.steps_B[row])].tolist()
+            seen_K = self.prompt_nll_BK[row].tolist()
             kept = (note or "").startswith(
                 tuple(words.partition(":")[0] for words in (FELL_BACK, UNCHANGED, ABSTAINED))
             )

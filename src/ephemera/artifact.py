@@ -21,6 +21,10 @@ NETWORKS = Path(__file__).parent / "networks"
 Made = TypeVar("Made")
 
 
+class RetiredSetting(ValueError):
+    """A network's file asks for something that this version cannot do any more."""
+
+
 def shipped(name: str) -> list[str]:
     """The networks of one kind ("rate", "generator") that come with the package."""
     return sorted(p.parent.name for p in NETWORKS.glob(f"*/{name}.json"))
@@ -42,12 +46,25 @@ def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tenso
         (scratch / f"{name}.json").write_text(json_text(config, indent=1) + "\n")
 
 
+def without_retired(config: dict[str, Any], neutral: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without the settings that are gone; RetiredSetting if one differs from its neutral value."""
+    for key, value in neutral.items():
+        if config.get(key) not in (None, value):
+            raise RetiredSetting(
+                f"sets {key} to {config[key]!r}, which this version no longer supports (only {value!r}): "
+                "use an earlier version or train again without it."
+            )
+    return {key: value for key, value in config.items() if key not in neutral}
+
+
 def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tensor]], Made]) -> Made:
     """What `make` builds from the configuration and tensors; ValueError where they are not intact."""
     try:
         state = load_file(folder / f"{name}.safetensors")
         check_finite(f"{name}.safetensors", state.items())
         return make(json.loads((folder / f"{name}.json").read_text()), state)
+    except RetiredSetting as error:
+        raise ValueError(f"the {name} in {folder} {error}") from error
     except PermissionError as error:
         raise ValueError(
             f"cannot read the {name} in {folder}: {reason(error)}. Ask its owner to run `chmod -R a+rX {shlex.quote(str(folder))}`."

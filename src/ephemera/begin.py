@@ -40,7 +40,6 @@ def adapt_from(
     steps: int,
     reach: Reach,
     *,
-    stop_below: float | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> tuple[Trace, Prefill | None, Verdict | None]:
     """`adapt` from an init, and what the rate's gate leaves of its adapters.
@@ -56,8 +55,7 @@ def adapt_from(
         else:
             lora = init(backbone, batch, seeds)
     keeps = reach == "answer" and isinstance(init, ZeroInit)  # from another start the first pass has adapters
-    more = {"keep_reading": keeps, "stop_below": stop_below, "after_step": after_step}
-    trace = adapt(backbone, batch, lora, rule, steps, **more)
+    trace = adapt(backbone, batch, lora, rule, steps, keep_reading=keeps, after_step=after_step)
     if reading is not None:
         trace = replace(trace, reading=reading)
     gate = gate_of(rule, reach, init) if steps else None

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.depth import Lower
-from ephemera.errors import unknown
 from ephemera.inits import Init, PeftInit, ZeroInit
 from ephemera.lora import LoraBatch, Projection
 from ephemera.made_for import Reach, checked_reach
 from ephemera.objective import TokenBatch
 
 NAME = "generator"  # of its files
-SOURCES = ("last", "mean", "ends")
-Source = Literal["last", "mean", "ends"]
+RETIRED = {"source": "last", "head_rank": None}  # in files of earlier versions
 
 
 class Module:
@@ -58,10 +56,8 @@ class LoraGenerator(nn.Module):
         A[l,m] = W[m,A] z + b[m,A]      B[l,m] = W[m,B] z + b[m,B]
 
     Head weights start at zero, A's bias as LoRA's A and B's bias at zero ("Bias-HyperInit"): the first adapter is
-    an exact no-op. `head_rank` makes each head's weight a product of two thin matrices. h is the last layer's state
-    of the last prompt token (`source="last"`), the mean over the prompt ("mean"), or first token and mean
-    ("ends"); it is standardised by training prompts' mean and deviation, for the part of it that tells prompts
-    apart is small beside the part that all prompts share.
+    an exact no-op. h is the last layer's state of the last prompt token. It is standardised by training prompts' mean
+    and deviation, because the part that tells prompts apart is small beside the part that all prompts share.
     """
 
     def __init__(
@@ -73,15 +69,11 @@ class LoraGenerator(nn.Module):
         r: int = 2,
         lora_alpha: float = 8.0,
         init_std: float = 1e-2,
-        source: Source = "last",
-        head_rank: int | None = None,
         target_modules: str | list[str] = "qv",
         trained_for: dict[str, Any] | None = None,
         reach: Reach = "all",
     ):
         super().__init__()
-        if source not in SOURCES:
-            raise unknown("generator source", source, SOURCES)
         modules = modules_of(projections)
         self.config = {
             "state_size": state_size,
@@ -89,8 +81,6 @@ class LoraGenerator(nn.Module):
             "r": r,
             "lora_alpha": lora_alpha,
             "init_std": init_std,
-            "source": source,
-            "head_rank": head_rank,
             "target_modules": target_modules,
             "projections": [[p.kind, p.layer, p.in_features, p.out_features] for p in projections],
             "trained_for": trained_for,
@@ -100,11 +90,9 @@ class LoraGenerator(nn.Module):
         self.modules_of_heads = modules
         self.count = len(projections)
         self.r, self.lora_alpha = r, lora_alpha
-        self.source: Source = source
         self.target_modules = target_modules
         self.trained_for = trained_for
-        size = state_size * (2 if source == "ends" else 1)
-        self.proj = nn.Linear(size, hidden_size)
+        self.proj = nn.Linear(state_size, hidden_size)
         self.layer = nn.Embedding(1 + max(p.layer for p in projections), hidden_size)
         self.module = nn.Embedding(len(modules), hidden_size)
         self.matrix = nn.Embedding(2, hidden_size)
@@ -113,15 +101,15 @@ class LoraGenerator(nn.Module):
         self.first = nn.Linear(hidden_size, hidden_size)
         self.second = nn.Linear(hidden_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
-        self.A_heads = nn.ModuleList(_head(hidden_size, r * m.in_features, head_rank) for m in modules)
-        self.B_heads = nn.ModuleList(_head(hidden_size, r * m.out_features, head_rank) for m in modules)
+        self.A_heads = nn.ModuleList(_head(hidden_size, r * m.in_features) for m in modules)
+        self.B_heads = nn.ModuleList(_head(hidden_size, r * m.out_features) for m in modules)
         for head in self.A_heads:
             assert isinstance(head, nn.Sequential)
             nn.init.normal_(head[-1].get_parameter("bias"), std=init_std)
         self.mean_H: Tensor
         self.std_H: Tensor
-        self.register_buffer("mean_H", torch.zeros(size))
-        self.register_buffer("std_H", torch.ones(size))
+        self.register_buffer("mean_H", torch.zeros(state_size))
+        self.register_buffer("std_H", torch.ones(state_size))
 
     def fit_normalization(self, h_NH: Tensor) -> None:
         """Take mean and deviation of each feature from training prompts' h [N,H]."""
@@ -132,7 +120,7 @@ class LoraGenerator(nn.Module):
         """h [B,H] in float32 from a forward over the prompt alone, without adapters or the vocabulary head."""
         with torch.no_grad():
             hidden_BTD = backbone.forward(batch).hidden_BTD
-        return select_state(hidden_BTD, batch, self.source)
+        return last_state(hidden_BTD, batch)
 
     def forward(self, h_BH: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(A [B,L,R,I], B [B,L,O,R]) of each module over its layers, from h [B,H]."""
@@ -172,7 +160,7 @@ class LoraGenerator(nn.Module):
 
     def after(self, backbone: Backbone, batch: TokenBatch, reading: Lower) -> LoraBatch:
         """The adapters from the base model's own reading of the prompts, which reach `answer` goes on from."""
-        return self.lora(backbone.projections, select_state(reading.hidden_BTD, batch, self.source))
+        return self.lora(backbone.projections, last_state(reading.hidden_BTD, batch))
 
     def in_dtype(self, dtype: torch.dtype) -> LoraGenerator:
         """One that computes in `dtype`, for inference beside a model in it; adapters are float32 all the same.
@@ -206,26 +194,19 @@ class LoraGenerator(nn.Module):
         artifact.save(Path(folder), NAME, self.config, state)
 
 
-def select_state(hidden_BTD: Tensor, batch: TokenBatch, source: Source) -> Tensor:
-    """h [B,D] (or [B,2D]) from last hidden states: real tokens by the mask, on either padding side."""
+def last_state(hidden_BTD: Tensor, batch: TokenBatch) -> Tensor:
+    """h [B,D] in float32: each row's last real token's state, on either padding side."""
     rows_B = torch.arange(hidden_BTD.shape[0], device=hidden_BTD.device)
-    if source == "last":
-        places_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) * batch.mask_BT
-        return hidden_BTD[rows_B, places_BT.argmax(1)].float()
-    weights_B1T = (batch.mask_BT / batch.lengths_B[:, None])[:, None]
-    mean_BD = torch.bmm(weights_B1T.float(), hidden_BTD.float())[:, 0]
-    if source == "mean":
-        return mean_BD
-    first_BD = hidden_BTD[rows_B, batch.mask_BT.int().argmax(1)].float()
-    return torch.cat([first_BD, mean_BD], 1)
+    places_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) * batch.mask_BT
+    return hidden_BTD[rows_B, places_BT.argmax(1)].float()
 
 
-def _head(hidden_size: int, out: int, rank: int | None) -> nn.Sequential:
-    """A linear head whose weight is zero at the start; with `rank`, a product whose last factor is."""
-    last = nn.Linear(hidden_size if rank is None else rank, out)
+def _head(hidden_size: int, out: int) -> nn.Sequential:
+    """A linear head that starts at zero; a Sequential only for the names in saved weights."""
+    last = nn.Linear(hidden_size, out)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(last) if rank is None else nn.Sequential(nn.Linear(hidden_size, rank, bias=False), last)
+    return nn.Sequential(last)
 
 
 def load_generator(spec: str | Path) -> LoraGenerator:
@@ -234,6 +215,7 @@ def load_generator(spec: str | Path) -> LoraGenerator:
 
 
 def _make(config: dict[str, Any], state: dict[str, Tensor]) -> LoraGenerator:
+    config = artifact.without_retired(config, RETIRED)
     projections = [Projection(f"{i}", *shape) for i, shape in enumerate(config.pop("projections"))]
     trained_for, targets = config.get("trained_for"), config.get("target_modules")
     if trained_for is not None and not {"name", "fingerprint", "projections"} <= set(trained_for):

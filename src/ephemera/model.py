@@ -50,7 +50,6 @@ class AdaptiveLM:
         rate: RateLike = None,
         chat: bool = False,
         truncate: Literal["left"] | None = None,
-        stop_below: float | None = None,
         reach: Reach | None = None,
         special_tokens: bool = False,
     ):
@@ -61,7 +60,6 @@ class AdaptiveLM:
         self.rate = self._rate(rate)
         self.chat, self.special_tokens = chat, special_tokens
         self.truncate: Literal["left"] | None = truncate
-        self.stop_below = stop_below
 
     @classmethod
     def from_pretrained(
@@ -75,7 +73,6 @@ class AdaptiveLM:
         lora: dict[str, Any] | None = None,
         chat: bool = False,
         truncate: Literal["left"] | None = None,
-        stop_below: float | None = None,
         reach: Reach | None = None,
         special_tokens: bool = False,
         checkpoint: bool = False,
@@ -93,8 +90,7 @@ class AdaptiveLM:
         `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put
         prompts in the model's chat template. `special_tokens`: a special token that a prompt spells is one; else it
         is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them; BOS and the chat
-        template's words stay, the beginning of the prompt's own text goes. `stop_below`:
-        a prompt takes no further step once all of its rates are below this share of the rate's base rate.
+        template's words stay, the beginning of the prompt's own text goes.
         `checkpoint`: steps keep each layer's input alone and run the layer again in the backward pass: less memory,
         more time, the same adapters. Further keywords go to transformers.
         ValueError names what is wrong and what is allowed.
@@ -120,7 +116,7 @@ class AdaptiveLM:
             name, dtype=dtype, device=device, checkpoint=checkpoint, **(adapted or adapted_by(rate)), **kwargs
         )
         about: dict[str, Any] = {"chat": chat, "truncate": truncate, "special_tokens": special_tokens}
-        return cls(backbone, init=init, rate=rate, stop_below=stop_below, reach=reach, **about)
+        return cls(backbone, init=init, rate=rate, reach=reach, **about)
 
     @property
     def format(self) -> Format:
@@ -147,15 +143,12 @@ class AdaptiveLM:
         rate: RateLike = None,
         init: InitLike = None,
         seed: int = 0,
-        stop_below: float | None = None,
     ) -> Adaptation:
         """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other.
 
         `steps`: by default those that the rate was validated at; none without a rate.
-        `stop_below` (default: the model's own setting): a prompt takes no further step once all of its rates are below
-        this share of the base rate; `Adaptation.steps_B` tells how many it took.
         """
-        return self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed, stop_below=stop_below)[0]
+        return self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed)[0]
 
     def _adapt(
         self,
@@ -165,13 +158,11 @@ class AdaptiveLM:
         seed: int,
         rate: RateLike = None,
         init: InitLike = None,
-        stop_below: float | None = None,
     ) -> tuple[Adaptation, dict[tuple[int, ...], Lower]]:
         """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
         start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
         steps = steps_of(rule, steps)
-        stop_below = self.stop_below if stop_below is None else stop_below
         reach, alone = self.reach or reach_of(start_from, rule), set[int]()
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
@@ -181,9 +172,7 @@ class AdaptiveLM:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
                 seeds = [seed] * len(rows)
-                trace, _, verdict = adapt_from(
-                    self.backbone, batch, start_from, seeds, rule, steps, reach, stop_below=stop_below
-                )
+                trace, _, verdict = adapt_from(self.backbone, batch, start_from, seeds, rule, steps, reach)
                 if verdict is not None:
                     alone.update(rows[place] for place in verdict.abstained_B.nonzero()[:, 0].tolist())
                 traces.append(trace)
@@ -206,7 +195,6 @@ class AdaptiveLM:
                 for row, (fell, i) in enumerate(zip(fallback_B.tolist(), ids, strict=True))
             ),
             seconds=time.perf_counter() - start,
-            steps_B=torch.cat([t.steps_B for t in traces]).cpu()[back],
             base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
             reach=reach,
             readings=readings,
@@ -276,7 +264,7 @@ class AdaptiveLM:
         """Answers; with `losses` also the prompts' own under their adapters, where those act on the prompts."""
         repeats = kwargs.get("num_return_sequences") or 1
         texts, left_B = [""] * (len(prompts) * repeats), [math.nan] * len(prompts)
-        losses = losses and adaptation.reach == "all" and adaptation.whole_loss and bool(adaptation.steps_B.any())
+        losses = losses and adaptation.reach == "all" and adaptation.whole_loss and adaptation.steps > 0
         with self.backbone.lock:
             for rows, read in self._prefills(prompts, adaptation, [new] * len(prompts), lowers):
                 ids = read.generate(max_new_tokens=new, **kwargs)

@@ -163,14 +163,10 @@ class Predicted:
             record = Beginning(record.ids[:-1], record.values)
         return replace(repeated, record=record)
 
-    def means(self, nll_N: Tensor, keep_N: Tensor | None = None, counts_B: Tensor | None = None) -> Tensor:
-        """Each row's mean [B] over its tokens, or over those that are kept (`counts_B` of each row); 0 where none is."""
-        rows_N = self.rows_N
-        if keep_N is not None:
-            nll_N, rows_N = nll_N[keep_N], rows_N[keep_N]
-        counts_B = self.counts_B if counts_B is None else counts_B
-        sums_B = nll_N.new_zeros(counts_B.shape[0]).index_add(0, rows_N, nll_N)
-        return sums_B / counts_B.clamp(min=1)
+    def means(self, nll_N: Tensor) -> Tensor:
+        """Each row's mean [B] over its tokens; 0 if it has none."""
+        sums_B = nll_N.new_zeros(self.counts_B.shape[0]).index_add(0, self.rows_N, nll_N)
+        return sums_B / self.counts_B.clamp(min=1)
 
 
 def predicted(batch: TokenBatch, scored_BT: Tensor) -> Predicted:

@@ -23,7 +23,7 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor, Reach
 from ephemera.objective import TokenBatch, pad
 from ephemera.prefill import Prefill, fork, nll_after, prefill, whole_reading
-from ephemera.rates import Normalize, Rate, Trains
+from ephemera.rates import Rate, Trains
 from ephemera.readout import Objective
 
 
@@ -81,10 +81,8 @@ class _Still:
     """A rate of zero that looks at h(x), and keeps it."""
 
     objective: Objective
-    normalize: Normalize
     seen: list[Tensor]
     max_steps: int = 1
-    base_rate: float = 0.0
     uses_representation: Literal["step"] = "step"
     reach: Reach = "answer"
     made_for: MadeFor | None = None
@@ -106,14 +104,13 @@ def prepare(
     seeds: Sequence[int],
     *,
     objective: Objective,
-    normalize: Normalize = "none",
 ) -> Prepared:
     """One forward and one backward pass over prompts, given as token ids, part after part; joined to one batch.
 
     `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
     """
     done: list[tuple[TokenBatch, Trace]] = []
-    still = _Still(objective, normalize, [])
+    still = _Still(objective, [])
     start = 0
     for ids in parts:
         batch = pad(ids, pad_id=backbone.pad_id).to(backbone.device)
@@ -175,7 +172,6 @@ def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tup
         initial_lora=lora,
         prompt_nll_BK=torch.cat([trace.prompt_nll_BK for trace in traces]),
         rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
-        steps_B=torch.cat([trace.steps_B for trace in traces]),
         fallback_B=torch.cat([trace.fallback_B for trace in traces]),
         grads=[FlatLora(zero_BN, torch.cat([g.B_BN for g in grads]), lora)],
         reading=Lower(ids_BT, backbone.layers, hidden_B1D, cache),

@@ -1,4 +1,4 @@
-"""What a step's gradient is of: the prompt's NLL at the top, or read off an earlier layer; over which tokens and words."""
+"""What a step's gradient is of: the prompt's NLL at the top, or read off an earlier layer; over which words."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ephemera import artifact
 from ephemera.backbone import Backbone, Forward
-from ephemera.hardest import hardest, mean_hardest_nll, share_of
 from ephemera.lens import Lens, load_lens
-from ephemera.objective import Predicted, TokenBatch, mean_nll, predicted
-from ephemera.subset import ALL, by_place, check_template, check_tokens, hardest_percent, own_text
+from ephemera.objective import Predicted, TokenBatch, mean_nll
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,25 +21,17 @@ class Objective:
     """The prompt loss of a step.
 
     `exit_layer` E: the forward stops after E layers and the loss is read there, through `lens`, the model's final norm
-    and head (without a lens: the "logit lens"); adapters sit below. None: at the top, as in the paper. `tokens`: which
-    tokens are scored: "all", "last-8", "every-2" (every second one, the last among them), or "hardest-50%" (of each
-    row's tokens the half with the highest NLL, chosen anew at each step). `template`: the words that prompts share, with
-    {} where each has its own; only the latter are scored (the hardest of them, the last of the prompt among them).
-    `vocabulary`: the softmax runs over the first so many ids and the target alone; byte-pair tokenizers number their
-    tokens by how early they were merged, so the first are the common ones. All of these are the same for a row whatever
-    its batch.
+    and head (without a lens: the "logit lens"); adapters sit below. None: at the top, as in the paper.
+    `vocabulary`: the softmax runs over the first so many ids and the target only; byte-pair tokenizers number their
+    tokens by how early they were merged, so the first are the common ones. Both are the same for a row whatever its
+    batch.
     """
 
     exit_layer: int | None = None
     lens: Lens | None = None
-    tokens: str = ALL
     vocabulary: int | None = None
-    template: str | None = None
 
     def __post_init__(self):
-        check_tokens(self.tokens)
-        if self.template is not None:
-            check_template(self.template)
         if self.vocabulary is not None and self.vocabulary < 1:
             raise ValueError(f"vocabulary={self.vocabulary}: give 1 or more ids, or none for the whole vocabulary.")
         if self.lens is not None and (self.exit_layer is None or self.lens.exit_layers != (self.exit_layer,)):
@@ -49,51 +40,22 @@ class Objective:
                 "pick the layer: lens.only(exit_layer)."
             )
 
-    def predicted(self, backbone: Backbone, batch: TokenBatch) -> Predicted | None:
-        """The tokens that may be scored, the same at each step; None: all. ValueError where the template does not fit."""
-        if self.template is None and self.tokens == ALL:
-            return None
-        scored_BT = by_place(batch.on_host, self.tokens)
-        if self.template is not None:
-            scored_BT = scored_BT & own_text(batch.on_host, self.template, backbone.tokenizer)
-        return predicted(batch.on_host, scored_BT).to(batch.device)
-
     def nll_B(
         self,
         backbone: Backbone,
         out: Forward,
         batch: TokenBatch,
-        tokens: Predicted | None,
         *,
         twice_differentiable: bool = False,
     ) -> Tensor:
-        """Mean NLL [B] of each row's scored tokens given the tokens before them; 0 where there is none.
-
-        `tokens` is what `predicted()` gave for the batch.
-        """
+        """Mean NLL [B] of each row's tokens given the tokens before them; 0 if there is none."""
         hidden_BTD = out.hidden_BTD if self.exit_layer is None else self.states(backbone, out.hidden_BTD)
-        percent = hardest_percent(self.tokens)
         if self.vocabulary is not None:
-            return common_nll(backbone, hidden_BTD, tokens or batch.predicted, self.vocabulary, percent)
-        if percent is None:
-            shared = out.shared
-            if shared is not None and self.exit_layer is not None:  # at an exit the loss is another than the one kept
-                shared = replace(shared, kept=None, record=None)
-            return mean_nll(
-                hidden_BTD,
-                batch,
-                backbone.logits,
-                tokens=tokens,
-                shared=shared,
-                twice_differentiable=twice_differentiable,
-            )
-        return mean_hardest_nll(
-            hidden_BTD,
-            tokens or batch.predicted,
-            backbone.logits,
-            percent,
-            twice_differentiable=twice_differentiable,
-        )
+            return common_nll(backbone, hidden_BTD, batch.predicted, self.vocabulary)
+        shared = out.shared
+        if shared is not None and self.exit_layer is not None:  # at an exit the loss is another than the one kept
+            shared = replace(shared, kept=None, record=None)
+        return mean_nll(hidden_BTD, batch, backbone.logits, shared=shared, twice_differentiable=twice_differentiable)
 
     def states(self, backbone: Backbone, h: Tensor) -> Tensor:
         """States [...,D] after E layers -> what the head takes: through the lens and the model's final norm."""
@@ -128,9 +90,7 @@ class Objective:
         settings = {
             "exit_layer": self.exit_layer,
             "lens": None if self.lens is None else lens,
-            "tokens": self.tokens,
             "vocabulary": self.vocabulary,
-            "template": self.template,
         }
         return None if settings == PROMPT_SETTINGS else settings
 
@@ -139,7 +99,8 @@ class Objective:
             self.lens.save_pretrained(folder)
 
 
-PROMPT_SETTINGS = {"exit_layer": None, "lens": None, "tokens": ALL, "vocabulary": None, "template": None}
+PROMPT_SETTINGS = {"exit_layer": None, "lens": None, "vocabulary": None}
+RETIRED = {"tokens": "all", "template": None}  # in files of earlier versions
 PROMPT = Objective()
 
 
@@ -147,21 +108,13 @@ def load_objective(settings: dict[str, Any] | None, folder: Path) -> Objective:
     """From what a network's file says; its lens lies in `folder`, or where "lens" points from there."""
     if settings is None:
         return PROMPT
+    settings = artifact.without_retired(settings, RETIRED)
     lens = None if settings["lens"] is None else load_lens(folder / settings["lens"])
     return Objective(**{**settings, "lens": lens})
 
 
-def common_nll(
-    backbone: Backbone,
-    hidden_BTD: Tensor,
-    tokens: Predicted,
-    vocabulary: int,
-    percent: int | None = None,
-) -> Tensor:
-    """As `mean_nll`, with a softmax over the ids below `vocabulary` and the target: the head's cost falls by their share.
-
-    With `percent`, over so many percent of each row's tokens, the hardest.
-    """
+def common_nll(backbone: Backbone, hidden_BTD: Tensor, tokens: Predicted, vocabulary: int) -> Tensor:
+    """As `mean_nll`, with a softmax over the ids below `vocabulary` and the target: the head's cost falls by their share."""
     h_ND, targets_N = tokens.states(hidden_BTD), tokens.targets_N
     weight_VD, bias_V = backbone.head.get_parameter("weight"), getattr(backbone.head, "bias", None)
     wide = torch.promote_types(h_ND.dtype, torch.float32)
@@ -172,8 +125,4 @@ def common_nll(
         common_NV, own_N = (torch.tanh(x / cap) * cap for x in (common_NV, own_N))
     total_N = common_NV.logsumexp(1)
     total_N = torch.where(targets_N < vocabulary, total_N, torch.logaddexp(total_N, own_N))
-    nll_N = total_N - own_N
-    if percent is None:
-        return tokens.means(nll_N)
-    kept_B = share_of(tokens.counts_B, percent)
-    return tokens.means(nll_N, hardest(nll_N.detach(), tokens, kept_B), kept_B)
+    return tokens.means(total_N - own_N)

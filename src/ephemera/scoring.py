@@ -17,7 +17,7 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.objective import TokenBatch, batch_tokens, length_batches, pad
 from ephemera.prefill import prefill
-from ephemera.rates import UNIFORM_GRID, FixedRate, Normalize
+from ephemera.rates import UNIFORM_GRID, FixedRate
 from ephemera.readout import PROMPT, Objective
 from ephemera.tasks import Example
 
@@ -110,7 +110,6 @@ def search_uniform(
     grid: Sequence[float] = UNIFORM_GRID,
     seed: int = 0,
     objective: Objective = PROMPT,
-    normalize: Normalize = "none",
     reach: Reach = "all",
 ) -> dict[int, dict[float, float]]:
     """Mean answer NLL of every rate in `grid` after K = 1..steps uniform steps: {K: {rate: NLL}}."""
@@ -121,7 +120,7 @@ def search_uniform(
             batch = prompt_batch(backbone, batch_rows)
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for K in table:
-                lora = adapt(backbone, batch, lora, FixedRate(rate, objective, normalize), 1).lora
+                lora = adapt(backbone, batch, lora, FixedRate(rate, objective), 1).lora
                 sums[K] += answer_nll(backbone, batch_rows, lora, reach=reach).double().sum().item()
         for K, by_rate in table.items():
             by_rate[rate] = sums[K] / len(rows)
@@ -142,7 +141,6 @@ def search_base_rates(
     batch_size: int = 16,
     seed: int = 0,
     objective: Objective = PROMPT,
-    normalize: Normalize = "none",
     reach: Reach = "all",
 ) -> tuple[list[float], dict[str, dict[float, float]]]:
     """A schedule to start ScaleNet from: the best first step, then one rate for all later ones.
@@ -158,7 +156,6 @@ def search_base_rates(
         batch_size=batch_size,
         seed=seed,
         objective=objective,
-        normalize=normalize,
         reach=reach,
     )[1]
     first = _refined(first_table)
@@ -169,7 +166,7 @@ def search_base_rates(
             batch = prompt_batch(backbone, batch_rows)
             lora = init(backbone, batch, [seed] * len(batch_rows))
             for rate in (first, first * share):
-                lora = adapt(backbone, batch, lora, FixedRate(rate, objective, normalize), 1).lora
+                lora = adapt(backbone, batch, lora, FixedRate(rate, objective), 1).lora
             total += answer_nll(backbone, batch_rows, lora, reach=reach).double().sum().item()
         later_table[share] = total / len(rows)
     share = max(best(later_table), min(s for s in LATER_GRID if s > 0))

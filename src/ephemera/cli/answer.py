@@ -21,7 +21,6 @@ from ephemera.cli.options import (
     Seed,
     SpecialTokens,
     Steps,
-    StopBelow,
     Truncate,
     app,
     quiet,
@@ -68,7 +67,6 @@ def answer(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt, with losses and rates.")] = False,
     max_new_tokens: MaxNewTokens = 64,
     seed: Seed = 0,
-    stop_below: StopBelow = None,
     chat: Chat = False,
     special_tokens: SpecialTokens = False,
     truncate: Truncate = None,
@@ -78,7 +76,7 @@ def answer(
     """Adapt to each prompt, answer it, forget."""
     prompts = _prompts(prompt, file)
     _check_steps(steps, rate, init)
-    options = {"init": init, "rate": rate, "reach": reach, "stop_below": stop_below, "chat": chat, "device": device}
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
     _answer(lm, prompts, steps=steps, seed=seed, compare=compare, as_json=as_json, max_new_tokens=max_new_tokens)
@@ -134,12 +132,11 @@ def _answer(
         print("\n".join(compared(base, text)) if base is not None else text.strip(), flush=True)
         if adaptation.notes[row]:
             print(f"prompt {row + 1}: {adaptation.notes[row]}", file=sys.stderr)
-    taken_B = adaptation.steps_B.tolist()
-    if as_json or not any(taken_B):
+    if as_json or not adaptation.steps:
         return
-    nll = adaptation.prompt_nll_BK.nanmean(0)[: max(taken_B)].tolist()
+    nll = adaptation.prompt_nll_BK.nanmean(0).tolist()
     print(
-        f"{sum(taken_B) / len(taken_B):.3g} steps on {len(prompts)} prompt(s) in {adaptation.seconds:.2f} s, "
+        f"{adaptation.steps} steps on {len(prompts)} prompt(s) in {adaptation.seconds:.2f} s, "
         f"then answered in {answering:.2f} s; prompt NLL by step: " + ", ".join(f"{x:.3f}" for x in nll),
         file=sys.stderr,
     )
@@ -149,12 +146,11 @@ def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
     record: dict[str, Any] = {"prompt": adaptation.prompts[row], "answer": text}
     if base is not None:
         record["base_answer"] = base
-    taken = int(adaptation.steps_B[row])
-    rates_KM = adaptation.rates_BKM[row, :taken].double()  # sums of large rates overflow float32
+    rates_KM = adaptation.rates_BKM[row].double()  # sums of large rates overflow float32
     record |= {
-        "steps": taken,
+        "steps": adaptation.steps,
         "reach": adaptation.reach,
-        "prompt_nll": [round(x, 5) for x in adaptation.prompt_nll_BK[row, :taken].tolist()],
+        "prompt_nll": [round(x, 5) for x in adaptation.prompt_nll_BK[row].tolist()],
         "mean_rates": [float(f"{x:.4g}") for x in (rates_KM.mean(1).tolist() if len(rates_KM) else [])],
         "note": adaptation.notes[row],
         "seconds": round(adaptation.seconds, 3),

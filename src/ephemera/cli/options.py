@@ -69,15 +69,6 @@ InitOption = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the adapters' start.")]
-StopBelow = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        help="A prompt takes no further step once all its rates are below this share of the base rate, e.g. 0.01. "
-        "Default: every prompt takes all steps.",
-        show_default=False,
-    ),
-]
 Dtype = Annotated[str | None, typer.Option(help="float32 (default on CPU) or bfloat16 (default on CUDA).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts in the model's chat template.")]

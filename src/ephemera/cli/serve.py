@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ephemera.cli.options import Device, Dtype, Model, ReachOption, StopBelow, app, quiet, unshipped
+from ephemera.cli.options import Device, Dtype, Model, ReachOption, app, quiet, unshipped
 from ephemera.store import DEFAULT_MODEL
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -55,7 +55,6 @@ def serve(
     init: Start = "zero",
     steps: StepsDefault = None,
     reach: ReachOption = None,
-    stop_below: StopBelow = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     dtype: Dtype = None,
@@ -113,9 +112,7 @@ def serve(
     lm, known = in_passing_thread(load)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
     metrics = Metrics()
-    engine = Engine(
-        lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics, stop_below=stop_below
-    ).start()
+    engine = Engine(lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics).start()
     reader = Reader(lm.backbone, known, limits=limits, steps=steps)
     web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
     shown = f"[{host}]" if ":" in host else host

@@ -23,13 +23,6 @@ class ObjectiveSettings(Settings):
     tune_lens: float = Field(
         default=0.0, ge=0, description="train the lens too, at this share of the learning rate, exactly (second order)"
     )
-    tokens: str = Field(
-        default="all", description='tokens that are scored: "all", "last-8", "every-2", "hardest-50%" (highest loss)'
-    )
-    template: str | None = Field(
-        default=None,
-        description='score only what stands in its holes, e.g. "Question: {} Answer:"; default: a template\'s words too',
-    )
     vocabulary: int | None = Field(
         default=None, ge=1, description="softmax over the first so many ids and the target; default: over all"
     )
@@ -48,12 +41,7 @@ class ScaleNetSettings(Settings):
     max_log_scale: float = Field(
         default=4.0, gt=0, description="clamp of the network's output a (Eq. 16); s is at most 1+a+a^2/2"
     )
-    normalization: Literal["standardize", "layernorm", "none"] = Field(default="standardize", description="of h(x)")
-    representation: Literal["step", "first"] = Field(default="step", description="h(x) anew at each step, or step 1's")
     trains: Literal["both", "B"] = Field(default="both", description="a step moves A and B, or B only")
-    normalize: Literal["none", "prompt", "projection"] = Field(
-        default="none", description="gradients as they are, or scaled to length one, over a prompt or each projection"
-    )
 
 
 class AloneSettings(ScaleNetSettings):
@@ -131,10 +119,6 @@ class TrainLens(Settings):
 
 class GeneratorSettings(Settings):
     hidden_size: int = Field(default=1024, ge=1, description="of the shared MLP")
-    source: Literal["last", "mean", "ends"] = Field(
-        default="last", description="h: the last prompt token's state, the mean, or first token and mean"
-    )
-    head_rank: int | None = Field(default=None, ge=1, description="low-rank output heads; default: full")
     reach: Literal["all", "answer"] = Field(
         default="all", description="adapters act on every token, or from the last prompt token on"
     )

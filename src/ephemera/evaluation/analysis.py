@@ -226,7 +226,7 @@ def analyse(config: Analyse) -> Analysis:
     stated = {
         "Model": f"{backbone.name} (weights {backbone.fingerprint()})",
         "Number type": str(backbone.dtype).removeprefix("torch."),
-        "Generator": f"{config.generator} (weights {print_of_it}), h from {generator.source}",
+        "Generator": f"{config.generator} (weights {print_of_it})",
         "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
         "Prompts": f"{len(rows)} ({', '.join(f'{t} {n}' for t, n in zip(tasks, counts, strict=True))}), "
         f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {long}, "

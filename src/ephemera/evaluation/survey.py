@@ -70,7 +70,6 @@ class Methods:
             parts,
             [self.seed] * len(rows),
             objective=self.network.objective,
-            normalize=self.network.normalize,
         )
 
     @torch.no_grad()

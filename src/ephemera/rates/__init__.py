@@ -14,7 +14,7 @@ from ephemera.made_for import Format, read_made_for
 from ephemera.rates.averaged import AveragedRate
 from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
 from ephemera.rates.per_projection import PerProjectionRate
-from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize, Rate, Trains
+from ephemera.rates.protocol import MAX_STEPS, NAME, RETIRED, Rate, Trains
 from ephemera.rates.scalenet import ScaleNet
 from ephemera.readout import load_objective
 from ephemera.store import DEFAULT_MODEL
@@ -24,7 +24,6 @@ __all__ = [
     "UNIFORM_GRID",
     "AveragedRate",
     "FixedRate",
-    "Normalize",
     "PerProjectionRate",
     "Rate",
     "ScaleNet",
@@ -88,6 +87,7 @@ def load_rate(spec: str | Path | float) -> Rate:
 
 
 def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rate:
+    config = artifact.without_retired(config, RETIRED)
     kind = config.pop("kind")
     config["objective"] = load_objective(
         config.get("objective"), folder

@@ -14,7 +14,7 @@ from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
-from ephemera.rates.protocol import NAME, Normalize, Trains
+from ephemera.rates.protocol import NAME, Trains
 from ephemera.readout import PROMPT, Objective
 
 
@@ -28,7 +28,6 @@ class AveragedRate:
     table_KKM: Tensor
     trained_for: dict[str, Any]
     objective: Objective = PROMPT
-    normalize: Normalize = "none"
     made_for: MadeFor | None = None
     gate: Gate | None = None
     trains: Trains = "both"
@@ -40,10 +39,6 @@ class AveragedRate:
     @property
     def max_steps(self) -> int:
         return self.table_KKM.shape[0]
-
-    @property
-    def base_rate(self) -> float:
-        return self.table_KKM[:, 0].max().item()
 
     @property
     def uses_representation(self) -> Literal["no"]:
@@ -68,7 +63,6 @@ class AveragedRate:
             "kind": "averaged",
             "trained_for": self.trained_for,
             "objective": self.objective.describe(lens),
-            "normalize": self.normalize,
             "trains": self.trains,
             "made_for": None if self.made_for is None else self.made_for.describe(),
         }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.made_for import Reach
-from ephemera.rates.protocol import Normalize, Trains
+from ephemera.rates.protocol import Trains
 from ephemera.readout import PROMPT, Objective
 
 # Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
@@ -22,7 +22,6 @@ class FixedRate:
 
     rate: float
     objective: Objective = PROMPT
-    normalize: Normalize = "none"
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
@@ -35,10 +34,6 @@ class FixedRate:
     @property
     def max_steps(self) -> None:
         return None
-
-    @property
-    def base_rate(self) -> float:
-        return self.rate
 
     @property
     def uses_representation(self) -> Literal["no"]:

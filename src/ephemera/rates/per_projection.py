@@ -52,16 +52,8 @@ class PerProjectionRate(nn.Module):
         return tuple(self.log_rates_KM.detach().mean(1).exp().tolist())
 
     @property
-    def base_rate(self) -> float:
-        return self.base_rates[0]
-
-    @property
     def uses_representation(self) -> Literal["no", "step"]:
         return "no" if self.gate is None else "step"  # which the gate looks at
-
-    @property
-    def normalize(self) -> Literal["none"]:
-        return "none"
 
     @property
     def reach(self) -> Reach:

@@ -13,34 +13,28 @@ from ephemera.readout import Objective
 
 MAX_STEPS = 5  # LDTTA 4.1
 NAME = "rate"  # of its files
-Normalize = Literal["none", "prompt", "projection"]
+RETIRED = {
+    "normalize": "none",
+    "normalization": "standardize",
+    "representation": "step",
+}  # in files of earlier versions
 Trains = Literal["both", "B"]
 
 
 class Rate(Protocol):
     """A rule for steps: how far, along which gradient.
 
-    `uses_representation` says whether it wants h(x), and from which step. `objective` is what the gradient is of.
-    `normalize`: the gradient as it is (the paper's), or scaled to length one, over a prompt's projections together or
-    each projection by itself; rates are then lengths.
+    `uses_representation` says whether it wants h(x), anew at each step. `objective` is what the gradient is of.
     """
 
     @property
     def max_steps(self) -> int | None: ...
 
     @property
-    def uses_representation(self) -> Literal["no", "step", "first"]: ...
+    def uses_representation(self) -> Literal["no", "step"]: ...
 
     @property
     def objective(self) -> Objective: ...
-
-    @property
-    def base_rate(self) -> float:
-        """The rate of a whole first step: `stop_below` is a share of it."""
-        ...
-
-    @property
-    def normalize(self) -> Normalize: ...
 
     @property
     def trains(self) -> Trains:

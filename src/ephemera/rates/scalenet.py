@@ -14,7 +14,7 @@ from ephemera import artifact
 from ephemera.backbone import Backbone
 from ephemera.gate import Gate
 from ephemera.made_for import MadeFor, Reach
-from ephemera.rates.protocol import MAX_STEPS, NAME, Normalize, Trains
+from ephemera.rates.protocol import MAX_STEPS, NAME, Trains
 from ephemera.readout import PROMPT, Objective
 
 
@@ -38,11 +38,8 @@ class ScaleNet(nn.Module):
         base_rates: Sequence[float] = (1e-2,) * MAX_STEPS,
         mlp_size: int = 128,
         max_log_scale: float = 4.0,
-        normalization: Literal["standardize", "layernorm", "none"] = "standardize",
-        representation: Literal["step", "first"] = "step",
         trained_for: dict[str, Any] | None = None,
         objective: Objective = PROMPT,
-        normalize: Normalize = "none",
         made_for: MadeFor | None = None,
         trains: Trains = "both",
     ):
@@ -54,21 +51,15 @@ class ScaleNet(nn.Module):
             "base_rates": list(base_rates),
             "mlp_size": mlp_size,
             "max_log_scale": max_log_scale,
-            "normalization": normalization,
-            "representation": representation,
             "trained_for": trained_for,
-            "normalize": normalize,
             "trains": trains,
         }
         self.objective = objective
         self.made_for = made_for
         self.gate: Gate | None = None
         self.trains: Trains = trains
-        self.normalize: Normalize = normalize
         self.base_rates = tuple(base_rates)
         self.max_log_scale = max_log_scale
-        self.normalization = normalization
-        self.representation: Literal["step", "first"] = representation
         self.trained_for = trained_for
         self.projections = projections
         self.hidden = nn.Linear(2 * hidden_size + 2, mlp_size)
@@ -89,12 +80,8 @@ class ScaleNet(nn.Module):
         return len(self.base_rates)
 
     @property
-    def base_rate(self) -> float:
-        return self.base_rates[0]
-
-    @property
-    def uses_representation(self) -> Literal["step", "first"]:
-        return self.representation
+    def uses_representation(self) -> Literal["step"]:
+        return "step"
 
     @torch.no_grad()
     def start_from(self, rates_KM: Tensor) -> None:
@@ -121,13 +108,8 @@ class ScaleNet(nn.Module):
         self.std_H.copy_(h_NH.std(0, correction=int(len(h_NH) > 1)).clamp(min=1e-6))
 
     def _normalized(self, h_BH: Tensor) -> Tensor:
-        if self.normalization == "standardize":
-            # Clamped: a feature far outside the training prompts should not decide alone.
-            return ((h_BH - self.mean_H) / self.std_H).clamp(-5, 5)
-        if self.normalization == "layernorm":
-            halves = h_BH.chunk(2, dim=1)
-            return torch.cat([F.layer_norm(half, half.shape[1:]) for half in halves], dim=1)
-        return h_BH
+        # Clamped: a feature far outside the training prompts should not decide alone.
+        return ((h_BH - self.mean_H) / self.std_H).clamp(-5, 5)
 
     def scales(self, h_BH: Tensor, k: int, K: int) -> Tensor:
         """Multipliers s [B,M] of step k of K (Eq. 13 and 16)."""

@@ -55,13 +55,10 @@ class Engine:
         max_rows: int = 32,
         max_queue: int = 256,
         observer: Observer | None = None,
-        stop_below: float | None = None,
     ):
-        """`stop_below`: as in `adapt`; a prompt whose rates are near zero takes no further step."""
         self.backbone = backbone
         backbone.beginnings = Beginnings([chat_beginning(backbone.tokenizer)])
         self.vocabulary = Vocabulary(backbone.tokenizer)
-        self.stop_below = stop_below
         self.max_rows, self.max_queue = max_rows, max_queue
         self.observer = observer or Observer()
         self.waiting: deque[Job] = deque()
@@ -201,7 +198,6 @@ class Engine:
                 method.rate,
                 steps,
                 method.reach,
-                stop_below=self.stop_below,
                 after_step=lambda k: self._between(group, k, steps),
             )
             left_B = None if verdict is None else verdict.abstained_B

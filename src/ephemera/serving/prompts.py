@@ -14,7 +14,6 @@ from ephemera.serving.methods import Method, find
 from ephemera.serving.sampling import Sampling
 from ephemera.serving.schema import AdaptOptions, AdaptRequest, ChatRequest, CompletionRequest, Message, Prompt
 from ephemera.serving.work import Event, Job
-from ephemera.subset import own_tokens
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,6 @@ class Reader:
         echoes = self._echoes(body, method, steps)
         made = []
         for ids, echo in zip(prompts, echoes or [None] * len(prompts), strict=True):
-            self._fits_template(method, steps, ids)
             sampling = Sampling(
                 temperature=1.0 if body.temperature is None else body.temperature,
                 top_p=1.0 if body.top_p is None else body.top_p,
@@ -154,7 +152,6 @@ class Reader:
         if adapter and not method.adapts(steps):
             words = f"adapter: {body.model} with {steps} steps has no adapter; choose another model or more steps."
             raise ApiError(400, words, param="adapter")
-        self._fits_template(method, steps, ids)
         seed, wait = body.adapt.seed if body.adapt else 0, self.limits.seconds
         return Job(ids, method, steps, _nobody, format, n=0, seed=seed, trace=True, adapter=adapter, seconds=wait)
 
@@ -165,15 +162,6 @@ class Reader:
             words = f"adapt.steps: {options.steps} is more than {method.model_id} takes ({method.max_steps})."
             raise ApiError(400, words, param="adapt.steps")
         return options.steps
-
-    def _fits_template(self, method: Method, steps: int, ids: list[int]) -> None:
-        """A rate whose loss leaves out a template's words takes prompts of that template alone."""
-        if method.rate is None or method.rate.objective.template is None or not steps:
-            return
-        try:
-            own_tokens(ids, method.rate.objective.template, self.backbone.tokenizer)
-        except ValueError as error:
-            raise ApiError(422, str(error), param="model") from None
 
     def _longest(self, asked: int | None, tokens: int) -> int:
         """How long an answer may get: as asked, or what the limits and the model's window leave."""

@@ -41,15 +41,15 @@ def reports(
 
     `left_B`: rows that the gate left alone. Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
     """
-    taken_B = trace.steps_B.tolist() if trace else [0] * len(group)
-    last_B = _last_nll(backbone, read, group, taken_B)
+    taken = trace.prompt_nll_BK.shape[1] if trace else 0
+    last_B = _last_nll(backbone, read, group, taken)
     fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
     nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
     made = []
     for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
         method = job.method
         kept = method.kept_start(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
-        seen_K = nll_BK[row][: taken_B[row]]
+        seen_K = nll_BK[row]
         nll_K = (*seen_K, *last)
         if left_B is not None and bool(left_B[row]):
             note = kept or ABSTAINED
@@ -58,7 +58,7 @@ def reports(
         facts = {
             "method": method.name,
             "steps": job.steps,
-            "steps_taken": taken_B[row],
+            "steps_taken": taken,
             "reach": method.reach if method.init is not None else None,
             "abstained": left_B is not None and bool(left_B[row]),
             "note": note,
@@ -80,7 +80,7 @@ def _whole(job: Job) -> bool:
     return job.method.rate is None or job.method.rate.objective.describe() is None
 
 
-def _last_nll(backbone: Backbone, read: Prefill, group: Sequence[Job], taken_B: Sequence[int]) -> list[list[float]]:
+def _last_nll(backbone: Backbone, read: Prefill, group: Sequence[Job], taken: int) -> list[list[float]]:
     """The loss that the last step left, where it is asked for or to be compared; with reach `answer` there is none.
 
     No answer is lost where memory is too short for it.
@@ -88,7 +88,7 @@ def _last_nll(backbone: Backbone, read: Prefill, group: Sequence[Job], taken_B: 
     found: list[list[float]] = [[] for _ in group]
     if read.base_BD is not None:
         return found
-    rows = [row for row, job in enumerate(group) if job.trace or (taken_B[row] and _whole(job))]
+    rows = [row for row, job in enumerate(group) if job.trace or (taken and _whole(job))]
     if not rows:
         return found
     try:
@@ -106,7 +106,7 @@ def _last_nll(backbone: Backbone, read: Prefill, group: Sequence[Job], taken_B: 
 
 def _rates(backbone: Backbone, trace: Trace | None, row: int) -> dict[str, Any]:
     projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in backbone.projections]
-    rates_KM = trace.rates_BKM[row, : int(trace.steps_B[row])].tolist() if trace else []
+    rates_KM = trace.rates_BKM[row].tolist() if trace else []
     return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
 
 

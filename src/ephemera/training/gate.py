@@ -92,9 +92,7 @@ def measure(
     found: list[list[Tensor]] = []
     for some in batches_of(backbone, rows, batch_size):
         parts = [[row.prompt for row in some[part]] for part in parts_of(backbone, some)]
-        ready = prepare(
-            backbone, ZeroInit(), parts, [seed] * len(some), objective=network.objective, normalize=network.normalize
-        )
+        ready = prepare(backbone, ZeroInit(), parts, [seed] * len(some), objective=network.objective)
         trace, answers = ready.adapted(network), [row.answer for row in some]
         assert trace.reading is not None
         base_BV = log_p(backbone, trace.reading.hidden_BTD[:, -1])

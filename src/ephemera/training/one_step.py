@@ -161,7 +161,7 @@ def scored(
     backbone: Backbone, init: ZeroInit, rows: Sequence[Encoded], network: ScaleNet | PerProjectionRate, seed: int
 ) -> Scored:
     parts = [[row.prompt for row in rows[part]] for part in parts_of(backbone, rows)]
-    made = prepare(backbone, init, parts, [seed] * len(rows), objective=network.objective, normalize=network.normalize)
+    made = prepare(backbone, init, parts, [seed] * len(rows), objective=network.objective)
     with torch.no_grad():
         return Scored(rows, made, made.answer_nll([row.answer for row in rows], None))
 

@@ -134,9 +134,7 @@ def averaged_rate(
             trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
             rates.append(trace.rates_BKM[~trace.fallback_B])
         table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
-    return AveragedRate(
-        table_KKM, describe(backbone), network.objective, network.normalize, network.made_for, trains=network.trains
-    )
+    return AveragedRate(table_KKM, describe(backbone), network.objective, network.made_for, trains=network.trains)
 
 
 def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
@@ -216,8 +214,6 @@ def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) ->
         "trains": settings.trains,
     }
     if settings.granularity == "constant":
-        if settings.normalize != "none":
-            raise ValueError("scalenet.normalize is not for constants (granularity: constant); leave it at none.")
         return PerProjectionRate(**common)
     own = settings.model_dump(
         exclude={"max_steps", "base_rates", "trains", "reach", "start", "constants", "harm_weight"}
@@ -313,7 +309,7 @@ def settled_objective(settings: ObjectiveSettings) -> Objective:
     lens = None
     if settings.lens is not None and settings.exit_layer is not None:
         lens = load_lens(settings.lens).only(settings.exit_layer)
-    return Objective(settings.exit_layer, lens, settings.tokens, settings.vocabulary, settings.template)
+    return Objective(settings.exit_layer, lens, settings.vocabulary)
 
 
 def _settle(
@@ -340,7 +336,6 @@ def _settle(
             steps=config.scalenet.max_steps,
             batch_size=config.optimizer.batch_size,
             objective=objective,
-            normalize=config.scalenet.normalize,
             reach=config.scalenet.reach,
         )
         config = config.model_copy(update={"scalenet": config.scalenet.model_copy(update={"base_rates": rates})})
