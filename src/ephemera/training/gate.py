@@ -152,7 +152,7 @@ def calibrated(rows: Measured, risk_NS: Tensor, config: TrainGate) -> float:
 
     With n rows, (harmed + 1) / (n + 1) <= alpha: then a further row like them is harmed with a probability of about alpha at
     most (Angelopoulos et al., 2024, Eq. 4; Cohen et al., 2024, for risks out of fold). No task's own share may exceed alpha
-    either. -1 if no threshold does: every row is left alone.
+    either, but one row of a task may always be harmed. -1 if no threshold does: every row is left alone.
     """
     n, threshold, counts = len(rows.ids), -1.0, Counter(rows.tasks)
     for candidate in sorted(set(risk_NS.flatten().tolist())):
