@@ -205,7 +205,7 @@ def test_swapped_answers_with_the_neighbours_adapter(setting, tmp_path):
     data = load_dataset("own", source=setting["data"]["source"])
     rows, _ = encode_examples(backbone, data.examples, chat=False, max_tokens=1024)
     runs = grid.Grid(backbone, ZeroInit(), {"layerwise": network}, {}, seed=0)
-    batches = grid.at_least_two(batches_of(backbone, rows, 3))
+    batches = scoring.at_least_two(batches_of(backbone, rows, 3))
     assert sorted(len(batch) for batch in batches) == [3, 4]
     for batch in batches:
         alone = [runs.adapt([row], "layerwise", 2).lora for row in batch]
@@ -245,11 +245,14 @@ def test_a_report_of_a_real_run(setting, tmp_path):
 
 def test_no_batch_is_of_one():
     a, b, c, d, e = (Encoded(name, [1], [1]) for name in "abcde")
-    assert grid.at_least_two([[a], [b, c]]) == [[a, b, c]]
-    assert grid.at_least_two([[a, b], [c], [d]]) == [[a, b], [c, d]]
-    assert grid.at_least_two([[a, b], [c, d], [e]]) == [[a, b], [c, d, e]]
-    assert grid.at_least_two([[a], [b], [c], [d], [e]]) == [[a, b], [c, d, e]]  # long prompts, not all of them at once
-    assert grid.at_least_two([[a]]) == [[a]]
+    assert scoring.at_least_two([[a], [b, c]]) == [[a, b, c]]
+    assert scoring.at_least_two([[a, b], [c], [d]]) == [[a, b], [c, d]]
+    assert scoring.at_least_two([[a, b], [c, d], [e]]) == [[a, b], [c, d, e]]
+    assert scoring.at_least_two([[a], [b], [c], [d], [e]]) == [
+        [a, b],
+        [c, d, e],
+    ]  # long prompts, not all of them at once
+    assert scoring.at_least_two([[a]]) == [[a]]
 
 
 def test_joined_neighbours_pass_through_the_model_apart(setting, tmp_path, monkeypatch):

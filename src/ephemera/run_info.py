@@ -1,8 +1,9 @@
-"""What a result was made with: versions, commit, command."""
+"""What a result was made with: versions, commit, command, memory."""
 
 from __future__ import annotations
 
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -35,3 +36,10 @@ def commit() -> str | None:
 def command() -> str:
     """How this process was started."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def peak_memory() -> int:
+    """Peak bytes: of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -84,6 +84,20 @@ def batches_of(backbone: Backbone, rows: Sequence[Encoded], batch_size: int) -> 
     return [[rows[i] for i in b] for b in made]
 
 
+def at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
+    """A batch of one has no neighbour to swap with: two of them make a pair, a last one joins the batch before."""
+    joined: list[list[Encoded]] = []
+    for batch in batches:
+        if joined and len(joined[-1]) == 1:
+            joined[-1] = joined[-1] + batch
+        else:
+            joined.append(batch)
+    if len(joined) > 1 and len(joined[-1]) == 1:
+        last = joined.pop()
+        joined[-1] = joined[-1] + last
+    return joined
+
+
 def parts_of(backbone: Backbone, rows: Sequence[Encoded]) -> list[slice]:
     """What passes through the model at once: neighbours that were joined may be longer than the device likes."""
     parts, start = [], 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -26,8 +25,17 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.prefill import prefill
 from ephemera.rates import FixedRate, Rate, load_rate, place_rate
-from ephemera.run_info import command, commit, versions
-from ephemera.scoring import Encoded, batches_of, best, encode_examples, parts_of, prompt_batch, search_uniform
+from ephemera.run_info import command, commit, peak_memory, versions
+from ephemera.scoring import (
+    Encoded,
+    at_least_two,
+    batches_of,
+    best,
+    encode_examples,
+    parts_of,
+    prompt_batch,
+    search_uniform,
+)
 from ephemera.tasks import Dataset, load_dataset
 
 STOPPED = "stopped: {n} records are kept in {folder}; the same command goes on from there."
@@ -336,27 +344,6 @@ def _settle_uniform(
     run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
     write_json(folder / RUN, run)
     return run
-
-
-def at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
-    """A batch of one has no neighbour to swap with: two of them make a pair, a last one joins the batch before."""
-    joined: list[list[Encoded]] = []
-    for batch in batches:
-        if joined and len(joined[-1]) == 1:
-            joined[-1] = joined[-1] + batch
-        else:
-            joined.append(batch)
-    if len(joined) > 1 and len(joined[-1]) == 1:
-        last = joined.pop()
-        joined[-1] = joined[-1] + last
-    return joined
-
-
-def peak_memory() -> int:
-    """Peak bytes: of the device where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _stderr():

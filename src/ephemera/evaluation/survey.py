@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.config import Survey
-from ephemera.evaluation.grid import STOPPED, at_least_two
+from ephemera.evaluation.grid import STOPPED
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
 from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.evaluation.survey_report import write_survey_report
@@ -32,7 +32,7 @@ from ephemera.prepared import Prepared, prepare
 from ephemera.rates import FixedRate, PerProjectionRate, Rate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.rows import TaskRows, load_tasks
 from ephemera.run_info import command, commit, versions
-from ephemera.scoring import Encoded, batches_of, parts_of, prompt_batch
+from ephemera.scoring import Encoded, at_least_two, batches_of, parts_of, prompt_batch
 
 
 @dataclass(frozen=True, eq=False)
