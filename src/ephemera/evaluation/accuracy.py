@@ -19,7 +19,7 @@ from ephemera.begin import adapt_from, reach_of
 from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
 from ephemera.encoding import encode_answer
 from ephemera.evaluation.execute import run_program
-from ephemera.evaluation.grid import STOPPED, _stderr
+from ephemera.evaluation.progress import STOPPED, console
 from ephemera.evaluation.records import RUN, AnswerRecord, RecordFile, write_json
 from ephemera.generator import load_init, place_init, targets_of
 from ephemera.inits import Init
@@ -201,7 +201,7 @@ def _fill(
     for repeat in range(config.repeats):
         batches = batches_of(backbone, rows.rows, config.batch_size)
         label = f"{rows.task.name}, {variant.name}"
-        for some in track(batches, label, console=_stderr(), disable=not sys.stderr.isatty()):
+        for some in track(batches, label, console=console(), disable=not sys.stderr.isatty()):
             if records.has((settings.name, variant.name, rows.task.name, repeat, row.id) for row in some):
                 continue
             records.add(_answer(backbone, settings, variant, init, rule, rows, some, config, repeat))

@@ -21,8 +21,8 @@ from torch import Tensor
 from ephemera.backbone import Backbone
 from ephemera.config import Analyse, source_of
 from ephemera.evaluation.accuracy import check_mixture
-from ephemera.evaluation.grid import STOPPED, _stderr
 from ephemera.evaluation.grouping import Grouping, embed, grouping, update_products
+from ephemera.evaluation.progress import STOPPED, console
 from ephemera.evaluation.records import RUN, ControlRecord, RecordFile, write_json
 from ephemera.evaluation.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
 from ephemera.generator import LoraGenerator, load_generator, place_init
@@ -109,7 +109,7 @@ def control_nll(
 ) -> dict[str, list[float]]:
     """Answer NLL of every row under each control, all in the same batches; what `records` holds is not done again."""
     batches = length_batches([len(row.prompt) for row in rows], batch_size=batch_size)
-    for batch in track(batches, "controls", console=_stderr(), disable=not sys.stderr.isatty()):
+    for batch in track(batches, "controls", console=console(), disable=not sys.stderr.isatty()):
         if records.has((tasks[n], rows[n].id) for n in batch):
             continue
         nll: dict[str, list[float]] = {}

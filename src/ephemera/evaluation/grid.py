@@ -17,6 +17,7 @@ from ephemera.artifact import NETWORKS
 from ephemera.backbone import Backbone
 from ephemera.begin import adapt_from, reach_of
 from ephemera.config import Evaluate, fill
+from ephemera.evaluation.progress import STOPPED, console
 from ephemera.evaluation.records import RUN, Record, RecordFile, write_json
 from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.generator import load_init, lora_of, place_init
@@ -37,8 +38,6 @@ from ephemera.scoring import (
     search_uniform,
 )
 from ephemera.tasks import Dataset, load_dataset
-
-STOPPED = "stopped: {n} records are kept in {folder}; the same command goes on from there."
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def evaluate(config: Evaluate) -> Path:
     answers = {e.id: e.answer for e in data.examples}
     batches = at_least_two(batches_of(backbone, rows, config.batch_size))
     try:
-        for batch_rows in track(batches, "evaluating", console=_stderr(), disable=not sys.stderr.isatty()):
+        for batch_rows in track(batches, "evaluating", console=console(), disable=not sys.stderr.isatty()):
             _fill(grid, batch_rows, config, records, answers, data.task.max_new_tokens)
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
@@ -344,9 +343,3 @@ def _settle_uniform(
     run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
     write_json(folder / RUN, run)
     return run
-
-
-def _stderr():
-    from rich.console import Console
-
-    return Console(stderr=True)

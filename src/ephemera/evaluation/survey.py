@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ephemera.backbone import Backbone
 from ephemera.config import Survey
-from ephemera.evaluation.grid import STOPPED
+from ephemera.evaluation.progress import STOPPED
 from ephemera.evaluation.records import RUN, RecordFile, SurveyRecord, write_json
 from ephemera.evaluation.rouge import rouge_lsum
 from ephemera.evaluation.survey_report import write_survey_report
