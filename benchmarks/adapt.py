@@ -27,15 +27,15 @@ import transformers
 from benchmarks.memory import measure
 from benchmarks.peers import PEERS, EinsumLoop, VmapLoop
 from benchmarks.report import table
-from ephemera.backbone import Backbone
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed, turns
-from ephemera.errors import unknown
-from ephemera.load import find_device, load_backbone
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import find_device, load_backbone
 from ephemera.lora import LoraBatch
-from ephemera.store import DEFAULT_MODEL
+from ephemera.messages import unknown
 
 TOLERANCE = 1e-4  # of float32 adapters, against steps in float64; bfloat16's differ by rounding
 # Between two float32 loops: torch's own softmax over 49,152 words loses up to 7e-4 where vectors are short (AVX2)
@@ -97,7 +97,7 @@ def _among(what: str, given: str, allowed: Sequence[str]) -> list[str]:
 class Comparison:
     """One length and dtype: everyone adapts to the same prompts, in turns."""
 
-    def __init__(self, backbone: Backbone, peers: dict[str, Any], length: str, batch: int, steps: int):
+    def __init__(self, backbone: FrozenLM, peers: dict[str, Any], length: str, batch: int, steps: int):
         self.backbone, self.length, self.batch, self.steps = backbone, length, batch, steps
         self.prompts = [row.prompt for row in encoded(backbone, length, batch)]
         self.initial = initial_lora(backbone, self.prompts)

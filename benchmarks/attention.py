@@ -3,7 +3,7 @@
     python -m benchmarks.attention [--output docs/results/benchmark]
 
 At SmolLM2-135M's shapes (9 query heads, 3 of keys and values, 64 wide), in batches of about 1,024 padded tokens at
-most, each prompt a token or two shorter than the one before. `blocks`: queries in blocks, as `packed.py` has them.
+most, each prompt a token or two shorter than the one before. `blocks`: queries in blocks, as `fast/packing.py` has them.
 `remade`: the same with probabilities computed again in the backward pass. `square`: in one block, keys above the
 diagonal too. All start from and end in packed tokens. The best of `--repeats` turns; CPU.
 """
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ephemera import packed
 from ephemera.bench.timing import machine, machine_lines
-from ephemera.packed import Packing, attention
+from ephemera.fast import packing as packed
+from ephemera.fast.packing import Packing, attention
 
 BATCHES = ((8, 32), (8, 64), (8, 128), (4, 256), (2, 435), (2, 512), (1, 768), (1, 1024))
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ephemera.evaluation.records import RECORDS, RUN, Record, read_records
-from ephemera.evaluation.statistics import Estimate, bootstrap_mean
-from ephemera.evaluation.tables import EMPTY, signed_interval, with_interval
+from ephemera.evaluation.nll.tables import EMPTY, signed_interval, with_interval
+from ephemera.evaluation.shared.records import RECORDS, RUN, Record, read_records
+from ephemera.evaluation.shared.statistics import Estimate, bootstrap_mean
 
 STARTS = {"zero": "zero", "taskweaver": "generated", "joint": "generated, trained jointly"}
 METHODS = {

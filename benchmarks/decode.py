@@ -22,16 +22,16 @@ import torch
 import transformers
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone
+from ephemera.batch import TokenBatch, pad
 from ephemera.bench.contenders import INIT, encoded
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
-from ephemera.load import load_backbone
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
+from ephemera.llm.prefill import prefill
 from ephemera.lora import LoraBatch, attach
-from ephemera.objective import TokenBatch, pad
-from ephemera.prefill import prefill
 from ephemera.rates import FixedRate
-from ephemera.store import DEFAULT_MODEL
 
 RATE = 1.0  # bold: B must not stay near zero
 
@@ -39,7 +39,7 @@ RATE = 1.0  # bold: B must not stay near zero
 class Decoding:
     """One batch: what each contender does after its prefill, and the tokens that came out."""
 
-    def __init__(self, backbone: Backbone, length: str, batch: int, tokens: int):
+    def __init__(self, backbone: FrozenLM, length: str, batch: int, tokens: int):
         self.backbone = backbone
         prompts = [row.prompt[: backbone.max_length - tokens] for row in encoded(backbone, length, batch)]
         self.batch: TokenBatch = pad(prompts, pad_id=backbone.pad_id)
@@ -61,7 +61,7 @@ class Decoding:
         return timed(lambda: self.tokens.__setitem__(name, read.generate(**self.settings)))
 
     def _theirs(self, name: str, lora: LoraBatch | None) -> float:
-        """transformers' own cache, the layers of training: what decoding would be without `ephemera.decode`."""
+        """transformers' own cache, the layers of training: what decoding would be without `ephemera.fast.decode`."""
         cache = prefill(self.backbone, self.batch, lora).cache
         cache.crop(-1)
 
@@ -79,7 +79,7 @@ class Decoding:
         return timed(run)
 
 
-def compare(backbone: Backbone, length: str, batch: int, tokens: int, rounds: int, budget_s: float) -> dict[str, Any]:
+def compare(backbone: FrozenLM, length: str, batch: int, tokens: int, rounds: int, budget_s: float) -> dict[str, Any]:
     """One cell; a round of two tokens warms up."""
     for warm in Decoding(backbone, length, batch, 2).contenders().values():
         warm()

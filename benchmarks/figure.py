@@ -23,15 +23,15 @@ import torch
 import transformers
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone
+from ephemera.batch import TokenBatch, pad
 from ephemera.bench.contenders import INIT, RATE, encoded
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, timed, turns
-from ephemera.load import load_backbone
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
+from ephemera.llm.prefill import prefill
 from ephemera.lora import Projection
-from ephemera.objective import TokenBatch, pad
-from ephemera.prefill import prefill
 from ephemera.rates import FixedRate
-from ephemera.store import DEFAULT_MODEL
 
 POINT_S = 2.5  # of turns of one point, unless two take longer
 BATCH, LENGTH = 4, 32  # where they are not what changes
@@ -61,7 +61,7 @@ class Point:
     projections: tuple[Projection, ...]
 
 
-def points(backbone: Backbone) -> Iterator[Point]:
+def points(backbone: FrozenLM) -> Iterator[Point]:
     every = backbone.projections
     layers = 1 + max(p.layer for p in every)
     for steps in STEPS:
@@ -78,13 +78,13 @@ def points(backbone: Backbone) -> Iterator[Point]:
         yield Point("last", count / layers, 1, BATCH, LENGTH, last)
 
 
-def tokens(backbone: Backbone, batch: int, length: int) -> TokenBatch:
+def tokens(backbone: FrozenLM, batch: int, length: int) -> TokenBatch:
     """Prompts of exactly this length, from the long ones."""
     rows = encoded(backbone, "long", batch)
     return pad([row.prompt[:length] for row in rows], pad_id=backbone.pad_id)
 
 
-def measure(backbone: Backbone, point: Point, rounds: int, budget_s: float = POINT_S) -> dict[str, Any]:
+def measure(backbone: FrozenLM, point: Point, rounds: int, budget_s: float = POINT_S) -> dict[str, Any]:
     every = backbone.projections
     batch = tokens(backbone, point.batch, point.length)
     try:

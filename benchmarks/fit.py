@@ -18,8 +18,8 @@ import transformers
 
 from ephemera.bench.contenders import RATE
 from ephemera.bench.prompts import examples
+from ephemera.downloads import DEFAULT_MODEL
 from ephemera.model import AdaptiveLM
-from ephemera.store import DEFAULT_MODEL
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,20 +28,20 @@ from torch import Tensor
 from benchmarks.frontier_points import Point, points
 from benchmarks.frontier_report import write_report
 from ephemera.artifact import shipped
-from ephemera.backbone import Backbone
+from ephemera.batch import TokenBatch
 from ephemera.begin import adapt_from, reach_of
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.early_exit.lens import Lens, load_lens
 from ephemera.inits import ZeroInit
-from ephemera.lens import Lens, load_lens
-from ephemera.load import load_backbone
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
+from ephemera.llm.prefill import Prefill, prefill
 from ephemera.made_for import Reach
-from ephemera.objective import TokenBatch
-from ephemera.prefill import Prefill, prefill
+from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates import FixedRate, Rate, Trains, adapted_by, load_rate
-from ephemera.readout import PROMPT, Objective
 from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
-from ephemera.store import DEFAULT_MODEL
 from ephemera.tasks import load_dataset
 
 INIT = ZeroInit()
@@ -55,7 +55,7 @@ class Schedule:
     """A uniform rate for each step."""
 
     rates: tuple[float, ...]
-    objective: Objective = PROMPT
+    objective: PromptLoss = PROMPT
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
@@ -72,18 +72,18 @@ class Schedule:
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         return like.new_full((like.shape[0], projections), self.rates[k - 1])
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: FrozenLM) -> None:
         self.objective.check(backbone)
 
 
-def objective_of(point: Point, lens: Lens | None) -> Objective:
+def objective_of(point: Point, lens: Lens | None) -> PromptLoss:
     if point.exit_layer is None:
-        return Objective(vocabulary=point.vocabulary)
+        return PromptLoss(vocabulary=point.vocabulary)
     through = None if lens is None or not point.lens else lens.only(point.exit_layer)
-    return Objective(point.exit_layer, through, point.vocabulary)
+    return PromptLoss(point.exit_layer, through, point.vocabulary)
 
 
-def answer_nlls(backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, K: int) -> list[float]:
+def answer_nlls(backbone: FrozenLM, rows: Sequence[Encoded], rule: Rate | None, K: int) -> list[float]:
     """Each row's answer NLL after K steps, in the order of the rows."""
     found: dict[str, float] = {}
     for batch_rows in batches_of(backbone, rows, BATCH):
@@ -93,7 +93,7 @@ def answer_nlls(backbone: Backbone, rows: Sequence[Encoded], rule: Rate | None, 
     return [found[row.id] for row in rows]
 
 
-def adapted(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int) -> Prefill:
+def adapted(backbone: FrozenLM, batch: TokenBatch, rule: Rate | None, K: int) -> Prefill:
     """K steps and the reading that answers begin from, as the rate's reach and gate have it."""
     reach = reach_of(INIT, rule)
     trace, read, _ = adapt_from(backbone, batch, INIT, [0] * len(batch.ids_BT), rule, K, reach)
@@ -132,12 +132,12 @@ def known(network: str) -> bool:
     return network in shipped("rate") or Path(network).exists()
 
 
-def on(point: Point, whole: Backbone) -> Backbone:
+def on(point: Point, whole: FrozenLM) -> FrozenLM:
     targets = point.targets.split("+")
     return whole.with_adapters_on(targets[0] if len(targets) == 1 else targets, point.layers)
 
 
-def network_of(point: Point, whole: Backbone) -> tuple[Backbone, Rate]:
+def network_of(point: Point, whole: FrozenLM) -> tuple[FrozenLM, Rate]:
     """A trained network, and the model with what it adapts."""
     assert point.network is not None
     rule = load_rate(point.network)
@@ -147,7 +147,7 @@ def network_of(point: Point, whole: Backbone) -> tuple[Backbone, Rate]:
 
 
 def quality(
-    point: Point, whole: Backbone, lens: Lens | None, search: Sequence[Encoded], rows: Sequence[Encoded]
+    point: Point, whole: FrozenLM, lens: Lens | None, search: Sequence[Encoded], rows: Sequence[Encoded]
 ) -> dict:
     """Rates found on the search rows, and the NLL of each of the other rows under them."""
     if point.network is not None:
@@ -207,7 +207,7 @@ def fill_quality(args: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def first_token(backbone: Backbone, batch: TokenBatch, rule: Rate | None, K: int) -> Tensor:
+def first_token(backbone: FrozenLM, batch: TokenBatch, rule: Rate | None, K: int) -> Tensor:
     """What a user waits for: K steps, the prefill, the first token."""
     read = adapted(backbone, batch, rule, K) if K else prefill(backbone, batch, None)
     return backbone.logits(read.hidden_BTD[:, -1]).argmax(-1)
@@ -247,7 +247,7 @@ def fill_times(args: argparse.Namespace, results: dict[str, Any]) -> None:
     save(args.output, results)
 
 
-def _timed(point: Point, whole: Backbone, batch: TokenBatch) -> Callable[[], Tensor]:
+def _timed(point: Point, whole: FrozenLM, batch: TokenBatch) -> Callable[[], Tensor]:
     if point.network is not None:
         backbone, rule = network_of(point, whole)
     else:

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 import transformers
 
+from ephemera.batch import TokenBatch, pad
 from ephemera.bench.prompts import examples
 from ephemera.bench.timing import machine, native_dtypes, spread
-from ephemera.encoding import encode_prompt
-from ephemera.generator import LoraGenerator
-from ephemera.load import load_backbone
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.inits import LoraGenerator
+from ephemera.llm.load import load_backbone
+from ephemera.llm.tokenize import encode_prompt
 from ephemera.lora import Projection
-from ephemera.objective import TokenBatch, pad
-from ephemera.store import DEFAULT_MODEL
 
 
 @dataclass(frozen=True)

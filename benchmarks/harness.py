@@ -20,10 +20,10 @@ import numpy as np
 import transformers
 
 from ephemera.config import Benchmark, check_config
-from ephemera.evaluation.accuracy import benchmark
-from ephemera.evaluation.accuracy_tables import by_bytes, by_sum, summarize
-from ephemera.evaluation.records import RECORDS, AnswerRecord, read_records
-from ephemera.store import DEFAULT_MODEL
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.evaluation.accuracy.run import benchmark
+from ephemera.evaluation.accuracy.tables import by_bytes, by_sum, summarize
+from ephemera.evaluation.shared.records import RECORDS, AnswerRecord, read_records
 from ephemera.tasks import Example, load_dataset
 
 
@@ -44,7 +44,7 @@ def theirs(args: argparse.Namespace, examples: Sequence[Example], folder: Path) 
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import ephemera.evaluation.harness  # noqa: F401  (registers the model)
+    import ephemera.evaluation.lm_eval  # noqa: F401  (registers the model)
 
     docs = [
         {"id": e.id, "prompt": e.prompt, "choices": list(e.choices), "gold": e.choices.index(e.answer)}

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone
 from ephemera.bench.contenders import INIT, RATE, PeftLoop, adapt_batched, encoded, initial_lora
-from ephemera.load import load_backbone
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
 from ephemera.rates import FixedRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.training.meta_gradient import scalenet_backward
@@ -60,17 +60,17 @@ def run(*, who: str, model: str, dtype: str, length: str, batch: int, steps: int
     return {"peak_bytes": _peak() - loaded, "loaded_bytes": loaded, "gradient_bytes": gradient_bytes}
 
 
-def _ephemera(backbone: Backbone, steps: int, rows: Sequence[Encoded]) -> Contender:
+def _ephemera(backbone: FrozenLM, steps: int, rows: Sequence[Encoded]) -> Contender:
     return lambda rows, steps: adapt_batched(backbone, [row.prompt for row in rows], steps)
 
 
-def _peft(backbone: Backbone, steps: int, rows: Sequence[Encoded]) -> Contender:
+def _peft(backbone: FrozenLM, steps: int, rows: Sequence[Encoded]) -> Contender:
     loop = PeftLoop(backbone)
     initial = initial_lora(backbone, [row.prompt for row in rows])
     return lambda rows, steps: loop.adapt_all([row.prompt for row in rows], initial, steps)
 
 
-def _step(backbone: Backbone, steps: int, rows: Sequence[Encoded]) -> Contender:
+def _step(backbone: FrozenLM, steps: int, rows: Sequence[Encoded]) -> Contender:
     """One step on the batch that ScaleNet's training adapts to."""
 
     def contender(rows: Sequence[Encoded], steps: int) -> Any:
@@ -80,7 +80,7 @@ def _step(backbone: Backbone, steps: int, rows: Sequence[Encoded]) -> Contender:
     return contender
 
 
-def _scalenet(backbone: Backbone, steps: int, rows: Sequence[Encoded]) -> Contender:
+def _scalenet(backbone: FrozenLM, steps: int, rows: Sequence[Encoded]) -> Contender:
     network = ScaleNet(
         hidden_size=backbone.hidden_size, projections=len(backbone.projections), base_rates=(RATE,) * steps
     )

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ephemera.backbone import Backbone
+from ephemera.batch import pad
 from ephemera.bench.contenders import RATE, PeftLoop
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
-from ephemera.objective import pad
 
 PEERS = ("peft", "vmap", "einsum")
 
 
-def _padded(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _padded(backbone: FrozenLM, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids [B,T], and the labels of the tokens before them: -100 where there is none."""
     batch = pad(prompts, side="right", pad_id=backbone.pad_id).to(backbone.device)
     return batch.ids_BT, batch.ids_BT.masked_fill(~batch.mask_BT, -100)[:, 1:]
@@ -30,7 +30,7 @@ def _padded(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> tuple[Tenso
 class VmapLoop:
     """PEFT's own layers, called as a function of one prompt's adapter; gradient and batch by torch.func."""
 
-    def __init__(self, backbone: Backbone, loop: PeftLoop):
+    def __init__(self, backbone: FrozenLM, loop: PeftLoop):
         self.backbone = backbone
         self.model = loop.model
         self.names = [
@@ -67,7 +67,7 @@ class _EinsumLora(nn.Module):
 class EinsumLoop:
     """A batched loop as one writes it first: einsum layers, all logits at once, autograd, plain updates."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: FrozenLM):
         self.backbone = backbone
 
     def adapt_all(self, prompts: Sequence[Sequence[int]], initial: LoraBatch, steps: int) -> LoraBatch:

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import transformers
 
-from ephemera.backbone import Backbone
 from ephemera.bench.contenders import INIT, RATE, encoded
 from ephemera.bench.timing import machine, machine_lines, spread, timed, turns
-from ephemera.load import load_backbone
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
 from ephemera.made_for import MadeFor
 from ephemera.rates import ScaleNet
 from ephemera.scoring import Encoded, batches_of
-from ephemera.store import DEFAULT_MODEL
 from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.one_step import one_step_backward, scored
 
@@ -35,7 +35,7 @@ LENGTHS = ("nq-open", "squad")
 SQUAD = 200  # prompt tokens of a SQuAD row, about
 
 
-def rows_of(backbone: Backbone, length: str, batch: int) -> list[Encoded]:
+def rows_of(backbone: FrozenLM, length: str, batch: int) -> list[Encoded]:
     """NQ-Open's questions; or prompts of SQuAD's length with answers as short."""
     short = encoded(backbone, "short", batch)
     if length == "nq-open":
@@ -45,7 +45,7 @@ def rows_of(backbone: Backbone, length: str, batch: int) -> list[Encoded]:
 
 
 class Contenders:
-    def __init__(self, backbone: Backbone, rows: Sequence[Encoded], passes: int):
+    def __init__(self, backbone: FrozenLM, rows: Sequence[Encoded], passes: int):
         self.backbone, self.passes = backbone, passes
         self.groups = batches_of(backbone, rows, len(rows))
         sizes = {"hidden_size": backbone.hidden_size, "projections": len(backbone.projections), "base_rates": (RATE,)}
@@ -63,7 +63,7 @@ class Contenders:
             scalenet_backward(self.backbone, INIT, self.everywhere, rows, 1, seed=0, clip=1.0)
 
 
-def compare(backbone: Backbone, length: str, batch: int, passes: int, rounds: int) -> dict[str, Any]:
+def compare(backbone: FrozenLM, length: str, batch: int, passes: int, rounds: int) -> dict[str, Any]:
     rows = rows_of(backbone, length, batch)
     them = Contenders(backbone, rows, passes)
     calls = {"prepared": lambda: timed(them.prepared), "plain": lambda: passes * timed(them.plain)}

@@ -36,7 +36,7 @@ import psutil
 from benchmarks.servers import QUESTIONS, ask, ours, text_of, theirs
 from benchmarks.soak import passed, report, soak
 from ephemera.bench.timing import machine
-from ephemera.store import DEFAULT_MODEL, fetch_default_model
+from ephemera.downloads import DEFAULT_MODEL, fetch_default_model
 
 NAMES = {  # of the contenders, in the tables' order
     "ephemera": "ephemera",

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from ephemera.store import fetch_default_model
+from ephemera.downloads import fetch_default_model
 
 QUESTIONS = (
     "Who wrote the origin of species?",

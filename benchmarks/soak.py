@@ -12,7 +12,7 @@ import psutil
 
 from benchmarks.servers import QUESTIONS, ask, ours, text_of
 from ephemera.bench.timing import machine
-from ephemera.store import DEFAULT_MODEL
+from ephemera.downloads import DEFAULT_MODEL
 
 CLIENTS = 32
 GROWTH_MB = 200  # more between the run's second and last third is a leak

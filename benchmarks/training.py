@@ -26,17 +26,17 @@ import transformers
 from accelerate import Accelerator
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone
+from ephemera.batch import batch_tokens, length_batches
 from ephemera.bench.contenders import INIT, RATE, encoded
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
 from ephemera.config import JointSettings, OptimizerSettings
-from ephemera.generator import LoraGenerator
-from ephemera.load import load_backbone
-from ephemera.objective import batch_tokens, length_batches
+from ephemera.downloads import DEFAULT_MODEL
+from ephemera.inits import LoraGenerator
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
 from ephemera.rates import FixedRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
-from ephemera.store import DEFAULT_MODEL
 from ephemera.training.generator import GeneratorTrainee
 from ephemera.training.loop import Schedule, Trainee, batches, train
 from ephemera.training.meta_gradient import answer_gradient
@@ -76,7 +76,7 @@ class Training:
     """One network and length: the loop, and the bare passes of the same plan."""
 
     def __init__(
-        self, backbone: Backbone, network: str, length: str, batch: int, steps: int, hidden_size: int, seed: int = 0
+        self, backbone: FrozenLM, network: str, length: str, batch: int, steps: int, hidden_size: int, seed: int = 0
     ):
         self.backbone, self.network, self.length = backbone, network, length
         self.rows = encoded(backbone, length, 2 * batch)

@@ -1,4 +1,4 @@
-"""Fixtures; what they are made of stands in tiny.py."""
+"""Fixtures; what they are made of stands in tiny_models.py."""
 
 import os
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ephemera.backbone import Backbone
-from tiny import save_tiny, tiny_backbone
+from ephemera.llm.frozen_lm import FrozenLM
+from tiny_models import save_tiny, tiny_backbone
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -21,7 +21,7 @@ def _one_seed():
 
 
 @pytest.fixture
-def llama() -> Backbone:
+def llama() -> FrozenLM:
     """A tiny random Llama in float64."""
     return tiny_backbone("llama")
 

@@ -11,7 +11,7 @@ import numpy as np
 import transformers as hf
 from torch import Tensor
 
-from tiny import trained_tokenizer
+from tiny_models import trained_tokenizer
 
 NAMES = {
     "model.embed_tokens": "token_embd",

@@ -10,17 +10,17 @@ from contextlib import contextmanager
 
 import torch
 
-from ephemera.backbone import Backbone
-from ephemera.generator import LoraGenerator
+from ephemera.inits import LoraGenerator
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
-from ephemera.serving import methods
-from ephemera.serving.engine import Engine
-from ephemera.serving.methods import Method
-from ephemera.serving.prompts import Limits, Reader
-from ephemera.serving.sampling import Sampling
-from ephemera.serving.work import Event, Failed, Finished, Job, Report, Text
-from tiny import random_scalenet
+from ephemera.serving.engine import methods
+from ephemera.serving.engine.messages import Event, Failed, Finished, Job, Report, Text
+from ephemera.serving.engine.methods import Method
+from ephemera.serving.engine.sampling import Sampling
+from ephemera.serving.engine.scheduler import Engine
+from ephemera.serving.http.requests import Limits, Reader
+from tiny_models import random_scalenet
 
 PROMPTS = (
     "The river runs past the old mill",
@@ -31,7 +31,7 @@ PROMPTS = (
 )
 
 
-def tiny_generator(backbone: Backbone) -> LoraGenerator:
+def tiny_generator(backbone: FrozenLM) -> LoraGenerator:
     """Adapters of rank 2 that are no no-ops."""
     torch.manual_seed(5)
     made = LoraGenerator(projections=backbone.projections, state_size=backbone.hidden_size, hidden_size=16)
@@ -41,7 +41,7 @@ def tiny_generator(backbone: Backbone) -> LoraGenerator:
     return made.to(backbone.dtype).eval().requires_grad_(False)
 
 
-def tiny_methods(backbone: Backbone) -> list[Method]:
+def tiny_methods(backbone: FrozenLM) -> list[Method]:
     scalenet = random_scalenet(backbone).to(backbone.dtype)
     return methods.build(backbone, tiny_generator(backbone), [FixedRate(0.3), scalenet])
 
@@ -69,13 +69,13 @@ def text_of(events: Sequence[Event], choice: int = 0) -> str:
     return "".join(e.text for e in events if isinstance(e, Text) and e.choice == choice)
 
 
-def job_for(backbone: Backbone, method: Method, prompt: str, *, steps: int = 0, tokens: int = 12, **more) -> Job:
+def job_for(backbone: FrozenLM, method: Method, prompt: str, *, steps: int = 0, tokens: int = 12, **more) -> Job:
     ids = AdaptiveLM(backbone).encode(prompt)
     sampling = more.pop("sampling", None) or Sampling(max_tokens=tokens)
     return Job(ids, method, steps, lambda event: None, sampling=sampling, **more)
 
 
-def solo(backbone: Backbone, method: Method, prompt: str, *, steps: int, tokens: int = 12, chat: bool = False) -> str:
+def solo(backbone: FrozenLM, method: Method, prompt: str, *, steps: int, tokens: int = 12, chat: bool = False) -> str:
     """The same answer by the library, alone."""
     lm = AdaptiveLM(backbone, init=method.init, rate=method.rate, chat=chat)
     return lm.generate(prompt, steps=steps, max_new_tokens=tokens)[0]
@@ -91,11 +91,11 @@ def running(engine: Engine) -> Iterator[Engine]:
 
 
 @contextmanager
-def live(backbone: Backbone, known: Sequence[Method], *, limits: Limits | None = None, steps: int = 2, **options):
+def live(backbone: FrozenLM, known: Sequence[Method], *, limits: Limits | None = None, steps: int = 2, **options):
     """(address, engine) of a real uvicorn on a free port, in a thread."""
     import uvicorn
 
-    from ephemera.serving.app import Settings, create_app
+    from ephemera.serving.http.app import Settings, create_app
     from ephemera.serving.metrics import Metrics
 
     metrics = Metrics()

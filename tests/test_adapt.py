@@ -1,31 +1,20 @@
 import pytest
 import torch
 
+from counting import count_head
 from ephemera.adapt import Trace, adapt
-from ephemera.backbone import Backbone
+from ephemera.batch import TokenBatch, pad
 from ephemera.inits import ZeroInit
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch, pad
 from ephemera.rates import FixedRate
-from tiny import (
-    ARCHITECTURES,
-    SomeRowsWild,
-    close,
-    count_head,
-    left,
-    merged_weights,
-    random_ids,
-    random_lora,
-    random_scalenet,
-    slow_nll,
-    slow_representation,
-    tiny_backbone,
-)
+from reference import close, merged_weights, slow_nll, slow_representation
+from tiny_models import ARCHITECTURES, SomeRowsWild, left, random_ids, random_lora, random_scalenet, tiny_backbone
 
 LENGTHS = [11, 4, 8]
 
 
-def slow_adapt(backbone: Backbone, ids: list[int], lora: LoraBatch, row: int, rate, steps: int):
+def slow_adapt(backbone: FrozenLM, ids: list[int], lora: LoraBatch, row: int, rate, steps: int):
     """One prompt alone: weights W + (alpha / r) B A as plain tensors, autograd through transformers' own model."""
     lora = lora.rows([row])
     nlls, rates = [], []

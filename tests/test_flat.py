@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ephemera.flat import FlatLora
 from ephemera.lora import LoraBatch, Projection
-from tiny import close
+from reference import close
 
 B, R = 3, 2
 SHAPES = ((7, 5), (7, 3), (4, 6))  # in and out features: no two matrices of one kind have to be alike

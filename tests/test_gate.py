@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt
+from ephemera.batch import TokenBatch
 from ephemera.config import TrainGate
-from ephemera.decode import merged
+from ephemera.fast.decode import merged
 from ephemera.gate import SHARES, SIGNALS, load_gate
 from ephemera.guard import guard, log_p, read_with, signals, trusted
 from ephemera.inits import ZeroInit
+from ephemera.llm.prefill import prefill
 from ephemera.made_for import MadeFor
-from ephemera.objective import TokenBatch
-from ephemera.prefill import prefill
 from ephemera.rates import PerProjectionRate, load_rate
 from ephemera.training.gate import Measured, auroc, calibrated, fit, out_of_fold, train_gate
-from tiny import close, left, length_gate, random_ids
+from reference import close
+from tiny_models import left, length_gate, random_ids
 
 PROMPTS = random_ids([5, 9, 7])
 
@@ -163,7 +164,7 @@ def test_the_risk_finds_what_tells_harm_apart():
 
 
 def network_of(folder: Path, backbone, reach="answer") -> Path:
-    from ephemera.backbone import describe
+    from ephemera.llm.frozen_lm import describe
 
     rate = PerProjectionRate(
         projections=len(backbone.projections),
@@ -176,7 +177,7 @@ def network_of(folder: Path, backbone, reach="answer") -> Path:
 
 
 def test_training_a_gate(llama_folder, tmp_path, capsys):
-    from ephemera.load import load_backbone
+    from ephemera.llm.load import load_backbone
 
     network = network_of(tmp_path / "network", load_backbone(str(llama_folder), dtype="float32", device="cpu"))
     rows = tmp_path / "rows.jsonl"

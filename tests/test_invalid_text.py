@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ephemera import cli
-from ephemera.encoding import encode_answer, encode_chat, encode_prompt
+from ephemera.llm.tokenize import encode_answer, encode_chat, encode_prompt
 from ephemera.model import AdaptiveLM
 from ephemera.scoring import encode_examples
 from ephemera.tasks import Example, load_dataset
-from tiny import CHAT_TEMPLATE, save_tiny, tiny_backbone, tiny_tokenizer
+from tiny_models import CHAT_TEMPLATE, save_tiny, tiny_backbone, tiny_tokenizer
 
 HALF = "Good \ud83d"
 SAID = r"is not valid Unicode: it has a lone surrogate, \\ud83d, at character 6\. Take it out"
@@ -122,7 +122,7 @@ def test_rows_name_their_place(task, row, what, tmp_path):
 
 
 def test_lm_eval():
-    harness = pytest.importorskip("ephemera.evaluation.harness")
+    harness = pytest.importorskip("ephemera.evaluation.lm_eval")
     lm = object.__new__(harness.EphemeraLM)
     lm.tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match=SAID):

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from ephemera.fast.packing import Packing
 from ephemera.lora import LoraBatch, LoraLinear, Projection, attach, lora_linear
-from ephemera.packed import Packing
-from tiny import ARCHITECTURES, close, left, merged_model, random_ids, random_lora, tiny_backbone
+from reference import close, merged_model
+from tiny_models import ARCHITECTURES, left, random_ids, random_lora, tiny_backbone
 
 B, T, IN, OUT, R = 3, 4, 5, 6, 2
 SCALING = 2.5

@@ -9,22 +9,20 @@ from transformers import AutoModelForCausalLM
 
 from ephemera import Adaptation, AdaptiveLM, FixedRate, ZeroInit
 from ephemera.adaptation import FELL_BACK, UNCHANGED
-from ephemera.backbone import Backbone
-from ephemera.encoding import encode_answer, encode_prompt
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import prefill
+from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.lora import LoraLinear
 from ephemera.model import BATCH_SIZE
-from ephemera.prefill import prefill
-from tiny import (
+from reference import close, merged_model, slow_nll
+from tiny_models import (
     ARCHITECTURES,
     SomeRowsWild,
-    close,
     left,
-    merged_model,
     random_ids,
     random_lora,
     random_scalenet,
     save_tiny,
-    slow_nll,
     tiny_backbone,
     tiny_model,
 )
@@ -57,7 +55,7 @@ def oracle_text(lm: AdaptiveLM, adaptation: Adaptation | None, row: int, prompt:
     return lm.backbone.tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def clean(backbone: Backbone) -> bool:
+def clean(backbone: FrozenLM) -> bool:
     return not any(isinstance(m, LoraLinear) for m in backbone.model.modules())
 
 

@@ -8,39 +8,37 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_generator import random_generator
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from counting import count_layers
 from ephemera import Adaptation, AdaptiveLM
 from ephemera.adapt import Trace, adapt
 from ephemera.adaptation import FELL_BACK, UNCHANGED
-from ephemera.backbone import Backbone
-from ephemera.beginnings import Beginnings
-from ephemera.encoding import encode_answer, encode_prompt
+from ephemera.batch import TokenBatch, pad
+from ephemera.fast.llama_layer import can_write_out
+from ephemera.fast.shared_prefix import PrefixCache
 from ephemera.inits import PeftInit, ZeroInit
-from ephemera.llama import can_write_out
-from ephemera.load import load_backbone
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
+from ephemera.llm.prefill import Prefill, prefill
+from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor
 from ephemera.model import BATCH_SIZE
-from ephemera.objective import TokenBatch, pad
-from ephemera.prefill import Prefill, prefill
+from ephemera.prompt_loss import PromptLoss
 from ephemera.rates import FixedRate, PerProjectionRate, ScaleNet
-from ephemera.readout import Objective
-from test_generator import random_generator
-from test_readout import random_lens
-from tiny import (
+from reference import close, merged_weights, slow_nll
+from test_prompt_loss import random_lens
+from tiny_models import (
     ARCHITECTURES,
     SomeRowsWild,
-    close,
-    count_layers,
     left,
-    merged_weights,
     random_ids,
     random_lora,
     random_scalenet,
     save_tiny,
-    slow_nll,
     tiny_backbone,
     tiny_tokenizer,
 )
@@ -57,7 +55,7 @@ class Slow:
     """One prompt, by transformers' own model and cache: the base model's weights up to the last prompt token, `weights`
     from there on, a token at a time."""
 
-    def __init__(self, backbone: Backbone, ids: Sequence[int], weights: dict[str, Tensor]):
+    def __init__(self, backbone: FrozenLM, ids: Sequence[int], weights: dict[str, Tensor]):
         self.model, self.ids, self.weights = backbone.model, list(ids), weights
         before: DynamicCache | None = None
         if len(ids) > 1:
@@ -105,14 +103,14 @@ class Slow:
         return [found for found, _ in beams]
 
 
-def slow_rows(backbone: Backbone, prompts: Sequence[Sequence[int]], lora: LoraBatch) -> list[Slow]:
+def slow_rows(backbone: FrozenLM, prompts: Sequence[Sequence[int]], lora: LoraBatch) -> list[Slow]:
     """With one row's adapter each, merged into the weights."""
     exact = lora.with_tensors([t.to(backbone.dtype) for t in lora.tensors])
     with torch.no_grad():
         return [Slow(backbone, ids, merged_weights(backbone, exact, b)) for b, ids in enumerate(prompts)]
 
 
-def slow_steps(backbone: Backbone, ids: Sequence[int], lora: LoraBatch, steps: int) -> LoraBatch:
+def slow_steps(backbone: FrozenLM, ids: Sequence[int], lora: LoraBatch, steps: int) -> LoraBatch:
     for _ in range(steps if len(ids) > 1 else 0):
         leaves = lora.leaves()
         nll = slow_nll(backbone.model, ids, weights=merged_weights(backbone, leaves, 0))
@@ -122,7 +120,7 @@ def slow_steps(backbone: Backbone, ids: Sequence[int], lora: LoraBatch, steps: i
 
 
 @torch.no_grad()
-def check_read(backbone: Backbone, prompts: Sequence[list[int]], lora: LoraBatch, read: Prefill, tolerance=1e-9):
+def check_read(backbone: FrozenLM, prompts: Sequence[list[int]], lora: LoraBatch, read: Prefill, tolerance=1e-9):
     """Scores, choices, the base model's last state and a greedy answer: each prompt by itself."""
     B, slow = len(prompts), slow_rows(backbone, prompts, lora)
     assert read.base_BD is not None
@@ -142,13 +140,13 @@ def check_read(backbone: Backbone, prompts: Sequence[list[int]], lora: LoraBatch
     assert read.generate(max_new_tokens=3, eos_token_id=-1) == greedy
 
 
-def adapted(backbone: Backbone, prompts: Sequence[list[int]], steps: int = 1, rate: FixedRate | None = None) -> Trace:
+def adapted(backbone: FrozenLM, prompts: Sequence[list[int]], steps: int = 1, rate: FixedRate | None = None) -> Trace:
     batch = left(prompts)
     start = ZeroInit(r=2)(backbone, batch, [0] * len(prompts))
     return adapt(backbone, batch, start, rate or FixedRate(RATE), steps, keep_reading=True)
 
 
-def read_after(backbone: Backbone, prompts: Sequence[list[int]], trace: Trace) -> Prefill:
+def read_after(backbone: FrozenLM, prompts: Sequence[list[int]], trace: Trace) -> Prefill:
     reading = trace.reading or trace.lower
     return prefill(backbone, left(prompts), trace.lora, trace.initial_lora, reach="answer", reading=reading)
 
@@ -190,7 +188,7 @@ def test_it_does_so_with_long_prompts_on_the_right_too(architecture):
     check_kept(kept_backbone(architecture), prompts, pad(prompts, side="right"))
 
 
-def check_kept(backbone: Backbone, prompts: Sequence[list[int]], batch: TokenBatch) -> None:
+def check_kept(backbone: FrozenLM, prompts: Sequence[list[int]], batch: TokenBatch) -> None:
     assert can_write_out(backbone.decoder) == (backbone.name.removeprefix("tiny-") in WRITTEN_OUT)
     start = ZeroInit(r=2)(backbone, batch, [0] * len(prompts))
     have = adapt(backbone, batch, start, FixedRate(RATE), 2, keep_reading=True)
@@ -202,7 +200,7 @@ def check_kept(backbone: Backbone, prompts: Sequence[list[int]], batch: TokenBat
 
 
 @torch.no_grad()
-def check_reading(backbone: Backbone, prompts: Sequence[list[int]], batch: TokenBatch, trace: Trace) -> None:
+def check_reading(backbone: FrozenLM, prompts: Sequence[list[int]], batch: TokenBatch, trace: Trace) -> None:
     reading = trace.reading
     assert reading is not None
     assert reading.layers == backbone.layers == len(reading.cache.layers)
@@ -221,7 +219,7 @@ def check_reading(backbone: Backbone, prompts: Sequence[list[int]], batch: Token
 def test_prompts_that_a_server_knows_the_beginning_of(architecture):
     """The second pass takes the beginning from the first; it leaves the same keys and values."""
     backbone = tiny_backbone(architecture)
-    backbone.beginnings = Beginnings([ALIKE[0][:3]])
+    backbone.beginnings = PrefixCache([ALIKE[0][:3]])
     for prompts in (ALIKE[:1], ALIKE, random_ids([5, 2], seed=9)):
         trace = adapted(backbone, prompts)
         check_reading(backbone, prompts, left(prompts), trace)
@@ -253,7 +251,7 @@ def test_adapters_on_upper_layers(architecture, steps, monkeypatch):
 def test_an_early_exit_leaves_the_lower_part_which_is_finished(architecture, layers, exit_layer, monkeypatch):
     backbone = tiny_backbone(architecture, depth=3, layers=layers)
     prompts = random_ids(LENGTHS)
-    objective = Objective(exit_layer=exit_layer, lens=random_lens(backbone, layers=(exit_layer,)))
+    objective = PromptLoss(exit_layer=exit_layer, lens=random_lens(backbone, layers=(exit_layer,)))
     counts = count_layers(backbone, monkeypatch)
     trace = adapted(backbone, prompts, rate=FixedRate(RATE, objective))
     assert trace.reading is not None
@@ -268,7 +266,7 @@ def test_an_early_exit_leaves_the_lower_part_which_is_finished(architecture, lay
 def test_an_exit_at_the_top():
     backbone = tiny_backbone("llama")
     prompts = random_ids(LENGTHS)
-    trace = adapted(backbone, prompts, rate=FixedRate(RATE, Objective(exit_layer=2)))
+    trace = adapted(backbone, prompts, rate=FixedRate(RATE, PromptLoss(exit_layer=2)))
     check_read(backbone, prompts, trace.lora, read_after(backbone, prompts, trace))
 
 
@@ -277,7 +275,7 @@ def test_an_exit_at_the_top():
 def test_with_checkpoints(architecture, prompts, keeps):
     """A layer that runs twice writes no cache: where a pass is not packed the prompt is read anew."""
     plain = kept_backbone(architecture)
-    backbone = Backbone(
+    backbone = FrozenLM(
         plain.model, tiny_tokenizer(), name="tiny", path=Path("tiny"), target_modules="qv", checkpoint=True
     )
     trace, want = adapted(backbone, prompts, 2), adapted(plain, prompts, 2)
@@ -312,7 +310,7 @@ def test_a_generated_start(architecture, targets):
         check_read(backbone, prompts, trace.lora, read_after(backbone, prompts, trace))
 
 
-def random_peft(backbone: Backbone, r: int = 3) -> PeftInit:
+def random_peft(backbone: FrozenLM, r: int = 3) -> PeftInit:
     generator = torch.Generator().manual_seed(9)
 
     def draw(*shape: int) -> Tensor:
@@ -386,7 +384,7 @@ ANSWERS = ["a miller's daughter", "runs", "in the winter it"]
 MADE = MadeFor(("squad", "xsum"), "plain", "answer", steps=2)
 
 
-def network_for(backbone: Backbone, kind: str = "scalenet", made_for: MadeFor = MADE) -> ScaleNet | PerProjectionRate:
+def network_for(backbone: FrozenLM, kind: str = "scalenet", made_for: MadeFor = MADE) -> ScaleNet | PerProjectionRate:
     if kind == "scalenet":
         return random_scalenet(backbone, made_for=made_for)
     network = PerProjectionRate(projections=len(backbone.projections), base_rates=(0.4, 0.2), made_for=made_for)

@@ -17,16 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ephemera import artifact, cli, doctor, saving, store
+from ephemera import artifact, cli, doctor, saving
+from ephemera import downloads as store
 from ephemera.cli import answer
 from ephemera.model import AdaptiveLM
-from ephemera.serving.answers import Answering
-from ephemera.serving.logprobs import NamedToken, TokenLogprob
-from ephemera.serving.work import Finished, Text
+from ephemera.serving.engine.logprobs import NamedToken, TokenLogprob
+from ephemera.serving.engine.messages import Finished, Text
+from ephemera.serving.http.answers import Answering
 from ephemera.training.card import read_metrics
 from ephemera.training.loop import _checkpoint
 from serving_fixtures import job_for, tiny_methods
-from tiny import save_tiny
+from tiny_models import save_tiny
 
 PROMPT = "the cat sat on the mat"
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ephemera.backbone import Backbone, Forward
-from ephemera.depth import Lower
+from ephemera.batch import TokenBatch
 from ephemera.flat import FlatLora
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import Forward, FrozenLM
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch
 from ephemera.rates import Rate
 
 
@@ -34,13 +34,13 @@ class Trace:
     rates_BKM: Tensor
     fallback_B: Tensor
     grads: list[FlatLora] = field(default_factory=list)
-    lower: Lower | None = None
-    reading: Lower | None = None
+    lower: CachedLayers | None = None
+    reading: CachedLayers | None = None
     h_BH: Tensor | None = None
 
 
 def adapt(
-    backbone: Backbone,
+    backbone: FrozenLM,
     batch: TokenBatch,
     initial_lora: LoraBatch,
     rate: Rate | None,
@@ -119,7 +119,7 @@ def adapt(
     )
 
 
-def _reading(backbone: Backbone, batch: TokenBatch, out: Forward, rate: Rate) -> Lower | None:
+def _reading(backbone: FrozenLM, batch: TokenBatch, out: Forward, rate: Rate) -> CachedLayers | None:
     if not isinstance(out.cache, DynamicCache):
         return None
     layers, hidden_BTD = rate.objective.exit_layer, out.hidden_BTD.detach()
@@ -127,7 +127,7 @@ def _reading(backbone: Backbone, batch: TokenBatch, out: Forward, rate: Rate) ->
         assert backbone.final_norm is not None
         with torch.no_grad():
             hidden_BTD = backbone.decoder.get_submodule(backbone.final_norm)(hidden_BTD)
-    return Lower(batch.ids_BT, layers or backbone.layers, hidden_BTD, out.cache)
+    return CachedLayers(batch.ids_BT, layers or backbone.layers, hidden_BTD, out.cache)
 
 
 def meta_gradient(answer_grads: FlatLora, step_grads: Sequence[FlatLora]) -> Tensor:

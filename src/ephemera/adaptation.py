@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ephemera.backbone import Backbone
-from ephemera.depth import Lower
-from ephemera.export import export_peft
+from ephemera.batch import TokenBatch
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import Prefill, prefill
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
-from ephemera.objective import TokenBatch
-from ephemera.prefill import Prefill, prefill
+from ephemera.peft_export import export_peft
 from ephemera.rates import Rate, default_steps
 
 UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
@@ -91,7 +91,7 @@ class Adaptation:
     seconds: float
     base_model: str = field(default="")
     reach: Reach = "all"
-    readings: dict[tuple[int, ...], Lower] = field(default_factory=dict, repr=False)
+    readings: dict[tuple[int, ...], CachedLayers] = field(default_factory=dict, repr=False)
     whole_loss: bool = True
 
     @property
@@ -104,7 +104,9 @@ class Adaptation:
         """Rows that fell back to the unadapted model because something was not finite: bool [B]."""
         return torch.tensor([(note or "").startswith(FELL_BACK.partition(":")[0]) for note in self.notes])
 
-    def read(self, backbone: Backbone, batch: TokenBatch, rows: Sequence[int], lower: Lower | None = None) -> Prefill:
+    def read(
+        self, backbone: FrozenLM, batch: TokenBatch, rows: Sequence[int], lower: CachedLayers | None = None
+    ) -> Prefill:
         """The prompts of some rows, read with their adapters. `lower`: as in `prefill`; both it and a reading that is kept
         are left where an answer's room has cut a prompt since."""
         reading = self.readings.get(tuple(rows)) or lower

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ephemera.backbone import Backbone, describe
-from ephemera.errors import unknown
+from ephemera.llm.frozen_lm import FrozenLM, describe
+from ephemera.llm.weights import check_finite
+from ephemera.messages import unknown
 from ephemera.saving import json_text, reason, whole_folder
-from ephemera.weights import check_finite
 
-NETWORKS = Path(__file__).parent / "networks"
+NETWORKS = Path(__file__).parent / "pretrained"
 Made = TypeVar("Made")
 
 
@@ -77,7 +77,7 @@ def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tens
         ) from error
 
 
-def check_model(trained_for: dict[str, Any], backbone: Backbone, what: str) -> None:
+def check_model(trained_for: dict[str, Any], backbone: FrozenLM, what: str) -> None:
     """ValueError if `backbone` is not the model that a network was trained for; both are named."""
     if trained_for.get("projections") != [p.name for p in backbone.projections]:
         raise ValueError(

@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 
 from ephemera.adapt import Trace, adapt
-from ephemera.backbone import Backbone
+from ephemera.batch import TokenBatch
 from ephemera.gate import Gate
-from ephemera.generator import LoraGenerator
 from ephemera.guard import Verdict, guard
-from ephemera.inits import Init, ZeroInit
+from ephemera.inits import Init, LoraGenerator, ZeroInit
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import Prefill, whole_reading
 from ephemera.made_for import Reach
-from ephemera.objective import TokenBatch
-from ephemera.prefill import Prefill, whole_reading
 from ephemera.rates import Rate
 
 
@@ -32,7 +31,7 @@ def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
 
 
 def adapt_from(
-    backbone: Backbone,
+    backbone: FrozenLM,
     batch: TokenBatch,
     init: Init,
     seeds: Sequence[int],

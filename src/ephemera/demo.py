@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from ephemera.config import DataSettings, Survey
-from ephemera.evaluation.records import RECORDS, RUN, SurveyRecord, read_json, read_records
-from ephemera.evaluation.survey import survey
-from ephemera.evaluation.survey_report import changed, pairs_of
-from ephemera.evaluation.survey_tables import SurveyCell, cells_of, verdict
+from ephemera.evaluation.shared.records import RECORDS, RUN, SurveyRecord, read_json, read_records
+from ephemera.evaluation.survey.report import changed, pairs_of
+from ephemera.evaluation.survey.run import survey
+from ephemera.evaluation.survey.tables import SurveyCell, cells_of, verdict
 
 HERE = Path(__file__).parent
 KINDS = {

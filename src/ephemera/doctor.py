@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ephemera.artifact import shipped
-from ephemera.generator import load_generator
+from ephemera.downloads import DEFAULT_MODEL, MODEL_WHEEL, home, readable_by_all
+from ephemera.inits import load_generator
 from ephemera.rates import load_rate
 from ephemera.saving import reason, unreadable
-from ephemera.store import DEFAULT_MODEL, MODEL_WHEEL, home, readable_by_all
 
 PACKAGES = ("ephemera", "torch", "transformers", "tokenizers", "safetensors", "peft", "accelerate", "datasets", "gguf")
 NEEDED_BYTES = 2 * 10**9

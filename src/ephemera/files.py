@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from ephemera.errors import check_unicode
+from ephemera.messages import check_unicode
 
 ROWS, TEXT = (".jsonl", ".ndjson", ".json"), (".txt", ".text", ".md")
 FORMS = (

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace
-from ephemera.backbone import Backbone
-from ephemera.depth import Lower
+from ephemera.batch import TokenBatch
 from ephemera.flat import FlatLora
 from ephemera.gate import SHARES, Gate
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import Prefill, prefill, whole_reading
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch
-from ephemera.prefill import Prefill, prefill, whole_reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Verdict:
 
 
 @torch.no_grad()
-def guard(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tuple[Trace, Prefill, Verdict]:
+def guard(gate: Gate, backbone: FrozenLM, batch: TokenBatch, trace: Trace) -> tuple[Trace, Prefill, Verdict]:
     """The trace with what the gate leaves of its adapters, and the prompts read with those: no prompt is read a second time."""
     h_BH = trace.h_BH
     assert h_BH is not None, "the rate looks at h(x)"
@@ -50,7 +50,7 @@ def guard(gate: Gate, backbone: Backbone, batch: TokenBatch, trace: Trace) -> tu
 
 
 def trusted(
-    backbone: Backbone, batch: TokenBatch, trace: Trace, share_B: Tensor, tau: float, base_BV: Tensor
+    backbone: FrozenLM, batch: TokenBatch, trace: Trace, share_B: Tensor, tau: float, base_BV: Tensor
 ) -> tuple[Prefill, Tensor, Tensor]:
     """The prompts read with a share of their adapters; rows whose first-token distribution is then further than `tau` from
     the base model's are shrunk until it is not.
@@ -70,7 +70,7 @@ def trusted(
         share_B = torch.where(out_B, torch.where(smaller_B < SHARES[-1], 0.0, smaller_B), share_B)
 
 
-def read_with(backbone: Backbone, batch: TokenBatch, trace: Trace, share: Tensor | float) -> Prefill:
+def read_with(backbone: FrozenLM, batch: TokenBatch, trace: Trace, share: Tensor | float) -> Prefill:
     """The prompts with a share of their adapters, for all rows or [B], over the base model's reading of them."""
     lora = shrunk(trace, share)
     return prefill(backbone, batch, lora, trace.initial_lora, reach="answer", reading=_reading(trace))
@@ -100,7 +100,7 @@ def signals(base_BV: Tensor, batch: TokenBatch, trace: Trace) -> Tensor:
 
 
 @torch.no_grad()
-def log_p(backbone: Backbone, h_BD: Tensor) -> Tensor:
+def log_p(backbone: FrozenLM, h_BD: Tensor) -> Tensor:
     return backbone.logits(h_BD).float().log_softmax(-1)
 
 
@@ -109,6 +109,6 @@ def kl(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     return (p_BV.exp() * (p_BV - q_BV)).sum(1)
 
 
-def _reading(trace: Trace) -> Lower:
+def _reading(trace: Trace) -> CachedLayers:
     assert trace.reading is not None, "the base model's whole reading was kept"
     return trace.reading

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ephemera.packed import Packing
+from ephemera.fast.packing import Packing
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ephemera.errors import unknown
+from ephemera.messages import unknown
 
 Format = Literal["plain", "chat"]
 Reach = Literal["all", "answer"]

@@ -14,26 +14,25 @@ from torch import Tensor
 
 from ephemera.adapt import Trace
 from ephemera.adaptation import ABSTAINED, Adaptation, beyond, kept_start, steps_of
-from ephemera.backbone import Backbone
+from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, reach_of
-from ephemera.depth import Lower
-from ephemera.encoding import encode_answer, encode_prompt
-from ephemera.errors import unknown
-from ephemera.generator import load_init, lora_of, place_init, targets_of
-from ephemera.inits import Init, ZeroInit
-from ephemera.load import load_backbone
+from ephemera.inits import Init, ZeroInit, load_init, lora_of, place_init, targets_of
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
+from ephemera.llm.prefill import prefill, whole_reading
+from ephemera.llm.tokenize import encode_answer, encode_prompt
+from ephemera.llm.window import fit
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, Reach, checked_reach
-from ephemera.objective import batch_tokens, length_batches, pad
-from ephemera.prefill import prefill, whole_reading
+from ephemera.messages import unknown
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
-from ephemera.window import fit
 
 BATCH_SIZE = 16  # rows that adapt together
 
 RateLike = Rate | str | Path | float | None
 InitLike = Init | str | Path | None
-Lowers = Mapping[tuple[int, ...], Lower]
+Lowers = Mapping[tuple[int, ...], CachedLayers]
 
 
 class AdaptiveLM:
@@ -44,7 +43,7 @@ class AdaptiveLM:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FrozenLM,
         *,
         init: InitLike = None,
         rate: RateLike = None,
@@ -158,7 +157,7 @@ class AdaptiveLM:
         seed: int,
         rate: RateLike = None,
         init: InitLike = None,
-    ) -> tuple[Adaptation, dict[tuple[int, ...], Lower]]:
+    ) -> tuple[Adaptation, dict[tuple[int, ...], CachedLayers]]:
         """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
         start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
@@ -167,7 +166,7 @@ class AdaptiveLM:
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
         batches, traces = self._batches(ids), list[Trace]()
-        lowers, readings = dict[tuple[int, ...], Lower](), dict[tuple[int, ...], Lower]()
+        lowers, readings = dict[tuple[int, ...], CachedLayers](), dict[tuple[int, ...], CachedLayers]()
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)

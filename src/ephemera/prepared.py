@@ -15,16 +15,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ephemera.adapt import Trace, adapt
-from ephemera.backbone import Backbone
-from ephemera.depth import Lower
+from ephemera.batch import TokenBatch, pad
 from ephemera.flat import FlatLora
 from ephemera.inits import ZeroInit
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import Prefill, fork, nll_after, prefill, whole_reading
 from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor, Reach
-from ephemera.objective import TokenBatch, pad
-from ephemera.prefill import Prefill, fork, nll_after, prefill, whole_reading
+from ephemera.prompt_loss import PromptLoss
 from ephemera.rates import Rate, Trains
-from ephemera.readout import Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Prepared:
     own pass. `h_BH` is h(x).
     """
 
-    backbone: Backbone
+    backbone: FrozenLM
     batch: TokenBatch
     trace: Trace
     h_BH: Tensor
@@ -80,7 +80,7 @@ class Prepared:
 class _Still:
     """A rate of zero that looks at h(x), and keeps it."""
 
-    objective: Objective
+    objective: PromptLoss
     seen: list[Tensor]
     max_steps: int = 1
     uses_representation: Literal["step"] = "step"
@@ -94,16 +94,16 @@ class _Still:
         self.seen.append(h_BH)
         return like.new_zeros(like.shape[0], projections)
 
-    def check(self, backbone: Backbone) -> None: ...
+    def check(self, backbone: FrozenLM) -> None: ...
 
 
 def prepare(
-    backbone: Backbone,
+    backbone: FrozenLM,
     init: ZeroInit,
     parts: Sequence[Sequence[Sequence[int]]],
     seeds: Sequence[int],
     *,
-    objective: Objective,
+    objective: PromptLoss,
 ) -> Prepared:
     """One forward and one backward pass over prompts, given as token ids, part after part; joined to one batch.
 
@@ -121,7 +121,7 @@ def prepare(
     return Prepared(backbone, *_joined(backbone, done), torch.cat(still.seen))
 
 
-def bytes_of(backbone: Backbone, tokens: int, r: int) -> int:
+def bytes_of(backbone: FrozenLM, tokens: int, r: int) -> int:
     """What a prepared prompt of so many tokens keeps: keys and values, gradient and start."""
     config: Any = backbone.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -131,7 +131,7 @@ def bytes_of(backbone: Backbone, tokens: int, r: int) -> int:
     return 2 * backbone.layers * heads * size * tokens * element + 4 * floats
 
 
-def _whole(backbone: Backbone, batch: TokenBatch, trace: Trace) -> Trace:
+def _whole(backbone: FrozenLM, batch: TokenBatch, trace: Trace) -> Trace:
     """With the base model's whole reading of the batch, of which only the last token's state is kept."""
     reading = whole_reading(backbone, batch, trace.reading or trace.lower)
     reading = replace(reading, hidden_BTD=reading.hidden_BTD[:, -1:].clone())
@@ -146,7 +146,7 @@ def _no_B(lora: LoraBatch) -> LoraBatch:
     return replace(lora, B=tuple(B_BOR.new_zeros(1, 1, 1).expand_as(B_BOR) for B_BOR in lora.B))
 
 
-def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tuple[TokenBatch, Trace]:
+def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Trace]]) -> tuple[TokenBatch, Trace]:
     """Several parts as one batch, padded on the left to the longest."""
     if len(done) == 1:
         return done[0]
@@ -174,7 +174,7 @@ def _joined(backbone: Backbone, done: Sequence[tuple[TokenBatch, Trace]]) -> tup
         rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
         fallback_B=torch.cat([trace.fallback_B for trace in traces]),
         grads=[FlatLora(zero_BN, torch.cat([g.B_BN for g in grads]), lora)],
-        reading=Lower(ids_BT, backbone.layers, hidden_B1D, cache),
+        reading=CachedLayers(ids_BT, backbone.layers, hidden_B1D, cache),
     )
     return TokenBatch(ids_BT, mask_BT), joined
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from ephemera.backbone import Backbone
 from ephemera.config import DataSettings, MixtureSettings, fill
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.scoring import Encoded, encode_examples
 from ephemera.tasks import Example, Task, load_dataset
 
@@ -27,7 +27,7 @@ class TaskRows:
     repeated: int = 0
 
 
-def load_tasks(backbone: Backbone, settings: DataSettings, *, once: bool = False) -> list[TaskRows]:
+def load_tasks(backbone: FrozenLM, settings: DataSettings, *, once: bool = False) -> list[TaskRows]:
     """The rows of each task that `settings.task` joins by "+", equal ones `once`; what was left out is said."""
     names = settings.task.split("+")
     return [
@@ -37,7 +37,7 @@ def load_tasks(backbone: Backbone, settings: DataSettings, *, once: bool = False
 
 
 def rows_of(
-    backbone: Backbone,
+    backbone: FrozenLM,
     name: str,
     source: str | None,
     settings: DataSettings | MixtureSettings,
@@ -68,6 +68,6 @@ def rows_of(
     return TaskRows(data.task, {e.id: e for e in data.examples}, rows, data.source, data.dropped, long, data.repeated)
 
 
-def load_rows(backbone: Backbone, settings: DataSettings) -> list[Encoded]:
+def load_rows(backbone: FrozenLM, settings: DataSettings) -> list[Encoded]:
     """All tasks' rows, one task after the other."""
     return [row for task in load_tasks(backbone, settings) for row in task.rows]

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone
-from ephemera.encoding import encode_answer, encode_prompt
+from ephemera.batch import TokenBatch, batch_tokens, length_batches, pad
 from ephemera.inits import Init
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import prefill
+from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
-from ephemera.objective import TokenBatch, batch_tokens, length_batches, pad
-from ephemera.prefill import prefill
+from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates import UNIFORM_GRID, FixedRate
-from ephemera.readout import PROMPT, Objective
 from ephemera.tasks import Example
 
 LATER_GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
@@ -35,7 +35,7 @@ class Encoded:
 
 
 def encode_examples(
-    backbone: Backbone,
+    backbone: FrozenLM,
     examples: Sequence[Example],
     *,
     chat: bool,
@@ -73,11 +73,11 @@ def encode_examples(
     return kept, len(encoded) - len(kept)
 
 
-def prompt_batch(backbone: Backbone, rows: Sequence[Encoded]) -> TokenBatch:
+def prompt_batch(backbone: FrozenLM, rows: Sequence[Encoded]) -> TokenBatch:
     return pad([row.prompt for row in rows], pad_id=backbone.pad_id).to(backbone.device)
 
 
-def batches_of(backbone: Backbone, rows: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
+def batches_of(backbone: FrozenLM, rows: Sequence[Encoded], batch_size: int) -> list[list[Encoded]]:
     """Rows of similar length together: at most `batch_size`, and no more tokens than the device likes at once."""
     lengths = [len(row.prompt) for row in rows]
     made = length_batches(lengths, batch_size=batch_size, max_tokens=batch_tokens(backbone.device))
@@ -98,7 +98,7 @@ def at_least_two(batches: list[list[Encoded]]) -> list[list[Encoded]]:
     return joined
 
 
-def parts_of(backbone: Backbone, rows: Sequence[Encoded]) -> list[slice]:
+def parts_of(backbone: FrozenLM, rows: Sequence[Encoded]) -> list[slice]:
     """What passes through the model at once: neighbours that were joined may be longer than the device likes."""
     parts, start = [], 0
     for some in batches_of(backbone, rows, len(rows)):
@@ -108,14 +108,14 @@ def parts_of(backbone: Backbone, rows: Sequence[Encoded]) -> list[slice]:
     return parts
 
 
-def answer_nll(backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch | None, *, reach: Reach = "all") -> Tensor:
+def answer_nll(backbone: FrozenLM, rows: Sequence[Encoded], lora: LoraBatch | None, *, reach: Reach = "all") -> Tensor:
     """Mean NLL [B] over each row's answer tokens under the given adapters."""
     read = prefill(backbone, prompt_batch(backbone, rows), lora, reach=reach)
     return read.answer_nll([row.answer for row in rows])
 
 
 def search_uniform(
-    backbone: Backbone,
+    backbone: FrozenLM,
     init: Init,
     rows: Sequence[Encoded],
     *,
@@ -123,7 +123,7 @@ def search_uniform(
     batch_size: int = 16,
     grid: Sequence[float] = UNIFORM_GRID,
     seed: int = 0,
-    objective: Objective = PROMPT,
+    objective: PromptLoss = PROMPT,
     reach: Reach = "all",
 ) -> dict[int, dict[float, float]]:
     """Mean answer NLL of every rate in `grid` after K = 1..steps uniform steps: {K: {rate: NLL}}."""
@@ -147,14 +147,14 @@ def best(table: dict[float, float]) -> float:
 
 
 def search_base_rates(
-    backbone: Backbone,
+    backbone: FrozenLM,
     init: Init,
     rows: Sequence[Encoded],
     *,
     steps: int,
     batch_size: int = 16,
     seed: int = 0,
-    objective: Objective = PROMPT,
+    objective: PromptLoss = PROMPT,
     reach: Reach = "all",
 ) -> tuple[list[float], dict[str, dict[float, float]]]:
     """A schedule to start ScaleNet from: the best first step, then one rate for all later ones.
@@ -204,7 +204,7 @@ def _refined(table: dict[float, float]) -> float:
 
 @torch.no_grad()
 def training_representations(
-    backbone: Backbone, rows: Sequence[Encoded], *, batch_size: int = 16, exit_layer: int | None = None
+    backbone: FrozenLM, rows: Sequence[Encoded], *, batch_size: int = 16, exit_layer: int | None = None
 ) -> Tensor:
     """h(x) [N,2D] of unadapted prompts, for ScaleNet's normalisation."""
     batches = (prompt_batch(backbone, b) for b in batches_of(backbone, rows, batch_size))

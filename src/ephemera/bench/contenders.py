@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone
+from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.bench.prompts import examples
-from ephemera.encoding import encode_answer, encode_prompt
+from ephemera.fast.rms_norm import write_out_norms
 from ephemera.inits import ZeroInit
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.lora import LoraBatch
-from ephemera.norms import write_out_norms
-from ephemera.objective import batch_tokens, length_batches, pad
 from ephemera.rates import FixedRate
 from ephemera.scoring import Encoded
 
@@ -25,7 +25,7 @@ RATE = 5e-2  # LDTTA's fixed baseline: bold enough that adapters move, mild enou
 INIT = ZeroInit(r=4, lora_alpha=16.0)
 
 
-def encoded(backbone: Backbone, length: str, batch: int) -> list[Encoded]:
+def encoded(backbone: FrozenLM, length: str, batch: int) -> list[Encoded]:
     """The benchmark's prompts as token ids, cut to the model's window."""
     return [
         Encoded(
@@ -37,12 +37,12 @@ def encoded(backbone: Backbone, length: str, batch: int) -> list[Encoded]:
     ]
 
 
-def initial_lora(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> LoraBatch:
+def initial_lora(backbone: FrozenLM, prompts: Sequence[Sequence[int]]) -> LoraBatch:
     """What `adapt_batched` starts from, for another contender to start from as well."""
     return INIT(backbone, pad(prompts, pad_id=backbone.pad_id).to(backbone.device), [0] * len(prompts))
 
 
-def adapt_batched(backbone: Backbone, prompts: Sequence[Sequence[int]], steps: int) -> LoraBatch:
+def adapt_batched(backbone: FrozenLM, prompts: Sequence[Sequence[int]], steps: int) -> LoraBatch:
     """As `AdaptiveLM.adapt` does it: batches by length, padding, init, K steps. Rows in the order given."""
     batches = length_batches(
         [len(ids) for ids in prompts], batch_size=len(prompts), max_tokens=batch_tokens(backbone.device)
@@ -59,7 +59,7 @@ class PeftLoop:
     """Plain PEFT: transformers' own loss, its default attention, one prompt at a time; adapter weights in float32, in a float64
     model in float64."""
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: FrozenLM):
         path, file = backbone.path, {}
         if path.is_file():
             path, file = path.parent, {"gguf_file": path.name}

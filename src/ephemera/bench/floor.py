@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ephemera.backbone import Backbone
+from ephemera.batch import pad
 from ephemera.bench.contenders import initial_lora
 from ephemera.bench.timing import timed
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import attach
-from ephemera.objective import pad
 
 Shape = tuple[int, int, int]  # tokens, in features, out features
 CALLS = 5  # timed calls of each product in a round
@@ -46,7 +46,7 @@ class Work:
         return self.linear_flops + self.attention_flops
 
 
-def count(backbone: Backbone, prompts: Sequence[Sequence[int]]) -> Work:
+def count(backbone: FrozenLM, prompts: Sequence[Sequence[int]]) -> Work:
     """Count the products of one step, asking autograd which backward ones are needed.
 
     A linear layer's input gradient is needed only where something below it is adapted. Attention is

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from ephemera.backbone import Backbone
+from ephemera.batch import TokenBatch, pad
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.timing import DTYPES, machine, native_dtypes, spread, timed, turns
-from ephemera.load import find_device, load_backbone
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import find_device, load_backbone
+from ephemera.llm.prefill import prefill
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch, pad
-from ephemera.prefill import prefill
 
 BATCH = 8
 TOKENS = 16  # decoded by each turn
@@ -44,7 +44,7 @@ def bench(model: str, *, steps: int, minutes: float, device: str | None = None) 
     return results
 
 
-def _measure(backbone: Backbone, steps: int, budget_s: float) -> dict[str, Any]:
+def _measure(backbone: FrozenLM, steps: int, budget_s: float) -> dict[str, Any]:
     prompts = [row.prompt for row in encoded(backbone, "short", BATCH)]
     batch = pad(prompts, pad_id=backbone.pad_id).to(backbone.device)
     lora = adapt_batched(backbone, prompts[:1], 1)  # warms up too
@@ -83,7 +83,7 @@ def _measure(backbone: Backbone, steps: int, budget_s: float) -> dict[str, Any]:
     return found
 
 
-def _decode(backbone: Backbone, batch: TokenBatch, lora: LoraBatch | None) -> float:
+def _decode(backbone: FrozenLM, batch: TokenBatch, lora: LoraBatch | None) -> float:
     read = prefill(backbone, batch, lora)
     return timed(lambda: read.generate(max_new_tokens=TOKENS, min_new_tokens=TOKENS))
 

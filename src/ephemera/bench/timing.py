@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import torch
 
-from ephemera.precision import multiplies_bfloat16
+from ephemera.llm.precision import multiplies_bfloat16
 from ephemera.run_info import commit, versions
 
 DTYPES = ("float32", "bfloat16")

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ephemera.cli.options import Device, Model, app, quiet
-from ephemera.store import DEFAULT_MODEL
+from ephemera.downloads import DEFAULT_MODEL
 
 
 @app.command(

@@ -27,10 +27,10 @@ from ephemera.cli.options import (
     standard_input,
     unshipped,
 )
-from ephemera.errors import check_unicode, unknown
+from ephemera.downloads import DEFAULT_MODEL
 from ephemera.files import kind_of, read_rows, read_text, without_end
+from ephemera.messages import check_unicode, unknown
 from ephemera.saving import json_text
-from ephemera.store import DEFAULT_MODEL
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 

@@ -22,9 +22,9 @@ from ephemera.cli.options import (
     standard_input,
     unshipped,
 )
-from ephemera.errors import check_unicode
+from ephemera.downloads import DEFAULT_MODEL
 from ephemera.files import MARK
-from ephemera.store import DEFAULT_MODEL
+from ephemera.messages import check_unicode
 
 HELP = "/base: the last question again, unadapted  /steps N  /why: losses and rates of the last answer  /quit"
 
@@ -54,11 +54,11 @@ def chat(
     """Talk to the model; before each answer it adapts to the conversation. Answers on stdout, the rest on stderr."""
     if system is not None:
         check_unicode(system, "--system")
-    from ephemera.encoding import encode_prompt
+    from ephemera.llm.tokenize import encode_prompt
     from ephemera.model import AdaptiveLM
-    from ephemera.serving.engine import Engine
-    from ephemera.serving.methods import BASE, Method
-    from ephemera.serving.threads import in_passing_thread
+    from ephemera.serving.engine.methods import BASE, Method
+    from ephemera.serving.engine.scheduler import Engine
+    from ephemera.serving.engine.threads import in_passing_thread
 
     quiet()
     options: dict[str, Any] = {"init": init, "rate": rate, "reach": reach, "dtype": dtype, "device": device}
@@ -162,9 +162,9 @@ class _Talk:
 
     def answer(self, messages: list[dict[str, str]], method: Any, steps: int) -> tuple[str, dict[str, Any]]:
         """Stream an answer to stdout; its text, and how the adaptation went."""
-        from ephemera.encoding import encode_chat
-        from ephemera.serving.sampling import Sampling
-        from ephemera.serving.work import Adapting, Event, Failed, Finished, Job, Report, Text
+        from ephemera.llm.tokenize import encode_chat
+        from ephemera.serving.engine.messages import Adapting, Event, Failed, Finished, Job, Report, Text
+        from ephemera.serving.engine.sampling import Sampling
 
         backbone = self.engine.backbone
         if not backbone.tokenizer.chat_template:

@@ -32,8 +32,8 @@ def evaluate(
     if print_config:
         print(dump_yaml(settings), end="")
         return
-    from ephemera.evaluation.grid import evaluate as run
-    from ephemera.evaluation.report import write_report
+    from ephemera.evaluation.nll.grid import evaluate as run
+    from ephemera.evaluation.nll.report import write_report
 
     quiet()
     folder = run(settings)
@@ -65,8 +65,8 @@ def benchmark(
     if print_config:
         print(dump_yaml(settings), end="")
         return
-    from ephemera.evaluation.accuracy import benchmark as run
-    from ephemera.evaluation.accuracy_tables import write_tables
+    from ephemera.evaluation.accuracy.run import benchmark as run
+    from ephemera.evaluation.accuracy.tables import write_tables
 
     quiet()
     print(write_tables(run(settings)).read_text())
@@ -95,9 +95,9 @@ def analyse(
     if print_config:
         print(dump_yaml(settings), end="")
         return
-    from ephemera.evaluation.analysis import analyse as run
-    from ephemera.evaluation.analysis_figures import write_figures
-    from ephemera.evaluation.analysis_tables import write_tables
+    from ephemera.evaluation.adapters.analysis import analyse as run
+    from ephemera.evaluation.adapters.figures import write_figures
+    from ephemera.evaluation.adapters.tables import write_tables
 
     quiet()
     analysis = run(settings)
@@ -113,7 +113,7 @@ def analyse(
 )
 def report(folder: Annotated[Path, typer.Argument(help="A folder that `ephemera evaluate` wrote.")]) -> None:
     """Make tables, figures and the HTML page of an evaluation again from its records."""
-    from ephemera.evaluation.report import write_report
+    from ephemera.evaluation.nll.report import write_report
 
     print(write_report(folder))
 
@@ -137,7 +137,7 @@ def survey(
     if print_config:
         print(dump_yaml(settings), end="")
         return
-    from ephemera.evaluation.survey import survey as run
+    from ephemera.evaluation.survey.run import survey as run
 
     quiet()
     folder = run(settings)

@@ -9,7 +9,7 @@ from typing import Annotated, TextIO
 
 import typer
 
-from ephemera.store import DEFAULT_MODEL
+from ephemera.downloads import DEFAULT_MODEL
 
 app = typer.Typer(
     no_args_is_help=True,

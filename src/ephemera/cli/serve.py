@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ephemera.cli.options import Device, Dtype, Model, ReachOption, app, quiet, unshipped
-from ephemera.store import DEFAULT_MODEL
+from ephemera.downloads import DEFAULT_MODEL
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -85,7 +85,7 @@ def serve(
     try:
         import uvicorn
 
-        from ephemera.serving.app import Settings, create_app
+        from ephemera.serving.http.app import Settings, create_app
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; `pip install 'ephemera[serve]'` brings it.") from None
     from ephemera.made_for import FORMATS, checked_reach
@@ -93,11 +93,11 @@ def serve(
     everywhere = None if reach is None else checked_reach(reach)
     listening = _bind(host, port)
     from ephemera.model import AdaptiveLM
-    from ephemera.serving import methods
-    from ephemera.serving.engine import Engine
+    from ephemera.serving.engine import methods
+    from ephemera.serving.engine.scheduler import Engine
+    from ephemera.serving.engine.threads import in_passing_thread
+    from ephemera.serving.http.requests import Limits, Reader
     from ephemera.serving.metrics import Metrics
-    from ephemera.serving.prompts import Limits, Reader
-    from ephemera.serving.threads import in_passing_thread
 
     quiet()
 

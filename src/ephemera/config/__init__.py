@@ -10,6 +10,7 @@ from ephemera.config.base import (
     source_of,
 )
 from ephemera.config.evaluate import METHODS, Analyse, Benchmark, BenchmarkData, Evaluate, Method, Survey, Variant
+from ephemera.config.settings import Settings, check_config, dump_yaml, load_config
 from ephemera.config.train import (
     AloneSettings,
     GeneratorSettings,
@@ -23,7 +24,6 @@ from ephemera.config.train import (
     TrainScaleNet,
     TrainTaskLora,
 )
-from ephemera.settings import Settings, check_config, dump_yaml, load_config
 
 __all__ = [
     "METHODS",

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from ephemera.settings import Settings
+from ephemera.config.settings import Settings
 
 if TYPE_CHECKING:
-    from ephemera.backbone import Backbone
+    from ephemera.llm.frozen_lm import FrozenLM
 
 
 class LoraSettings(Settings):
@@ -39,9 +39,9 @@ class ModelSettings(Settings):
     )
     lora: LoraSettings = LoraSettings()
 
-    def load(self, **instead: Any) -> Backbone:
+    def load(self, **instead: Any) -> FrozenLM:
         """The model as set here; `instead` stands in for some of `load_backbone`'s arguments."""
-        from ephemera.load import load_backbone
+        from ephemera.llm.load import load_backbone
 
         settings = {
             "dtype": self.dtype,

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ephemera.config.base import DataSettings, LoraSettings, MixtureSettings, ModelSettings
+from ephemera.config.settings import Settings
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
-from ephemera.settings import Settings
 
 Method = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]
 METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")

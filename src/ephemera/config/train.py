@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ephemera.config.base import DataSettings, LoraSettings, MixtureSettings, ModelSettings
+from ephemera.config.settings import Settings
 from ephemera.rates import MAX_STEPS
-from ephemera.settings import Settings
 
 
 class ObjectiveSettings(Settings):

@@ -8,16 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ephemera import artifact
-from ephemera.backbone import Backbone
+from ephemera.downloads import DEFAULT_MODEL
 from ephemera.gate import load_gate
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import Format, read_made_for
+from ephemera.prompt_loss import load_objective
 from ephemera.rates.averaged import AveragedRate
 from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
 from ephemera.rates.per_projection import PerProjectionRate
 from ephemera.rates.protocol import MAX_STEPS, NAME, RETIRED, Rate, Trains
 from ephemera.rates.scalenet import ScaleNet
-from ephemera.readout import load_objective
-from ephemera.store import DEFAULT_MODEL
 
 __all__ = [
     "MAX_STEPS",
@@ -65,7 +65,7 @@ def adapted_by(rate: Rate | None) -> dict[str, Any]:
     return {**settings, "only": made["projections"]}
 
 
-def place_rate(rate: Rate, backbone: Backbone) -> Rate:
+def place_rate(rate: Rate, backbone: FrozenLM) -> Rate:
     """The rate, checked, on the model's device, and the lens of its objective with it."""
     rate.check(backbone)
     for module in (rate, rate.objective.lens):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ephemera import artifact
-from ephemera.backbone import Backbone
 from ephemera.gate import Gate
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
+from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates.protocol import NAME, Trains
-from ephemera.readout import PROMPT, Objective
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class AveragedRate:
 
     table_KKM: Tensor
     trained_for: dict[str, Any]
-    objective: Objective = PROMPT
+    objective: PromptLoss = PROMPT
     made_for: MadeFor | None = None
     gate: Gate | None = None
     trains: Trains = "both"
@@ -53,7 +53,7 @@ class AveragedRate:
     def _tables(self) -> dict[torch.device, Tensor]:
         return {}
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: FrozenLM) -> None:
         artifact.check_model(self.trained_for, backbone, "averaged rate")
         self.objective.check(backbone)
 

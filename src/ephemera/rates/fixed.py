@@ -7,10 +7,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ephemera.backbone import Backbone
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import Reach
+from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates.protocol import Trains
-from ephemera.readout import PROMPT, Objective
 
 # Where the best uniform rate is looked for: from the paper's 1e-2 to well past what diverges
 UNIFORM_GRID = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3.0, 6.0, 9.0, 13.0, 18.0, 27.0, 40.0, 60.0)
@@ -21,7 +21,7 @@ class FixedRate:
     """One rate for every prompt, step and projection (naive TTA; the paper's baseline is 5e-2)."""
 
     rate: float
-    objective: Objective = PROMPT
+    objective: PromptLoss = PROMPT
     reach: Reach = "all"
     made_for: None = None
     gate: None = None
@@ -42,6 +42,6 @@ class FixedRate:
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         return like.new_full((like.shape[0], projections), self.rate)
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: FrozenLM) -> None:
         """Fits every model; its objective may not."""
         self.objective.check(backbone)

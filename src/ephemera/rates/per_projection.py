@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ephemera import artifact
-from ephemera.backbone import Backbone
 from ephemera.gate import Gate
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
+from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates.protocol import NAME, Trains
-from ephemera.readout import PROMPT, Objective
 
 
 class PerProjectionRate(nn.Module):
@@ -30,7 +30,7 @@ class PerProjectionRate(nn.Module):
         projections: int,
         base_rates: Sequence[float],
         trained_for: dict[str, Any] | None = None,
-        objective: Objective = PROMPT,
+        objective: PromptLoss = PROMPT,
         made_for: MadeFor | None = None,
         trains: Trains = "both",
     ):
@@ -62,7 +62,7 @@ class PerProjectionRate(nn.Module):
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         return self.log_rates_KM[k - 1].exp().expand(like.shape[0], -1)
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: FrozenLM) -> None:
         """ValueError if it was made for another model."""
         if self.trained_for is not None:
             artifact.check_model(self.trained_for, backbone, "per-projection rate")

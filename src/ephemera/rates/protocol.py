@@ -6,10 +6,10 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from ephemera.backbone import Backbone
 from ephemera.gate import Gate
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
-from ephemera.readout import Objective
+from ephemera.prompt_loss import PromptLoss
 
 MAX_STEPS = 5  # LDTTA 4.1
 NAME = "rate"  # of its files
@@ -34,7 +34,7 @@ class Rate(Protocol):
     def uses_representation(self) -> Literal["no", "step"]: ...
 
     @property
-    def objective(self) -> Objective: ...
+    def objective(self) -> PromptLoss: ...
 
     @property
     def trains(self) -> Trains:
@@ -60,6 +60,6 @@ class Rate(Protocol):
         """Learning rates [B,M] of step k of K (from 1); `like` is any tensor [B,...] on the right device."""
         ...
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: FrozenLM) -> None:
         """ValueError if it was made for another model."""
         ...

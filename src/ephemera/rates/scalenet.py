@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ephemera import artifact
-from ephemera.backbone import Backbone
 from ephemera.gate import Gate
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
+from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates.protocol import MAX_STEPS, NAME, Trains
-from ephemera.readout import PROMPT, Objective
 
 
 class ScaleNet(nn.Module):
@@ -39,7 +39,7 @@ class ScaleNet(nn.Module):
         mlp_size: int = 128,
         max_log_scale: float = 4.0,
         trained_for: dict[str, Any] | None = None,
-        objective: Objective = PROMPT,
+        objective: PromptLoss = PROMPT,
         made_for: MadeFor | None = None,
         trains: Trains = "both",
     ):
@@ -126,7 +126,7 @@ class ScaleNet(nn.Module):
         assert h_BH is not None
         return self.base_rates[k - 1] * self.scales(h_BH.to(self.out.weight.dtype), k, K)
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: FrozenLM) -> None:
         if self.trained_for is not None:
             artifact.check_model(self.trained_for, backbone, "ScaleNet")
         self.objective.check(backbone)

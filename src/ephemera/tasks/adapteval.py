@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ephemera.tasks.example import Row, Task
+from ephemera.tasks.base import Row, Task
 
 PLAIN = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 WITH_INPUT = (

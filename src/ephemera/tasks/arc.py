@@ -1,7 +1,7 @@
 """ARC-Easy and ARC-Challenge: grade-school science questions with choices."""
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import SYSTEM, correct, lettered_answer, lettered_choices, shown
-from ephemera.tasks.example import Row, Task
 
 
 def prompt(row: Row) -> str:

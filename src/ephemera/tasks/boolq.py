@@ -1,7 +1,7 @@
 """BoolQ: a passage, and a question that yes or no answers."""
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import correct
-from ephemera.tasks.example import Row, Task
 
 
 def prompt(row: Row) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ephemera.tasks.example import Example, Row
+from ephemera.tasks.base import Example, Row
 from ephemera.tasks.fields import label
 
 SYSTEM = "You answer questions by repeating one of the given choices."

@@ -2,8 +2,8 @@
 
 import re
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import SYSTEM, correct, lettered_answer, lettered_choices, shown
-from ephemera.tasks.example import Row, Task
 
 OPTION = re.compile(r"^([A-Z])\. (.*)$", re.MULTILINE)
 

@@ -2,7 +2,7 @@
 
 import re
 
-from ephemera.tasks.example import Example, Row, Task
+from ephemera.tasks.base import Example, Row, Task
 from ephemera.tasks.numbers import number_in, readings_in
 
 TOLERANCE = 1e-4  # relative, and absolute near zero

@@ -2,8 +2,8 @@
 
 import re
 
+from ephemera.tasks.base import Example, Row, Task
 from ephemera.tasks.code import SYSTEM, body, code_in, statements
-from ephemera.tasks.example import Example, Row, Task
 
 
 def prompt(row: Row) -> str:

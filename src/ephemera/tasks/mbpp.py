@@ -1,8 +1,8 @@
 """MBPP: write a Python function from one sentence and the tests it should pass (Austin et al. 2021)."""
 
+from ephemera.tasks.base import Example, Row, Task
 from ephemera.tasks.choice import texts
 from ephemera.tasks.code import SYSTEM, code_in, statements
-from ephemera.tasks.example import Example, Row, Task
 
 
 def prompt(row: Row) -> str:

@@ -1,6 +1,6 @@
 """NQ-Open: a question, a short answer, no passage (LDTTA A.3)."""
 
-from ephemera.tasks.example import Row, Task
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.fields import first_text
 
 

@@ -1,7 +1,7 @@
 """OpenBookQA: elementary science facts, asked as sentences to complete."""
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import SYSTEM, correct, lettered_answer, lettered_choices, shown
-from ephemera.tasks.example import Row, Task
 
 
 def prompt(row: Row) -> str:

@@ -1,6 +1,6 @@
 """A user's own file of {"prompt", "answer"}: the prompt is used as it stands."""
 
-from ephemera.tasks.example import Task
+from ephemera.tasks.base import Task
 
 OWN = Task(
     name="own",

@@ -1,7 +1,7 @@
 """RACE (middle school): a passage, and a question with four choices about it."""
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import correct, shown, texts
-from ephemera.tasks.example import Row, Task
 from ephemera.tasks.fields import label
 
 LETTERS = "ABCD"

@@ -1,7 +1,7 @@
 """SNLI: does a sentence follow from another, contradict it, or neither?"""
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import correct, pick
-from ephemera.tasks.example import Row, Task
 from ephemera.tasks.fields import label
 
 LABELS = ["entailment", "neutral", "contradiction"]

@@ -1,6 +1,6 @@
 """SQuAD v1.1: the answer is a span of the passage (LDTTA A.2)."""
 
-from ephemera.tasks.example import Row, Task
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.fields import spans
 
 

@@ -1,6 +1,6 @@
 """SVAMP: one-step word problems that vary known ones; judged as GSM8K is."""
 
-from ephemera.tasks.example import Row, Task
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.gsm8k import SYSTEM, correct
 from ephemera.tasks.gsm8k import prompt as worded
 from ephemera.tasks.numbers import number_of

@@ -1,7 +1,7 @@
 """WinoGrande: which of two fills the blank?"""
 
+from ephemera.tasks.base import Row, Task
 from ephemera.tasks.choice import correct, pick, shown, texts
-from ephemera.tasks.example import Row, Task
 
 
 def choices(row: Row) -> list[str]:

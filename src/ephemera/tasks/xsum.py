@@ -1,6 +1,6 @@
 """XSum: a news article and its one-sentence summary (LDTTA A.1)."""
 
-from ephemera.tasks.example import Row, Task
+from ephemera.tasks.base import Row, Task
 
 
 def prompt(row: Row) -> str:

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ephemera import artifact
-from ephemera.backbone import Backbone
 from ephemera.config import TrainGate, dump_yaml
 from ephemera.gate import SHARES, SIGNALS, Gate
 from ephemera.guard import kl, log_p, read_with, signals
 from ephemera.inits import ZeroInit
-from ephemera.load import load_backbone
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import load_backbone
 from ephemera.prepared import prepare
 from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.rates.protocol import NAME as RATE
@@ -84,7 +84,7 @@ def read_measured(path: Path, rows: Sequence[Encoded]) -> Measured:
 
 @torch.no_grad()
 def measure(
-    backbone: Backbone, network: ScaleNet | PerProjectionRate, rows: Sequence[Encoded], *, batch_size: int, seed: int
+    backbone: FrozenLM, network: ScaleNet | PerProjectionRate, rows: Sequence[Encoded], *, batch_size: int, seed: int
 ) -> Measured:
     """Adapt to each row once, and score its answer with each share of the adapter."""
     tasks: list[str] = []

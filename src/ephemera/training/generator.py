@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, describe
+from ephemera.batch import TokenBatch
 from ephemera.config import JointSettings, TrainGenerator
-from ephemera.depth import Lower
-from ephemera.generator import LoraGenerator, load_generator
+from ephemera.inits import LoraGenerator, load_generator
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import FrozenLM, describe
+from ephemera.llm.precision import DTYPES
+from ephemera.llm.prefill import prefill, whole_reading
 from ephemera.lora import LoraBatch
-from ephemera.objective import TokenBatch
-from ephemera.precision import DTYPES
-from ephemera.prefill import prefill, whole_reading
 from ephemera.rates import ScaleNet
 from ephemera.scoring import Encoded, batches_of, prompt_batch, training_representations
 from ephemera.training.card import write_generator_card
@@ -39,7 +39,7 @@ class GeneratorTrainee:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FrozenLM,
         generator: LoraGenerator,
         *,
         validation: dict[str, list[Encoded]],
@@ -82,14 +82,14 @@ class GeneratorTrainee:
             "non_finite": len(rows) - used,
         }
 
-    def _start(self, batch: TokenBatch) -> tuple[LoraBatch, Lower | None]:
+    def _start(self, batch: TokenBatch) -> tuple[LoraBatch, CachedLayers | None]:
         """The generated adapters; with reach `answer` from the reading of the prompts that their answers go on from."""
         if self.generator.reach == "all":
             return self.generator(self.backbone, batch, [0] * len(batch.ids_BT)), None
         reading = whole_reading(self.backbone, batch, None)
         return self.generator.after(self.backbone, batch, reading), reading
 
-    def _answer_nll(self, rows: Sequence[Encoded], lora: LoraBatch, reading: Lower | None) -> Tensor:
+    def _answer_nll(self, rows: Sequence[Encoded], lora: LoraBatch, reading: CachedLayers | None) -> Tensor:
         read = prefill(
             self.backbone, prompt_batch(self.backbone, rows), lora, reach=self.generator.reach, reading=reading
         )
@@ -123,7 +123,7 @@ class GeneratorTrainee:
 
 
 @torch.no_grad()
-def fit_states(backbone: Backbone, generator: LoraGenerator, rows: Sequence[Encoded]) -> None:
+def fit_states(backbone: FrozenLM, generator: LoraGenerator, rows: Sequence[Encoded]) -> None:
     states = [generator.state_BH(backbone, prompt_batch(backbone, some)) for some in batches_of(backbone, rows, 8)]
     generator.fit_normalization(torch.cat(states))
 
@@ -194,7 +194,7 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     return folder / "network"
 
 
-def _scalenet(backbone: Backbone, config: TrainGenerator, rows: Sequence[Encoded]) -> ScaleNet:
+def _scalenet(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded]) -> ScaleNet:
     settings = config.scalenet
     assert settings is not None
     if settings.base_rates is None or len(settings.base_rates) != settings.max_steps:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ephemera.backbone import Backbone, describe
+from ephemera.batch import TokenBatch
 from ephemera.config import TrainLens
-from ephemera.lens import Lens
-from ephemera.objective import TokenBatch
-from ephemera.readout import Objective
+from ephemera.early_exit.lens import Lens
+from ephemera.llm.frozen_lm import FrozenLM, describe
+from ephemera.prompt_loss import PromptLoss
 from ephemera.rows import load_rows
 from ephemera.scoring import Encoded, batches_of, prompt_batch
 from ephemera.training.card import write_lens_card
@@ -30,7 +30,7 @@ class LensTrainee:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FrozenLM,
         network: Lens,
         *,
         validation: Sequence[Encoded],
@@ -82,7 +82,7 @@ class LensTrainee:
     def _logits(self, h_ND: Tensor, layer: int, lens: Lens | None) -> Tensor:
         """The maps are small beside what they are added to: float32, whatever the backbone's dtype."""
         moved_ND = h_ND if lens is None else lens(h_ND.float(), layer).to(h_ND.dtype)
-        return self.backbone.logits(Objective(exit_layer=layer).states(self.backbone, moved_ND))
+        return self.backbone.logits(PromptLoss(exit_layer=layer).states(self.backbone, moved_ND))
 
 
 def divergence(final_NV: Tensor, logits_NV: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def chosen_tokens(batch: TokenBatch, share: float, draw: str) -> Tensor:
 
 
 @torch.no_grad()
-def fit_scale(backbone: Backbone, lens: Lens, rows: Sequence[Encoded], batch_size: int) -> None:
+def fit_scale(backbone: FrozenLM, lens: Lens, rows: Sequence[Encoded], batch_size: int) -> None:
     """Each feature's root mean square over the prompts' tokens, at each exit layer."""
     squares_ED, tokens = torch.zeros_like(lens.scale_ED), 0
     for batch_rows in batches_of(backbone, rows, batch_size):
@@ -117,7 +117,7 @@ def train_lens(config: TrainLens, *, resume: bool = False) -> Path:
     for layer in config.exit_layers:
         if layer > backbone.layers:
             raise ValueError(f"exit_layers names layer {layer}; {backbone.name} has {backbone.layers}.")
-        Objective(exit_layer=backbone.layers).check(backbone)
+        PromptLoss(exit_layer=backbone.layers).check(backbone)
     rows, validation = load_rows(backbone, config.train), load_rows(backbone, config.validation)
     kept = kept_settings(config, folder) if resume else None
     if kept is None:

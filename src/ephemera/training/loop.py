@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ephemera.batch import batch_tokens, length_batches
 from ephemera.config import OptimizerSettings
-from ephemera.objective import batch_tokens, length_batches
 from ephemera.saving import json_text, save_tensors
 from ephemera.scoring import Encoded
 

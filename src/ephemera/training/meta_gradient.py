@@ -8,21 +8,26 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt, meta_gradient
-from ephemera.backbone import Backbone
-from ephemera.depth import Lower
+from ephemera.batch import last_tokens, mean_nll, pad
+from ephemera.early_exit.lens import Lens
 from ephemera.flat import FlatLora
 from ephemera.inits import Init, ZeroInit
-from ephemera.lens import Lens
+from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.prefill import nll_after, whole_reading
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
-from ephemera.objective import last_tokens, mean_nll, pad
-from ephemera.prefill import nll_after, whole_reading
 from ephemera.rates import PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
 
 
 def answer_gradient(
-    backbone: Backbone, rows: Sequence[Encoded], lora: LoraBatch, *, reach: Reach = "all", reading: Lower | None = None
+    backbone: FrozenLM,
+    rows: Sequence[Encoded],
+    lora: LoraBatch,
+    *,
+    reach: Reach = "all",
+    reading: CachedLayers | None = None,
 ) -> tuple[Tensor, FlatLora]:
     """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass.
 
@@ -46,7 +51,7 @@ def answer_gradient(
 
 
 def scalenet_backward(
-    backbone: Backbone,
+    backbone: FrozenLM,
     init: Init,
     network: ScaleNet | PerProjectionRate,
     rows: Sequence[Encoded],

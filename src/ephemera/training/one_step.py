@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import meta_gradient
-from ephemera.backbone import Backbone
 from ephemera.flat import FlatLora
 from ephemera.inits import ZeroInit
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.prepared import Prepared, prepare
 from ephemera.rates import PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, batches_of, parts_of
@@ -85,7 +85,7 @@ class OneStepTrainee:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FrozenLM,
         init: ZeroInit,
         network: ScaleNet | PerProjectionRate,
         *,
@@ -158,7 +158,7 @@ class OneStepTrainee:
 
 
 def scored(
-    backbone: Backbone, init: ZeroInit, rows: Sequence[Encoded], network: ScaleNet | PerProjectionRate, seed: int
+    backbone: FrozenLM, init: ZeroInit, rows: Sequence[Encoded], network: ScaleNet | PerProjectionRate, seed: int
 ) -> Scored:
     parts = [[row.prompt for row in rows[part]] for part in parts_of(backbone, rows)]
     made = prepare(backbone, init, parts, [seed] * len(rows), objective=network.objective)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from ephemera.backbone import Backbone
 from ephemera.config import (
     LoraSettings,
     OptimizerSettings,
@@ -20,6 +19,7 @@ from ephemera.config import (
     check_config,
     dump_yaml,
 )
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.saving import json_text
 from ephemera.training.loop import clear
 
@@ -31,7 +31,7 @@ def open_run(
     folder: Path,
     targets: str | list[str],
     layers: str | list[int] = "all",
-) -> tuple[Accelerator, Backbone]:
+) -> tuple[Accelerator, FrozenLM]:
     """The accelerator, with its trackers, and the frozen model on its device."""
     if not isinstance(config, TrainScaleNet):  # no setting is silently ignored
         unused: dict[str, tuple[Any, Any]] = {

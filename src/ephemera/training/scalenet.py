@@ -14,15 +14,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from ephemera.adapt import adapt
-from ephemera.backbone import Backbone, describe
 from ephemera.config import ObjectiveSettings, OptimizerSettings, TrainScaleNet
-from ephemera.generator import load_init, place_init, targets_of
-from ephemera.inits import Init, ZeroInit
-from ephemera.lens import Lens, load_lens
+from ephemera.early_exit.lens import Lens, load_lens
+from ephemera.inits import Init, ZeroInit, load_init, place_init, targets_of
+from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.made_for import MadeFor
 from ephemera.prepared import bytes_of
+from ephemera.prompt_loss import PromptLoss
 from ephemera.rates import AveragedRate, PerProjectionRate, ScaleNet, load_rate, place_rate
-from ephemera.readout import Objective
 from ephemera.rows import load_rows
 from ephemera.scoring import (
     Encoded,
@@ -59,7 +58,7 @@ class ScaleNetTrainee:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FrozenLM,
         init: Init,
         network: ScaleNet | PerProjectionRate,
         *,
@@ -122,7 +121,7 @@ class ScaleNetTrainee:
 
 
 def averaged_rate(
-    backbone: Backbone, init: Init, network: ScaleNet, rows: Sequence[Encoded], *, batch_size: int
+    backbone: FrozenLM, init: Init, network: ScaleNet, rows: Sequence[Encoded], *, batch_size: int
 ) -> AveragedRate:
     """Replace s(x, k, K) by its mean over training prompts, per (k, K) (LDTTA 4.3)."""
     Kmax, M = network.max_steps, len(backbone.projections)
@@ -193,7 +192,7 @@ def _faster(config: TrainScaleNet) -> OptimizerSettings:
 
 
 def _constants(
-    config: TrainScaleNet, trainee: OneStepTrainee, backbone: Backbone, objective: Objective
+    config: TrainScaleNet, trainee: OneStepTrainee, backbone: FrozenLM, objective: PromptLoss
 ) -> OneStepTrainee:
     """The same training of constants, which see no prompt."""
     settings = config.scalenet.model_copy(update={"granularity": "constant"})
@@ -201,7 +200,7 @@ def _constants(
     return trainee.with_network(network.to(backbone.device))
 
 
-def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) -> ScaleNet | PerProjectionRate:
+def _network(config: TrainScaleNet, backbone: FrozenLM, objective: PromptLoss) -> ScaleNet | PerProjectionRate:
     settings = config.scalenet
     assert settings.base_rates is not None
     made_for = MadeFor(tuple(config.train.task.split("+")), config.train.format, settings.reach)
@@ -231,7 +230,7 @@ def _network(config: TrainScaleNet, backbone: Backbone, objective: Objective) ->
 
 def _trainee(
     config: TrainScaleNet,
-    backbone: Backbone,
+    backbone: FrozenLM,
     init: Init,
     network: ScaleNet | PerProjectionRate,
     rows: Sequence[Encoded],
@@ -300,7 +299,7 @@ def _made_for(config: TrainScaleNet, folder: Path) -> MadeFor:
     return MadeFor(tasks, config.train.format, config.scalenet.reach, steps, figures)
 
 
-def settled_objective(settings: ObjectiveSettings) -> Objective:
+def settled_objective(settings: ObjectiveSettings) -> PromptLoss:
     """With the exit layer's own lens, where one is named."""
     if settings.lens is not None and settings.exit_layer is None:
         raise ValueError("objective.lens is for an early exit; give objective.exit_layer, or no lens.")
@@ -309,17 +308,17 @@ def settled_objective(settings: ObjectiveSettings) -> Objective:
     lens = None
     if settings.lens is not None and settings.exit_layer is not None:
         lens = load_lens(settings.lens).only(settings.exit_layer)
-    return Objective(settings.exit_layer, lens, settings.vocabulary)
+    return PromptLoss(settings.exit_layer, lens, settings.vocabulary)
 
 
 def _settle(
     config: TrainScaleNet,
     folder: Path,
-    backbone: Backbone,
+    backbone: FrozenLM,
     init: Init,
     validation: Sequence[Encoded],
     accelerator: Accelerator,
-    objective: Objective,
+    objective: PromptLoss,
     *,
     resume: bool,
 ) -> TrainScaleNet:

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ephemera.backbone import Backbone
+from ephemera.batch import last_tokens, mean_nll, pad
 from ephemera.config import TrainTaskLora
-from ephemera.objective import last_tokens, mean_nll, pad
+from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.saving import whole_folder
 from ephemera.scoring import Encoded, batches_of
 from ephemera.training.loop import Schedule, train
@@ -34,7 +34,7 @@ class AdapterWeights(nn.Module):
 class TaskLoraTrainee:
     """PEFT's model under `loop.train`, on the answers' NLL: mean over a row's answer tokens, then over rows."""
 
-    def __init__(self, backbone: Backbone, model: PeftModel, *, validation: dict[str, list[Encoded]]):
+    def __init__(self, backbone: FrozenLM, model: PeftModel, *, validation: dict[str, list[Encoded]]):
         self.backbone = backbone
         self.network = AdapterWeights(model)
         self.validation = validation

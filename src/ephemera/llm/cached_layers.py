@@ -1,0 +1,70 @@
+"""A pass through some of a decoder's layers: what lies below is kept from an earlier pass, what lies above is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+# Decoders whose forward walks `layers` and ends in one norm: the norm's name, by config.model_type
+FINAL_NORMS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi3"), "norm"),
+    "phi": "final_layernorm",
+    "gpt_neox": "final_layer_norm",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class CachedLayers:
+    """What the model without adapters made of a batch in its first `layers` layers.
+
+    `hidden_BTD` is what layer `layers - 1` gives, after the final norm if that is the last layer. `cache` holds the keys
+    and values of those layers only.
+    """
+
+    ids_BT: Tensor
+    layers: int
+    hidden_BTD: Tensor
+    cache: DynamicCache
+
+
+class _Kept(nn.Module):
+    """Stands where a layer stood and gives what that layer gave before, whatever it is called with."""
+
+    def __init__(self, hidden_BTD: Tensor):
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        return self.hidden_BTD
+
+
+@contextmanager
+def some_layers(
+    decoder: nn.Module, norm: str, *, lower: CachedLayers | None = None, stop: int | None = None
+) -> Iterator[None]:
+    """Run `decoder` without the layers that `lower` has, and up to layer `stop` (then also without its final norm).
+
+    The decoder's own forward makes masks and positions; only what it walks over is replaced. Layers keep their
+    places, which index layer types and the cache. Whatever happens inside, the decoder is restored after.
+    """
+    if lower is None and stop is None:
+        yield
+        return
+    layers, final = decoder.get_submodule("layers"), decoder.get_submodule(norm)
+    assert isinstance(layers, nn.ModuleList)
+    chosen: Sequence[nn.Module] = list(layers)[:stop]
+    if lower is not None:
+        chosen = [_Kept(lower.hidden_BTD)] * lower.layers + list(chosen)[lower.layers :]
+    try:
+        decoder.register_module("layers", nn.ModuleList(chosen))
+        if stop is not None:
+            decoder.register_module(norm, nn.Identity())
+        yield
+    finally:
+        decoder.register_module("layers", layers)
+        decoder.register_module(norm, final)

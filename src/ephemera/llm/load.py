@@ -1,0 +1,140 @@
+"""Loading: a hub id, a folder, a GGUF file or the default model, on a device, in a dtype."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ephemera.downloads import DEFAULT_MODEL, fetch_default_model
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.gguf_header import read_header
+from ephemera.llm.model_files import (
+    adapter_not_model,
+    check_files,
+    reason,
+    unreadable_config,
+    unreadable_tokenizer,
+    unreadable_weights,
+)
+from ephemera.llm.precision import DTYPES, multiplies_bfloat16
+from ephemera.llm.weights import check_finite, check_fit
+from ephemera.messages import nearest, unknown
+from ephemera.saving import unreadable
+
+SLOW_BFLOAT16 = "this CPU has no instructions for bfloat16 products: they will take tens of times as long as float32's."
+
+
+def find_device(given: torch.device | str | None) -> torch.device:
+    """The device asked for, else CUDA where there is one; ValueError where torch has no such device here."""
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()  # meta has no numbers
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {str(given)!r} cannot be used here: {str(error).splitlines()[0]}. Give cpu, or cuda on a machine that has it."
+        ) from error
+    return device
+
+
+def load_backbone(
+    name: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    target_modules: str | Sequence[str] = "qv",
+    layers: str | Sequence[int] = "all",
+    only: Sequence[str] | None = None,
+    checkpoint: bool = False,
+    **kwargs: Any,
+) -> FrozenLM:
+    """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
+
+    `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
+    is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
+    transformers (`quantization_config`, `attn_implementation`, ...). ValueError where a file cannot be read, or weights
+    are missing, left over, of another shape or not finite: transformers would fill or drop them.
+    """
+    device = find_device(device)
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16():
+        warnings.warn(SLOW_BFLOAT16, stacklevel=2)
+    path, kwargs = _resolve(name), dict(kwargs)
+    packs = kwargs.get("attn_implementation") is None  # who asks for an attention gets it in every pass
+    if packs:
+        kwargs.pop("attn_implementation", None)
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            kwargs["attn_implementation"] = "eager"  # the fused kernel's bfloat16 backward is slow there
+    source = str(path) if path.exists() else name
+    if path.exists() and (file := check_files(path)) is not None:
+        source, kwargs["gguf_file"] = str(path.parent), file
+    kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
+    which = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
+    if path.is_dir():  # a GGUF file's takes seconds
+        _read(name, path, unreadable_config, lambda: AutoConfig.from_pretrained(source, **which))
+    tokenizer = _read(name, path, unreadable_tokenizer, lambda: AutoTokenizer.from_pretrained(source, **which))
+    model = _load_weights(name, path, source, dtype, kwargs)
+    if "quantization_config" not in kwargs or "gguf_file" in kwargs:
+        model = model.to(device)  # pyright: ignore[reportArgumentType]
+    return FrozenLM(
+        model,
+        tokenizer,
+        name=name,
+        path=path,
+        target_modules=target_modules,
+        layers=layers,
+        only=only,
+        packs=packs,
+        checkpoint=checkpoint,
+    )
+
+
+def _load_weights(name: str, path: Path, source: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """The model, once every one of its weights is known to come from its files."""
+    reporting: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {**kwargs, "dtype": dtype, **reporting}
+    model, info = _read(name, path, unreadable_weights, lambda: AutoModelForCausalLM.from_pretrained(source, **options))
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub id of an adapter
+        raise ValueError(adapter_not_model(name, model.config.name_or_path))
+    check_fit(name, info)
+    if "gguf_file" in kwargs and path.exists() and (factors := read_header(path).rope_factors):
+        frequencies_F = model.base_model.get_submodule("rotary_emb").get_buffer("inv_freq")
+        frequencies_F.div_(torch.tensor(factors, device=frequencies_F.device))
+    check_finite(f"model {name!r}", model.named_parameters())
+    return model
+
+
+def _read(name: str, path: Path, told: Callable[[Path, BaseException], str], read: Callable[[], Any]) -> Any:
+    """What `read` returns; ValueError of one line where it fails. Damaged files make libraries raise anything."""
+    try:
+        return read()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tokenizers raises plain Exception
+        if path.exists():
+            again = f" Or remove {path}; the next use fetches it again." if name == DEFAULT_MODEL else ""
+            raise ValueError(f"cannot load model {name!r}: {told(path, error)}{again}") from error
+        raise ValueError(
+            f"cannot load model {name!r}: {reason(error)}. Give a hub id, a folder with config.json and safetensors, a "
+            f".gguf file, or {DEFAULT_MODEL!r} (fetched from the package index). {nearest(name, [DEFAULT_MODEL])}".rstrip()
+        ) from error
+
+
+def _resolve(name: str) -> Path:
+    if name == DEFAULT_MODEL:
+        return fetch_default_model()
+    path = Path(name).expanduser()
+    looks_local = path.suffix == ".gguf" or name.startswith((".", "/", "~"))
+    if looks_local and not path.exists():
+        raise ValueError(f"cannot load model {name!r}: there is no such file or folder.")
+    for file in [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file()):
+        if found := unreadable(file):  # safetensors would say that there is no such file
+            raise ValueError(f"cannot load model {name!r}: cannot read {found}. Ask its owner to let you read it.")
+    return path

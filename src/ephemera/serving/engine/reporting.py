@@ -1,0 +1,115 @@
+"""How the adaptations of a group went: the `ephemera` object of each response."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ephemera.adapt import Trace
+from ephemera.adaptation import ABSTAINED, risen, told
+from ephemera.batch import TokenBatch, mean_nll
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.model_files import called
+from ephemera.llm.prefill import Prefill
+from ephemera.serving.engine.decode_batch import out_of_memory
+from ephemera.serving.engine.messages import Job, Report
+from ephemera.serving.http.adapter import zipped
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that adapting took, and when the first tokens were out."""
+
+    adapting: float
+    first: float
+
+
+def reports(
+    backbone: FrozenLM,
+    group: Sequence[Job],
+    trace: Trace | None,
+    read: Prefill,
+    times: Times,
+    left_B: Tensor | None = None,
+) -> list[tuple[Report, str | None]]:
+    """A report for each job, and why its answer came from the adapter's start, if it did.
+
+    `left_B`: rows that the gate left alone. Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
+    """
+    taken = trace.prompt_nll_BK.shape[1] if trace else 0
+    last_B = _last_nll(backbone, read, group, taken)
+    fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
+    nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
+    made = []
+    for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
+        method = job.method
+        kept = method.kept_start(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
+        seen_K = nll_BK[row]
+        nll_K = (*seen_K, *last)
+        if left_B is not None and bool(left_B[row]):
+            note = kept or ABSTAINED
+        else:
+            note = kept or told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K))
+        facts = {
+            "method": method.name,
+            "steps": job.steps,
+            "steps_taken": taken,
+            "reach": method.reach if method.init is not None else None,
+            "abstained": left_B is not None and bool(left_B[row]),
+            "note": note,
+            "prompt_nll": [_number(x) for x in nll_K],
+            "adapt_seconds": times.adapting if trace else 0.0,
+            "first_token_seconds": times.first - job.arrived,
+            "trace": _rates(backbone, trace, row) if job.trace else None,
+        }
+        packed = None
+        if job.adapter and read.lora is not None:
+            token = job.ids[-1] if read.base_BD is not None else None
+            packed = zipped(read.lora, row, base_model=called(backbone.name), last_token=token)
+        made.append((Report(facts, packed), kept))
+    return made
+
+
+def _whole(job: Job) -> bool:
+    """Whether the steps' losses are the whole model's: an early exit's are others."""
+    return job.method.rate is None or job.method.rate.objective.describe() is None
+
+
+def _last_nll(backbone: FrozenLM, read: Prefill, group: Sequence[Job], taken: int) -> list[list[float]]:
+    """The loss that the last step left, where it is asked for or to be compared; with reach `answer` there is none.
+
+    No answer is lost where memory is too short for it.
+    """
+    found: list[list[float]] = [[] for _ in group]
+    if read.base_BD is not None:
+        return found
+    rows = [row for row, job in enumerate(group) if job.trace or (taken and _whole(job))]
+    if not rows:
+        return found
+    try:
+        batch = TokenBatch(read.batch.ids_BT[rows], read.batch.mask_BT[rows])
+        with torch.no_grad():
+            last = mean_nll(read.hidden_BTD[rows], batch, backbone.logits).tolist()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        last = [math.nan] * len(rows)
+    for row, nll in zip(rows, last, strict=True):
+        found[row] = [nll]
+    return found
+
+
+def _rates(backbone: FrozenLM, trace: Trace | None, row: int) -> dict[str, Any]:
+    projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in backbone.projections]
+    rates_KM = trace.rates_BKM[row].tolist() if trace else []
+    return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
+
+
+def _number(x: float) -> float | None:
+    """JSON has no NaN."""
+    return x if math.isfinite(x) else None

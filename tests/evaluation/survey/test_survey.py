@@ -1,0 +1,97 @@
+"""A survey on a tiny model: every method against AdaptiveLM or by hand, resuming, tables, the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ephemera import AdaptiveLM
+from ephemera.config import Survey, check_config
+from ephemera.evaluation.shared.records import RECORDS, SurveyRecord, read_json, read_records
+from ephemera.evaluation.survey.report import changed
+from ephemera.evaluation.survey.run import survey
+from ephemera.evaluation.survey.tables import cells_of, verdict
+from ephemera.llm.frozen_lm import describe
+from ephemera.llm.load import load_backbone
+from ephemera.made_for import MadeFor
+from ephemera.rates import FixedRate, PerProjectionRate, load_rate
+from tiny_models import length_gate
+
+ROWS = [{"prompt": f"The river {'runs ' * (i % 4)}past {i}", "answer": f"the mill {i % 3}"} for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def material(llama_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("survey")
+    backbone = load_backbone(str(llama_folder), dtype="float32", device="cpu")
+    rate = PerProjectionRate(
+        projections=len(backbone.projections),
+        base_rates=[3.0],
+        trained_for=describe(backbone),
+        made_for=MadeFor(("own",), "plain", "answer", 1),
+    )
+    rate.gate = length_gate(backbone, 0.5, by_length=50.0, tokens=9.5)
+    rate.save_pretrained(folder / "network")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder
+
+
+def settings(material: Path, llama_folder: Path, output: Path, **more) -> Survey:
+    values = {
+        "output": str(output),
+        "network": str(material / "network"),
+        "model": {"name": str(llama_folder), "dtype": "float32", "device": "cpu"},
+        "data": {"task": "own", "source": str(material / "rows.jsonl"), "format": "plain"},
+        "methods": ["none", "uniform", "network", "ungated", "swapped"],
+        "uniform_rate": 2.0,
+        "max_new_tokens": 4,
+        "batch_size": 4,
+        **more,
+    }
+    return check_config(Survey, values)
+
+
+def test_a_survey(material, llama_folder, tmp_path):
+    folder = survey(settings(material, llama_folder, tmp_path / "run"))
+    records = read_records(folder / RECORDS, SurveyRecord)
+    prompts, answers = [r["prompt"] for r in ROWS], [r["answer"] for r in ROWS]
+    network = load_rate(material / "network")
+    lm = AdaptiveLM.from_pretrained(str(llama_folder), rate="none", dtype="float32", device="cpu")
+    by = {m: sorted(r.nll for r in records if r.method == m) for m in ("none", "uniform", "network", "ungated")}
+    gated = lm.adapt(prompts, rate=network)
+    wanted = {"none": lm.answer_nll(prompts, answers), "network": lm.answer_nll(prompts, answers, gated)}
+    uniform = lm.adapt(prompts, rate=FixedRate(2.0, reach="answer"))
+    wanted["uniform"] = lm.answer_nll(prompts, answers, uniform)
+    network.gate = None
+    wanted["ungated"] = lm.answer_nll(prompts, answers, lm.adapt(prompts, rate=network))
+    for method, nll in wanted.items():
+        assert by[method] == pytest.approx(sorted(nll.tolist()), abs=1e-4), method
+    alone = sum((note or "").startswith("abstained") for note in gated.notes)
+    assert 0 < alone < len(ROWS)
+    assert sum(r.share == 0 for r in records if r.method == "network") == alone
+    assert by["network"] != by["ungated"]
+    cells = {c.method: c for c in cells_of(records)}
+    assert cells["network"].abstained == pytest.approx(alone / len(ROWS))
+    assert "own" in (folder / "table.md").read_text()
+    assert "<mark>" in (folder / "report.html").read_text() or "abstained" in (folder / "report.html").read_text()
+    before = (folder / RECORDS).read_text()
+    survey(settings(material, llama_folder, tmp_path / "run"))
+    assert (folder / RECORDS).read_text() == before, "a finished survey has nothing to do"
+    price = read_json(folder / "run.json")["price"]
+    assert f"Over {len(ROWS)} prompts of 1 kinds" in verdict(list(cells.values()), price)
+
+
+def test_what_changed():
+    assert changed("the mill runs", "the old mill") == [("the", False), ("old", True), ("mill", False)]
+
+
+def test_wrong_settings(material, llama_folder, tmp_path):
+    for wrong, words in (
+        ({"methods": ["network"]}, r"methods needs none"),
+        ({"methods": ["none", "lora"]}, r"give the adapter's folder \(lora=FOLDER\)"),
+        ({"methods": ["none", "constants"]}, r"constants=FOLDER"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            settings(material, llama_folder, tmp_path, **wrong)
+    with pytest.raises(ValueError, match=r"a survey is of one trained network with reach answer"):
+        survey(settings(material, llama_folder, tmp_path / "x", network="0.05"))

@@ -1,0 +1,93 @@
+"""The shape of the code itself: which module may know which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import ephemera
+
+SRC = Path(ephemera.__file__).parent
+# From the ground up; a module may import what stands before it, a package's modules their neighbours.
+LAYERS = (
+    *("messages", "files", "saving", "made_for", "downloads", "tasks"),
+    *("llm.precision", "llm.weights", "llm.gguf_header", "llm.model_files", "llm.tokenize"),
+    *("fast.packing", "fast.shared_prefix", "fast.rms_norm", "lora", "flat", "fast.llama_layer", "fast.vocab_loss"),
+    *("batch", "fast.recompute", "llm.projections", "llm.cached_layers", "llm.frozen_lm", "llm.window", "llm.load"),
+    *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates", "adapt", "fast.decode", "llm.prefill"),
+    *("prepared", "guard", "begin", "peft_export", "adaptation"),
+    *("scoring", "config", "rows", "model", "run_info"),
+    *("training", "evaluation", "serving"),
+    *("bench", "doctor", "demo", "cli", "__main__"),
+)
+SPLIT = {"llm", "fast"}  # packages whose modules have places of their own
+SIBLINGS = {"training", "evaluation", "serving"}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    """`training` for training/loop.py, `adapt` for adapt.py, `` for the package's own __init__."""
+    return _part([*path.relative_to(SRC).with_suffix("").parts])
+
+
+def _part(names: list[str]) -> str:
+    if names[-1:] == ["__init__"]:
+        names = names[:-1]
+    return ".".join(names[: 2 if names and names[0] in SPLIT else 1])
+
+
+def imports(path: Path) -> set[str]:
+    """Parts of ephemera that a file imports, late imports included; `` is the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            names = [module]
+            if (
+                module.split(".")[0] == "ephemera"
+            ):  # from ephemera import lora, __version__; from ephemera.fast import decode
+                inner = [(module, f"{module}.{a.name}".removeprefix("ephemera.")) for a in node.names]
+                names = [f"ephemera.{name}" if name in LAYERS else whole for whole, name in inner]
+        else:
+            continue
+        found |= {_part(name.split(".")[1:]) for name in names if name.split(".")[0] == "ephemera"}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_point_down(path):
+    here = part(path)
+    # The package's face is AdaptiveLM and what it needs
+    if here in SPLIT:
+        assert not imports(path), f"{path.relative_to(SRC)}: what this package holds is imported by its modules' names"
+        return
+    level = LAYERS.index(here or "model")
+    for other in imports(path):
+        assert other == here or LAYERS.index(other or "model") < level or (here == "" and other == "model"), (
+            f"{path.relative_to(SRC)} imports {other or 'ephemera'}"
+        )
+        assert not (here in SIBLINGS and other in SIBLINGS and here != other)
+    if here == "tasks":
+        assert imports(path) <= {"tasks", "messages", "files", "downloads"}
+
+
+def test_every_part_has_its_place():
+    assert {part(path) for path in FILES} - {"", *SPLIT} <= set(LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_house_rules(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert path.name != "utils.py"
+    names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+    assert not names & {"hasattr", "eval", "exec", "__import__"}
+    modules = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.module}
+    assert not modules & {"pickle", "importlib", "dill", "joblib"}
+    assert "torch.load(" not in text
+    assert "torch.save(" not in text
+    assert "trust_remote_code=True" not in text
