@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ephemera.bench.timing import machine, machine_lines
 from ephemera.fast import packing as packed
-from ephemera.fast.packing import Packing, attention
+from ephemera.fast.cpu_attention import attention
+from ephemera.fast.packing import Packing
 
 BATCHES = ((8, 32), (8, 64), (8, 128), (4, 256), (2, 435), (2, 512), (1, 768), (1, 1024))
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,7 +85,7 @@ def main() -> None:
     ]
     for dtype in DTYPES:
         for count, longest in BATCHES:
-            packing = Packing(tuple(longest - i for i in range(count)), torch.device("cpu"))
+            packing = Packing(tuple(longest - i for i in range(count)))
             inputs = [
                 torch.randn(1, sum(packing.lengths), heads, WIDTH, dtype=dtype).transpose(1, 2).requires_grad_()
                 for heads in (HEADS, GROUPS, GROUPS)

@@ -81,7 +81,7 @@ class EinsumLoop:
             losses_N = F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), labels_BS.flatten(), reduction="none")
             losses_BS = losses_N.view_as(labels_BS)
             (losses_BS.sum(1) / (labels_BS != -100).sum(1)).sum().backward()
-            lora = lora.with_tensors([t.detach() - RATE * t.grad for t in lora.tensors if t.grad is not None])
+            lora = lora.with_buffers(*(t.detach() - RATE * t.grad for t in lora.buffers if t.grad is not None))
         return lora
 
     @contextmanager

@@ -17,13 +17,13 @@ def count_layers(backbone: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> Counter
     layers = list(backbone.decoder.get_submodule("layers").children())
     for i, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, i=i: counts.update([i]))
-    run = llama._Written.forward
+    run = llama.FusedLayer.forward
 
     def counted(self, *args, **kwargs):
         counts.update([layers.index(self.layer)])
         return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(llama._Written, "forward", counted)
+    monkeypatch.setattr(llama.FusedLayer, "forward", counted)
     return counts
 
 

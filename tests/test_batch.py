@@ -5,13 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ephemera.batch import TokenBatch, length_batches, mean_nll, pad, predicted
+from ephemera.batch import TokenBatch, length_batches, pad, scored_tokens
 from ephemera.fast import vocab_loss as head_module
-from ephemera.fast.vocab_loss import Head, token_nll
+from ephemera.fast.vocab_loss import block_nll
+from ephemera.llm.head import Head, token_nll
 from reference import close
 from tiny_models import random_ids
 
 D, V = 6, 11
+
+
+def mean_nll(hidden, batch, head, *, tokens=None, twice_differentiable=False):
+    tokens = tokens or batch.scored
+    nll = token_nll if twice_differentiable else block_nll
+    return tokens.means(nll(tokens.states(hidden), head, tokens.targets_N))
 
 
 @pytest.fixture(params=[(1, 1), (3, 4), (7, 11), (512, 2048)])
@@ -75,13 +82,13 @@ def test_scored_tokens_alone_count():
     sequences, batch, hidden, head = example("left", lengths=(6, 4))
     T = batch.ids_BT.shape[1]
     scored = (torch.arange(T) >= T - 3).expand(2, T)
-    have = mean_nll(hidden, batch, head, tokens=predicted(batch, scored))
+    have = mean_nll(hidden, batch, head, tokens=scored_tokens(batch, scored))
     for b, ids in enumerate(sequences):
         close(have[b], slow([ids], pad([ids], side="left"), hidden[b : b + 1, T - len(ids) :], head, len(ids) - 3)[0])
     # The first token has nothing before it, even where it is marked
     everything = torch.ones_like(batch.mask_BT)
     close(
-        mean_nll(hidden, batch, head, tokens=predicted(batch, everything & batch.mask_BT)),
+        mean_nll(hidden, batch, head, tokens=scored_tokens(batch, everything & batch.mask_BT)),
         mean_nll(hidden, batch, head),
     )
 
@@ -101,7 +108,7 @@ def test_second_derivative():
 
 def test_nll_is_float32_for_a_bfloat16_model():
     h, head = torch.randn(4, D).bfloat16().requires_grad_(), Head(nn.Linear(D, V).bfloat16())
-    nll = token_nll(h, head, torch.tensor([1, 2, 3, 4]))
+    nll = block_nll(h, head, torch.tensor([1, 2, 3, 4]))
     assert nll.dtype == torch.float32
     want = F.cross_entropy(head(h).float(), torch.tensor([1, 2, 3, 4]), reduction="none")
     torch.testing.assert_close(nll, want)
@@ -115,7 +122,7 @@ def test_a_capped_head(block):
     h = (4 * torch.randn(5, D, dtype=torch.float64)).requires_grad_()
     targets = torch.tensor([3, 4, 5, 6, 10])
     want = F.cross_entropy(2 * torch.tanh(linear(h) / 2), targets, reduction="none")
-    have = token_nll(h, Head(linear, 2.0), targets)
+    have = block_nll(h, Head(linear, 2.0), targets)
     close(have, want)
     close(torch.autograd.grad(have.sum(), h)[0], torch.autograd.grad(want.sum(), h)[0])
 
@@ -124,7 +131,7 @@ def test_a_head_that_is_more_than_linear():
     module = nn.Sequential(nn.Linear(D, V, dtype=torch.float64), nn.Tanh())
     h = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([3, 4, 5, 6, 10])
-    want, have = F.cross_entropy(module(h), targets, reduction="none"), token_nll(h, Head(module), targets)
+    want, have = F.cross_entropy(module(h), targets, reduction="none"), block_nll(h, Head(module), targets)
     close(have, want)
     close(torch.autograd.grad(have.sum(), h)[0], torch.autograd.grad(want.sum(), h)[0])
 
@@ -134,7 +141,7 @@ def test_what_is_not_finite_stays_so_and_in_its_row(bad):
     head = Head(nn.Linear(D, V))
     h = torch.randn(3, D)
     h[1, 2] = bad
-    nll = token_nll(h, head, torch.tensor([1, 2, 3]))
+    nll = block_nll(h, head, torch.tensor([1, 2, 3]))
     assert nll.isfinite().tolist() == [True, False, True]
 
 
@@ -144,7 +151,7 @@ def test_logits_far_apart_and_of_any_size(monkeypatch):
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([-1000.0, -999, 0, 1, 998, 1000])[:, None])
     monkeypatch.setattr(head_module, "CPU_BLOCK", (8, 2))
-    nll = token_nll(torch.ones(3, 1), Head(linear), torch.tensor([5, 4, 0]))
+    nll = block_nll(torch.ones(3, 1), Head(linear), torch.tensor([5, 4, 0]))
     more = math.log1p(math.exp(-2))
     torch.testing.assert_close(nll, torch.tensor([more, 2 + more, 2000 + more]), atol=1e-4, rtol=0)
 

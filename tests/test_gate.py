@@ -12,7 +12,6 @@ from torch import Tensor
 from ephemera.adapt import Trace, adapt
 from ephemera.batch import TokenBatch
 from ephemera.config import TrainGate
-from ephemera.fast.decode import merged
 from ephemera.gate import SHARES, SIGNALS, load_gate
 from ephemera.guard import guard, log_p, read_with, signals, trusted
 from ephemera.inits import ZeroInit
@@ -20,7 +19,7 @@ from ephemera.llm.prefill import prefill
 from ephemera.made_for import MadeFor
 from ephemera.rates import PerProjectionRate, load_rate
 from ephemera.training.gate import Measured, auroc, calibrated, fit, out_of_fold, train_gate
-from reference import close
+from reference import close, merged_model
 from tiny_models import left, length_gate, random_ids
 
 PROMPTS = random_ids([5, 9, 7])
@@ -46,8 +45,8 @@ def first_token_kl(backbone, trace, row: int, share: float) -> float:
     with torch.no_grad():
         base = backbone.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
         cache = backbone.model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
-        with merged(backbone.model, shrunk, row):
-            own = backbone.model(torch.tensor([[ids[-1]]]), past_key_values=cache).logits[0, -1].log_softmax(-1)
+        model = merged_model(backbone, shrunk, row)
+        own = model(torch.tensor([[ids[-1]]]), past_key_values=cache).logits[0, -1].log_softmax(-1)
     return (own.exp() * (own - base)).sum().item()
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from ephemera.fast.lora_matmul import lora_linear
 from ephemera.fast.packing import Packing
-from ephemera.lora import LoraBatch, LoraLinear, Projection, attach, lora_linear
+from ephemera.lora import LoraBatch, LoraLinear, Projection, attach
 from reference import close, merged_model
 from tiny_models import ARCHITECTURES, left, random_ids, random_lora, tiny_backbone
 
@@ -18,7 +19,7 @@ def draw(*shape: int) -> torch.Tensor:
 def small_pair() -> LoraBatch:
     """Two projections of one batch, without a model."""
     projections = (Projection("a", "q", 0, IN, OUT), Projection("b", "v", 0, IN, 3))
-    return LoraBatch(
+    return LoraBatch.of(
         projections, A=(draw(B, R, IN), draw(B, R, IN)), B=(draw(B, OUT, R), draw(B, 3, R)), r=R, lora_alpha=5.0
     )
 
@@ -67,7 +68,7 @@ def test_packed_rows_take_any_gradient():
     lengths, N = (2, 4, 1), 7
     y, x = draw(1, N, OUT), draw(1, N, IN).requires_grad_()
     A, B_factor = draw(B, R, IN).requires_grad_(), draw(B, OUT, R).requires_grad_()
-    packing = Packing(lengths, torch.device("cpu"))
+    packing = Packing(lengths)
     got = lora_linear(y.clone(), x, A, B_factor, SCALING, packing)
     want = y + torch.cat([x_TI @ (SCALING * B_factor[b] @ A[b]).T for b, x_TI in enumerate(x[0].split(lengths))])[None]
     close(got, want)
@@ -175,7 +176,9 @@ def test_the_model_is_restored_after_an_error_and_after_two_runs(llama):
 
 def test_a_failed_attach_leaves_nothing_attached(llama):
     lora = random_lora(llama, 1)
-    wrong = LoraBatch((*lora.projections[:-1], Projection("model.nowhere", "v", 1, 32, 16)), lora.A, lora.B, 3, 5.0)
+    wrong = LoraBatch.of(
+        (*lora.projections[:-1], Projection("model.nowhere", "v", 1, 32, 16)), lora.A, lora.B, r=3, lora_alpha=5.0
+    )
     with pytest.raises(AttributeError), attach(llama.model, wrong):
         pass
     assert not any(isinstance(m, LoraLinear) for m in llama.model.modules())

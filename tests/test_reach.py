@@ -17,8 +17,10 @@ from ephemera import Adaptation, AdaptiveLM
 from ephemera.adapt import Trace, adapt
 from ephemera.adaptation import FELL_BACK, UNCHANGED
 from ephemera.batch import TokenBatch, pad
-from ephemera.fast.llama_layer import can_write_out
-from ephemera.fast.shared_prefix import PrefixCache
+from ephemera.fast.fast_lm import FastLM
+from ephemera.fast.llama_layer import can_fuse
+from ephemera.fast.packing import Layout
+from ephemera.fast.shared_prefix import common
 from ephemera.inits import PeftInit, ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
@@ -158,14 +160,19 @@ kept_backbone = cache(tiny_backbone)
 WRITTEN_OUT = ("llama", "mistral", "qwen2", "qwen3")
 
 
+def common_beginning(batch: TokenBatch) -> int:
+    layout = Layout(batch)
+    return common(layout.real(batch.ids_BT), layout.packing)
+
+
 @pytest.mark.parametrize(("prompts", "steps"), [(random_ids(LENGTHS), 1), (ALIKE, 3)], ids=["long", "alike"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_adapters_act_from_the_last_prompt_token_on(architecture, prompts, steps):
     backbone = kept_backbone(architecture)
-    assert can_write_out(backbone.decoder) == (architecture in WRITTEN_OUT)
+    assert can_fuse(backbone.decoder) == (architecture in WRITTEN_OUT)
     trace = adapted(backbone, prompts, steps)
     assert trace.reading is not None
-    assert (left(prompts).shared is not None) == (prompts is ALIKE)
+    assert (common_beginning(left(prompts)) > 0) == (prompts is ALIKE)
     for b, ids in enumerate(prompts):
         close(trace.lora.rows([b]).tensors, slow_steps(backbone, ids, trace.initial_lora.rows([b]), steps).tensors)
     check_read(backbone, prompts, trace.lora, read_after(backbone, prompts, trace))
@@ -189,7 +196,7 @@ def test_it_does_so_with_long_prompts_on_the_right_too(architecture):
 
 
 def check_kept(backbone: FrozenLM, prompts: Sequence[list[int]], batch: TokenBatch) -> None:
-    assert can_write_out(backbone.decoder) == (backbone.name.removeprefix("tiny-") in WRITTEN_OUT)
+    assert can_fuse(backbone.decoder) == (backbone.name.removeprefix("tiny-") in WRITTEN_OUT)
     start = ZeroInit(r=2)(backbone, batch, [0] * len(prompts))
     have = adapt(backbone, batch, start, FixedRate(RATE), 2, keep_reading=True)
     plain = adapt(backbone, batch, start, FixedRate(RATE), 2)
@@ -219,7 +226,7 @@ def check_reading(backbone: FrozenLM, prompts: Sequence[list[int]], batch: Token
 def test_prompts_that_a_server_knows_the_beginning_of(architecture):
     """The second pass takes the beginning from the first; it leaves the same keys and values."""
     backbone = tiny_backbone(architecture)
-    backbone.beginnings = PrefixCache([ALIKE[0][:3]])
+    backbone = backbone.with_prefixes([ALIKE[0][:3]])
     for prompts in (ALIKE[:1], ALIKE, random_ids([5, 2], seed=9)):
         trace = adapted(backbone, prompts)
         check_reading(backbone, prompts, left(prompts), trace)
@@ -275,9 +282,7 @@ def test_an_exit_at_the_top():
 def test_with_checkpoints(architecture, prompts, keeps):
     """A layer that runs twice writes no cache: where a pass is not packed the prompt is read anew."""
     plain = kept_backbone(architecture)
-    backbone = FrozenLM(
-        plain.model, tiny_tokenizer(), name="tiny", path=Path("tiny"), target_modules="qv", checkpoint=True
-    )
+    backbone = FastLM(plain.model, tiny_tokenizer(), name="tiny", path=Path("tiny"), recompute=True)
     trace, want = adapted(backbone, prompts, 2), adapted(plain, prompts, 2)
     assert (trace.reading is not None) == keeps
     close(trace.lora.tensors, want.lora.tensors)

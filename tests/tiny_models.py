@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 
 from ephemera.batch import TokenBatch, pad
+from ephemera.fast.fast_lm import FastLM
 from ephemera.gate import SIGNALS, Gate
 from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.load import uses_fast
 from ephemera.lora import LoraBatch
 from ephemera.prompt_loss import PROMPT
 from ephemera.rates import ScaleNet
@@ -145,10 +148,13 @@ def tiny_backbone(
     seed: int = 0,
     depth: int = 2,
     layers: str | Sequence[int] = "all",
+    **settings: Any,
 ) -> FrozenLM:
     model = tiny_model(architecture, dtype=dtype, attention=attention, seed=seed, depth=depth)
     path = Path(f"tiny-{architecture}")
-    return FrozenLM(model, tiny_tokenizer(), name=path.name, path=path, target_modules=target_modules, layers=layers)
+    make = FastLM if uses_fast() else FrozenLM
+    where: dict[str, Any] = {"target_modules": target_modules, "layers": layers, **settings}
+    return make(model, tiny_tokenizer(), name=path.name, path=path, **where)
 
 
 def save_tiny(folder: Path, architecture: str = "llama", *, seed: int = 0) -> Path:
@@ -165,7 +171,7 @@ def random_lora(backbone: FrozenLM, rows: int, *, r: int = 3, lora_alpha: float 
     def draw(*shape: int) -> Tensor:
         return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64).to(backbone.dtype)
 
-    return LoraBatch(
+    return LoraBatch.of(
         backbone.projections,
         A=tuple(draw(rows, r, p.in_features) for p in backbone.projections),
         B=tuple(draw(rows, p.out_features, r) for p in backbone.projections),

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from ephemera.batch import TokenBatch
-from ephemera.flat import FlatLora
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import Forward, FrozenLM
 from ephemera.lora import LoraBatch
@@ -33,7 +32,7 @@ class Trace:
     prompt_nll_BK: Tensor
     rates_BKM: Tensor
     fallback_B: Tensor
-    grads: list[FlatLora] = field(default_factory=list)
+    grads: list[LoraBatch] = field(default_factory=list)
     lower: CachedLayers | None = None
     reading: CachedLayers | None = None
     h_BH: Tensor | None = None
@@ -61,20 +60,20 @@ def adapt(
     `after_step` is called with k when step k is done; no adapter is attached then, so it may run the model, and what it
     raises ends the loop.
     """
-    start = flat = FlatLora.of(initial_lora)
+    start = flat = initial_lora
     B, M, like = batch.ids_BT.shape[0], len(initial_lora.projections), start.A_BN.detach()
     nlls, rates, grads_of_steps = [], [], []
     wants_h = rate is not None and rate.uses_representation != "no"
     lower, reading, first_h_BH = backbone.lower(batch) if steps else None, None, None
-    if steps and backbone.device.type != "cpu":
-        batch.ready()
+    if steps:
+        backbone.ready(batch)
     for k in range(1, steps + 1):
         assert rate is not None
         current = flat if second_order and k > 1 else flat.leaves()
         with torch.enable_grad():
             out = backbone.forward(
                 batch,
-                current.lora,
+                current,
                 embedded=wants_h,
                 lower=lower,
                 stop=rate.objective.exit_layer,
@@ -88,9 +87,9 @@ def adapt(
             rates_BM = rate.rates_BM(h_BH, k, steps, like=like, projections=M)
         with torch.enable_grad():
             nll_B = rate.objective.nll_B(backbone, out, batch, twice_differentiable=second_order)
-            grads = current.with_tensors(
-                torch.autograd.grad(
-                    nll_B.sum(), current.tensors, create_graph=second_order, allow_unused=True, materialize_grads=True
+            grads = current.with_buffers(
+                *torch.autograd.grad(
+                    nll_B.sum(), current.buffers, create_graph=second_order, allow_unused=True, materialize_grads=True
                 )
             )
             grads = grads if rate.trains == "both" else grads.without_A()
@@ -107,7 +106,7 @@ def adapt(
     nll_BK = torch.stack(nlls, 1) if steps else like.new_zeros(B, 0)
     finite_B = nll_BK.isfinite().all(1) & flat.finite_B()
     return Trace(
-        lora=flat.where(finite_B, start).lora if steps else initial_lora,
+        lora=flat.where(finite_B, start) if steps else initial_lora,
         initial_lora=initial_lora,
         prompt_nll_BK=nll_BK,
         rates_BKM=torch.stack(rates, 1) if steps else like.new_zeros(B, 0, M),
@@ -124,13 +123,12 @@ def _reading(backbone: FrozenLM, batch: TokenBatch, out: Forward, rate: Rate) ->
         return None
     layers, hidden_BTD = rate.objective.exit_layer, out.hidden_BTD.detach()
     if layers == backbone.layers:  # an exit at the top stops before the final norm
-        assert backbone.final_norm is not None
         with torch.no_grad():
-            hidden_BTD = backbone.decoder.get_submodule(backbone.final_norm)(hidden_BTD)
+            hidden_BTD = backbone.norm(hidden_BTD)
     return CachedLayers(batch.ids_BT, layers or backbone.layers, hidden_BTD, out.cache)
 
 
-def meta_gradient(answer_grads: FlatLora, step_grads: Sequence[FlatLora]) -> Tensor:
+def meta_gradient(answer_grads: LoraBatch, step_grads: Sequence[LoraBatch]) -> Tensor:
     """dL/drate_BKM of first-order training: -< dL_answer/dphi_m at Phi^(K), g_m^(k) > (LDTTA Eq. 17-19).
 
     Prompt gradients count as constants, so Phi^(K) = Phi^(0) - sum_k rate^(k) g^(k), and no graph has

@@ -117,7 +117,7 @@ class Adaptation:
 
     def unadapted(self) -> Adaptation:
         """The same prompts with adapters that do nothing; with reach `answer`, over the same readings: nothing is read again."""
-        zero = self.initial_lora.with_tensors([torch.zeros_like(t) for t in self.initial_lora.tensors])
+        zero = self.initial_lora.with_buffers(*(torch.zeros_like(t) for t in self.initial_lora.buffers))
         return replace(
             self,
             lora=zero,

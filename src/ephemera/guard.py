@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ephemera.adapt import Trace
 from ephemera.batch import TokenBatch
-from ephemera.flat import FlatLora
 from ephemera.gate import SHARES, Gate
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
@@ -78,16 +77,16 @@ def read_with(backbone: FrozenLM, batch: TokenBatch, trace: Trace, share: Tensor
 
 def shrunk(trace: Trace, share: Tensor | float) -> LoraBatch:
     """The adapters with a share of what the steps did to B: one for all rows, or [B]. A share of 0 is the start."""
-    start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
+    start, end = trace.initial_lora, trace.lora
     share_B1 = torch.as_tensor(share, dtype=end.B_BN.dtype, device=end.B_BN.device).expand(len(end.B_BN))[:, None]
     B_BN = start.B_BN + (end.B_BN - start.B_BN) * share_B1
-    return replace(end, A_BN=torch.where(share_B1 == 0, start.A_BN, end.A_BN), B_BN=B_BN).lora
+    return end.with_buffers(torch.where(share_B1 == 0, start.A_BN, end.A_BN), B_BN)
 
 
 @torch.no_grad()
 def signals(base_BV: Tensor, batch: TokenBatch, trace: Trace) -> Tensor:
     """`SIGNALS` [B,F], from the prompt only. `base_BV`: the base model's log-probabilities of the first answer token."""
-    start, end = FlatLora.of(trace.initial_lora), FlatLora.of(trace.lora)
+    start, end = trace.initial_lora, trace.lora
     moved_B = (end.B_BN - start.B_BN).square().sum(1).sqrt()
     columns = [
         trace.prompt_nll_BK[:, 0],

@@ -6,14 +6,14 @@ L layers, M adapted projections, R LoRA rank, I/O in/out features, K steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ephemera.fast.packing import Packing
+from ephemera.llm.replaced import Place, child, replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +41,42 @@ class Projection:
         return self.module if self.rows is None else f"{self.module}[{self.kind}]"
 
 
+Pair = tuple[Projection, Tensor, Tensor]  # a projection, its A [B,R,I] and its B [B,O,R]
+
+
 @dataclass(frozen=True, eq=False)
 class LoraBatch:
     """All A [B,R,I] and B [B,O,R] of a batch, one pair per projection; a value, never changed in place.
 
-    The adapted projection is `y = W x + (lora_alpha / r) B A x` (LDTTA Eq. 6). Tensors are float32
-    (or float64) whatever the backbone's dtype.
+    The adapted projection is `y = W x + (lora_alpha / r) B A x` (LDTTA Eq. 6). Tensors are float32 (or float64) whatever the
+    backbone's dtype. `A` and `B` are views of two buffers: row b of `A_BN` [B, sum of R*I] and of `B_BN` [B, sum of R*O]
+    is prompt b's adapter, each B transposed, as its products read it fastest. A gradient by an adapter has the same form.
     """
 
     projections: tuple[Projection, ...]
     A: tuple[Tensor, ...]
     B: tuple[Tensor, ...]
+    A_BN: Tensor
+    B_BN: Tensor
     r: int
     lora_alpha: float
+
+    @staticmethod
+    def of(
+        projections: tuple[Projection, ...], A: Sequence[Tensor], B: Sequence[Tensor], *, r: int, lora_alpha: float
+    ) -> LoraBatch:
+        """From one A and one B per projection."""
+        A_BN, B_BN = torch.cat([a.flatten(1) for a in A], 1), torch.cat([b.mT.flatten(1) for b in B], 1)
+        return LoraBatch.flat(projections, A_BN, B_BN, r=r, lora_alpha=lora_alpha)
+
+    @staticmethod
+    def flat(
+        projections: tuple[Projection, ...], A_BN: Tensor, B_BN: Tensor, *, r: int, lora_alpha: float
+    ) -> LoraBatch:
+        """From the two buffers."""
+        A = [a.unflatten(1, (r, -1)) for a in A_BN.split_with_sizes([r * p.in_features for p in projections], 1)]
+        B = [b.unflatten(1, (r, -1)).mT for b in B_BN.split_with_sizes([r * p.out_features for p in projections], 1)]
+        return LoraBatch(projections, tuple(A), tuple(B), A_BN, B_BN, r, lora_alpha)
 
     @property
     def scaling(self) -> float:
@@ -61,40 +84,93 @@ class LoraBatch:
 
     @property
     def batch_size(self) -> int:
-        return self.A[0].shape[0]
+        return self.A_BN.shape[0]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return list(zip(self.projections, self.A, self.B, strict=True))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every A, then every B."""
         return self.A + self.B
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> LoraBatch:
-        M = len(self.projections)
-        return replace(self, A=tuple(tensors[:M]), B=tuple(tensors[M:]))
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self.A_BN, self.B_BN
 
+    def with_tensors(self, tensors: Sequence[Tensor]) -> LoraBatch:
+        """With other numbers, given as `tensors` has them."""
+        M = len(self.projections)
+        return LoraBatch.of(self.projections, tensors[:M], tensors[M:], r=self.r, lora_alpha=self.lora_alpha)
+
+    def with_buffers(self, A_BN: Tensor, B_BN: Tensor) -> LoraBatch:
+        return LoraBatch.flat(self.projections, A_BN, B_BN, r=self.r, lora_alpha=self.lora_alpha)
+
+    def detach(self) -> LoraBatch:
+        return self.with_buffers(self.A_BN.detach(), self.B_BN.detach())
+
+    @torch.enable_grad()
     def leaves(self) -> LoraBatch:
-        """The same values as fresh autograd leaves."""
-        return self.with_tensors([t.detach().requires_grad_() for t in self.tensors])
+        """The same values; its buffers are fresh autograd leaves."""
+        return self.with_buffers(self.A_BN.detach().requires_grad_(), self.B_BN.detach().requires_grad_())
 
     def rows(self, index: Tensor | Sequence[int]) -> LoraBatch:
         """The adapters of some rows, in the order given."""
-        index_N = torch.as_tensor(index, device=self.A[0].device)
-        return self.with_tensors([t.index_select(0, index_N) for t in self.tensors])
+        index_N = torch.as_tensor(index, device=self.A_BN.device)
+        return self.with_buffers(*(t.index_select(0, index_N) for t in self.buffers))
 
-    def where(self, keep_B: Tensor, other: LoraBatch) -> LoraBatch:
-        """This batch's row where `keep_B` is true, the other's row elsewhere."""
-        keep_B11 = keep_B[:, None, None]
-        return self.with_tensors(
-            [torch.where(keep_B11, a, b) for a, b in zip(self.tensors, other.tensors, strict=True)]
+    def where(self, keep_B: Tensor, other: LoraBatch | None) -> LoraBatch:
+        """This batch's row where `keep_B` is true, the other's row elsewhere; None: zero."""
+        others = (0.0, 0.0) if other is None else other.buffers
+        return self.with_buffers(
+            *(torch.where(keep_B[:, None], a, b) for a, b in zip(self.buffers, others, strict=True))
         )
 
     def to(self, device: torch.device | str) -> LoraBatch:
-        return self.with_tensors([t.to(device) for t in self.tensors])
+        return self.with_buffers(self.A_BN.to(device), self.B_BN.to(device))
 
     @staticmethod
     def cat(batches: Sequence[LoraBatch]) -> LoraBatch:
-        columns = zip(*(b.tensors for b in batches), strict=True)
-        return batches[0].with_tensors([torch.cat(column) for column in columns])
+        return batches[0].with_buffers(torch.cat([b.A_BN for b in batches]), torch.cat([b.B_BN for b in batches]))
+
+    def step(self, grads: LoraBatch, rates_BM: Tensor) -> LoraBatch:
+        """LDTTA Eq. 14: phi_m <- phi_m - rate_m * grad_m, the same rate for A and B of a projection."""
+        spread = self._spread(rates_BM.to(self.A_BN.dtype))
+        pairs = zip(self.buffers, grads.buffers, spread, strict=True)
+        return self.with_buffers(*(torch.addcmul(t, g, rates_BN, value=-1) for t, g, rates_BN in pairs))
+
+    def scaled(self, factors_BM: Tensor) -> LoraBatch:
+        """Each projection's A and B times a number."""
+        return self.with_buffers(*(t * x_BN for t, x_BN in zip(self.buffers, self._spread(factors_BM), strict=True)))
+
+    def without_A(self) -> LoraBatch:
+        """Zero for A: a gradient that moves B only."""
+        return self.with_buffers(torch.zeros_like(self.A_BN), self.B_BN)
+
+    def dot_BM(self, other: LoraBatch) -> Tensor:
+        """Inner product of each prompt's and projection's numbers, those of A and of B together."""
+        A, B = (
+            (mine * theirs).split_with_sizes(sizes, 1)
+            for mine, theirs, sizes in zip(self.buffers, other.buffers, self._sizes, strict=True)
+        )
+        return torch.stack([a.sum(1) + b.sum(1) for a, b in zip(A, B, strict=True)], 1)
+
+    def finite_B(self) -> Tensor:
+        """Which rows hold only finite numbers: bool [B]."""
+        return self.A_BN.isfinite().all(1) & self.B_BN.isfinite().all(1)
+
+    @property
+    def _sizes(self) -> tuple[list[int], list[int]]:
+        return [self.r * p.in_features for p in self.projections], [self.r * p.out_features for p in self.projections]
+
+    def _spread(self, x_BM: Tensor) -> tuple[Tensor, Tensor]:
+        """[B,M] -> [B,N] of A and of B: a number for each entry of its projection's matrix."""
+        columns = x_BM.split(1, 1)
+        A_BN, B_BN = (
+            torch.cat([x.expand(-1, size) for x, size in zip(columns, sizes, strict=True)], 1) for sizes in self._sizes
+        )
+        return A_BN, B_BN
 
     def peft_factors(self, row: int) -> tuple[dict[str, tuple[Tensor, Tensor]], int, float]:
         """One row as PEFT sees it: {module: (A [r,I], B [O,r])}, r, lora_alpha.
@@ -107,7 +183,7 @@ class LoraBatch:
             raise ValueError(
                 f"row {row} is not in this adaptation: it holds {self.batch_size} prompts, so 0 to {self.batch_size - 1}."
             )
-        groups = _by_module(self)
+        groups = by_module(self.pairs)
         widest = max(len(pairs) for pairs in groups.values())
         factors = {}
         for module, pairs in groups.items():
@@ -135,123 +211,50 @@ class LoraBatch:
         return state
 
 
-class _BatchedLora(torch.autograd.Function):
-    """y_BTO + scaling * (x_BTI A_BRI^T) B_BOR^T as two batched products, added to y in place.
-
-    Written by hand because autograd's own choice of operand layouts is several times slower on CPU
-    (docs/findings.md); B that lies transposed in memory (flat.py) is the fast one. With a `packing`, x and y are [1,N,...]: rows are made of them for the products alone.
-    Twice differentiable without one: under `create_graph` the intermediate is recomputed from the inputs, so
-    that exact second order sees it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        y_BTO: Tensor,
-        x_BTI: Tensor,
-        A_BRI: Tensor,
-        B_BOR: Tensor,
-        scaling: float,
-        packing: Packing | None,  # pyright: ignore[reportIncompatibleMethodOverride]
-    ) -> Tensor:
-        rows_BTI = x_BTI if packing is None else packing.rows(x_BTI[0])
-        xa_BTR = torch.bmm(rows_BTI, A_BRI.to(x_BTI.dtype).mT)
-        ctx.save_for_backward(rows_BTI, A_BRI, B_BOR, xa_BTR)
-        ctx.scaling, ctx.packing = scaling, packing
-        ctx.mark_dirty(y_BTO)
-        B_BRO = B_BOR.mT.to(x_BTI.dtype)
-        if packing is None:
-            return y_BTO.baddbmm_(xa_BTR, B_BRO, alpha=scaling)
-        return y_BTO.add_(packing.tokens(torch.bmm(xa_BTR, B_BRO)), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx, dy_BTO: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        rows_BTI, A_BRI, B_BOR, xa_BTR = ctx.saved_tensors
-        packing: Packing | None = ctx.packing
-        A_low, B_BRO = A_BRI.to(rows_BTI.dtype), B_BOR.mT.to(rows_BTI.dtype)
-        drows_BTO = dy_BTO if packing is None else packing.rows_or_zero(dy_BTO[0])
-        if torch.is_grad_enabled():  # create_graph: the saved intermediate would count as a constant
-            xa_BTR = torch.bmm(rows_BTI, A_low.mT)
-        _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
-        dx_BTI = dA_BRI = dB_BOR = None
-        if need_x or need_A:
-            dxa_BTR = torch.bmm(drows_BTO, B_BRO.mT) * ctx.scaling
-            if need_x:
-                dx_BTI = torch.bmm(dxa_BTR, A_low)
-                dx_BTI = dx_BTI if packing is None else packing.tokens(dx_BTI)[None]
-            if need_A:
-                dA_BRI = torch.bmm(dxa_BTR.mT, rows_BTI).to(A_BRI.dtype)
-        if need_B:
-            dB_BOR = (torch.bmm(xa_BTR.mT, drows_BTO).to(B_BOR.dtype) * ctx.scaling).mT
-        return dy_BTO, dx_BTI, dA_BRI, dB_BOR, None, None
-
-
-def lora_linear(
-    y_BTO: Tensor, x_BTI: Tensor, A_BRI: Tensor, B_BOR: Tensor, scaling: float, packing: Packing | None = None
-) -> Tensor:
-    """`y + scaling * B A x` for every row of the batch; `y` may be overwritten. Packed: y and x are [1,N,...]."""
-    if y_BTO._base is not None:  # autograd pays for writing into a view (linear with bias) by a clone anyway
-        y_BTO = y_BTO.clone()
-    if packing is None and not torch.is_grad_enabled():  # autograd's bookkeeping is a fifth of this at a few tokens
-        xa_BTR = torch.bmm(x_BTI, A_BRI.to(x_BTI.dtype).mT)
-        return y_BTO.baddbmm_(xa_BTR, B_BOR.mT.to(x_BTI.dtype), alpha=scaling)
-    return _BatchedLora.apply(y_BTO, x_BTI, A_BRI, B_BOR, scaling, packing)  # pyright: ignore[reportReturnType]
-
-
 class LoraLinear(nn.Module):
     """A frozen linear module with per-row adapters on it, all of its output or some of its rows."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        pairs: Sequence[tuple[Projection, Tensor, Tensor]],
-        scaling: float,
-        packing: Packing | None = None,
-    ):
+    def __init__(self, base: nn.Module, pairs: Sequence[Pair], scaling: float):
         super().__init__()
-        self.base = base
-        self.pairs = tuple(pairs)
-        self.scaling = scaling
-        self.packing = packing
+        self.base, self.pairs, self.scaling = base, tuple(pairs), scaling
 
     def forward(self, x_BTI: Tensor) -> Tensor:
+        """y = W x + scaling * B A x (LDTTA Eq. 6), as two products of rank R: B A is never built."""
         y_BTO = self.base(x_BTI)
         for projection, A_BRI, B_BOR in self.pairs:
-            if projection.rows is None:
-                y_BTO = lora_linear(y_BTO, x_BTI, A_BRI, B_BOR, self.scaling, self.packing)
-            else:
-                zero_BTO = y_BTO.new_zeros(*y_BTO.shape[:2], B_BOR.shape[1])
-                delta_BTO = lora_linear(zero_BTO, x_BTI, A_BRI, B_BOR, self.scaling, self.packing)
-                y_BTO = y_BTO.index_add(2, projection.rows.to(y_BTO.device), delta_BTO)
+            delta_BTO = self.scaling * torch.bmm(torch.bmm(x_BTI, A_BRI.to(x_BTI.dtype).mT), B_BOR.to(x_BTI.dtype).mT)
+            rows = projection.rows
+            y_BTO = y_BTO + delta_BTO if rows is None else y_BTO.index_add(2, rows.to(y_BTO.device), delta_BTO)
         return y_BTO
 
 
-def _by_module(lora: LoraBatch) -> dict[str, list[tuple[Projection, Tensor, Tensor]]]:
-    groups: dict[str, list[tuple[Projection, Tensor, Tensor]]] = {}
-    for projection, A_BRI, B_BOR in zip(lora.projections, lora.A, lora.B, strict=True):
-        groups.setdefault(projection.module, []).append((projection, A_BRI, B_BOR))
+def by_module(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """Pairs by the module that they sit on: a fused one has several."""
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair[0].module, []).append(pair)
     return groups
 
 
-@contextmanager
-def attach(model: nn.Module, lora: LoraBatch | None, packing: Packing | None = None) -> Iterator[None]:
+Adapted = Callable[[nn.Module, Sequence[Pair], float], nn.Module]
+
+
+def attach(model: nn.Module, lora: LoraBatch | None, adapted: Adapted = LoraLinear) -> AbstractContextManager[None]:
     """Run `model` with these adapters on it; whatever happens inside, the model is restored after.
 
-    With a `packing` the model runs on real tokens alone, [1,N,...].
+    `adapted`: makes the module that stands in for an adapted one.
     """
-    if lora is None:
-        yield
-        return
-    replaced: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for path, pairs in _by_module(lora).items():
-            parent_path, _, child = path.rpartition(".")
-            parent = model.get_submodule(parent_path)
-            base = parent.get_submodule(child)
-            assert not isinstance(base, LoraLinear), f"{path} already carries an adapter"
-            setattr(parent, child, LoraLinear(base, pairs, lora.scaling, packing))
-            replaced.append((parent, child, base))
-        yield
-    finally:
-        for parent, child, base in replaced:
-            setattr(parent, child, base)
+    return nullcontext() if lora is None else attach_pairs(model, lora.pairs, lora.scaling, adapted)
+
+
+def attach_pairs(
+    model: nn.Module, pairs: Sequence[Pair], scaling: float, adapted: Adapted = LoraLinear
+) -> AbstractContextManager[None]:
+    """As `attach`, with some projections' adapters."""
+    places: list[Place] = []
+    for path, own in by_module(pairs).items():
+        parent, name = child(model, path)
+        base = parent.get_submodule(name)
+        assert not isinstance(base, LoraLinear), f"{path} already carries an adapter"
+        places.append((parent, name, adapted(base, own, scaling)))
+    return replaced(places)

@@ -16,7 +16,6 @@ from transformers.cache_utils import DynamicCache
 
 from ephemera.adapt import Trace, adapt
 from ephemera.batch import TokenBatch, pad
-from ephemera.flat import FlatLora
 from ephemera.inits import ZeroInit
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
@@ -45,14 +44,14 @@ class Prepared:
         lora = self.trace.lora
         return rate.rates_BM(self.h_BH, 1, 1, like=lora.A[0], projections=len(lora.projections))
 
-    def step(self, rates_BM: Tensor) -> FlatLora:
+    def step(self, rates_BM: Tensor) -> LoraBatch:
         """LDTTA Eq. 14 from B = 0."""
-        return FlatLora.of(self.trace.initial_lora).step(self.trace.grads[0], rates_BM)
+        return self.trace.initial_lora.step(self.trace.grads[0], rates_BM)
 
     def adapted(self, rate: Rate) -> Trace:
         """What `adapt` gives for one step of this rate."""
         rates_BM = self.rates_BM(rate)
-        return replace(self.trace, lora=self.step(rates_BM).lora, rates_BKM=rates_BM[:, None], h_BH=self.h_BH)
+        return replace(self.trace, lora=self.step(rates_BM), rates_BKM=rates_BM[:, None], h_BH=self.h_BH)
 
     def read(self, lora: LoraBatch | None) -> Prefill:
         """The prompts read by the base model; with adapters, which act from the last token on."""
@@ -137,13 +136,13 @@ def _whole(backbone: FrozenLM, batch: TokenBatch, trace: Trace) -> Trace:
     reading = replace(reading, hidden_BTD=reading.hidden_BTD[:, -1:].clone())
     lora = _no_B(trace.initial_lora)  # after a step of length zero
     zero_BN = trace.grads[0].A_BN.new_zeros(1, 1).expand_as(trace.grads[0].A_BN)  # B = 0: A has no gradient
-    grads = [replace(trace.grads[0], A_BN=zero_BN, like=lora)]
+    grads = [lora.with_buffers(zero_BN, trace.grads[0].B_BN)]
     return replace(trace, lora=lora, initial_lora=lora, grads=grads, reading=reading, lower=None)
 
 
 def _no_B(lora: LoraBatch) -> LoraBatch:
     """The same with one zero in place of every B, which takes no memory."""
-    return replace(lora, B=tuple(B_BOR.new_zeros(1, 1, 1).expand_as(B_BOR) for B_BOR in lora.B))
+    return lora.with_buffers(lora.A_BN, lora.B_BN.new_zeros(1, 1).expand_as(lora.B_BN))
 
 
 def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Trace]]) -> tuple[TokenBatch, Trace]:
@@ -173,7 +172,7 @@ def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Trace]]) -> tup
         prompt_nll_BK=torch.cat([trace.prompt_nll_BK for trace in traces]),
         rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
         fallback_B=torch.cat([trace.fallback_B for trace in traces]),
-        grads=[FlatLora(zero_BN, torch.cat([g.B_BN for g in grads]), lora)],
+        grads=[lora.with_buffers(zero_BN, torch.cat([g.B_BN for g in grads]))],
         reading=CachedLayers(ids_BT, backbone.layers, hidden_B1D, cache),
     )
     return TokenBatch(ids_BT, mask_BT), joined

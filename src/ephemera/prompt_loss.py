@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ephemera import artifact
-from ephemera.batch import ScoredTokens, TokenBatch, mean_nll
+from ephemera.batch import ScoredTokens, TokenBatch
 from ephemera.early_exit.lens import Lens, load_lens
 from ephemera.llm.frozen_lm import Forward, FrozenLM
 
@@ -51,17 +51,13 @@ class PromptLoss:
         """Mean NLL [B] of each row's tokens given the tokens before them; 0 if there is none."""
         hidden_BTD = out.hidden_BTD if self.exit_layer is None else self.states(backbone, out.hidden_BTD)
         if self.vocabulary is not None:
-            return common_nll(backbone, hidden_BTD, batch.predicted, self.vocabulary)
-        shared = out.shared
-        if shared is not None and self.exit_layer is not None:  # at an exit the loss is another than the one kept
-            shared = replace(shared, kept=None, record=None)
-        return mean_nll(hidden_BTD, batch, backbone.logits, shared=shared, twice_differentiable=twice_differentiable)
+            return common_nll(backbone, hidden_BTD, batch.scored, self.vocabulary)
+        return backbone.mean_nll(hidden_BTD, batch, out=out, twice_differentiable=twice_differentiable)
 
     def states(self, backbone: FrozenLM, h: Tensor) -> Tensor:
         """States [...,D] after E layers -> what the head takes: through the lens and the model's final norm."""
-        assert backbone.final_norm is not None
         moved = h if self.lens is None or self.exit_layer is None else self.lens(h, self.exit_layer)
-        return backbone.decoder.get_submodule(backbone.final_norm)(moved)
+        return backbone.norm(moved)
 
     def check(self, backbone: FrozenLM) -> None:
         """ValueError where it does not fit the model and its adapted layers, as loaded."""

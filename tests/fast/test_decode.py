@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ephemera.fast.decode import DecodeLinear, GrowingLayer, decoding, make_room, mergeable, merged, prepared
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
+from ephemera.llm.replaced import replaced
 from ephemera.lora import LoraBatch, attach
 from reference import close, merged_model
 from tiny_models import left, random_ids, random_lora, tiny_backbone
@@ -29,7 +32,7 @@ def test_prepared_factors_give_the_states_of_attached_adapters(architecture: str
     lora, ids_BT = random_lora(backbone, 3), torch.tensor(random_ids([6, 6, 6]))
     with attach(backbone.model, lora):
         want = backbone.model(ids_BT).logits
-    with prepared(backbone.model, lora):
+    with replaced(prepared(backbone.model, lora)):
         have = backbone.model(ids_BT).logits
     close(have, want)
     assert (backbone.model(ids_BT).logits - want).abs().max() > 0.1
@@ -43,7 +46,7 @@ def test_a_single_row_is_merged_into_the_weights(architecture: str):
     want = merged_model(backbone, lora)(ids_BT).logits
     before = modules_and_weights(backbone.model)
     assert mergeable(backbone.model, lora)
-    with decoding(backbone.model, lora):
+    with replaced(decoding(backbone.model, lora)):
         assert not any(isinstance(m, DecodeLinear) for m in backbone.model.modules())
         close(backbone.model(ids_BT).logits, want)
     assert modules_and_weights(backbone.model) == before  # the very tensors, not a sum that was taken back
@@ -55,7 +58,7 @@ def test_what_would_lose_by_merging_stays_in_factors(llama: FrozenLM):
     low = tiny_backbone("llama", dtype=torch.bfloat16)
     wide = random_lora(low, 1).with_tensors([t.float() for t in random_lora(low, 1).tensors])
     assert not mergeable(low.model, wide)
-    with decoding(low.model, wide):
+    with replaced(decoding(low.model, wide)):
         assert sum(isinstance(m, DecodeLinear) for m in low.model.modules()) == len(low.projections)
     llama.model.get_submodule(lora.projections[0].module).__class__ = type("OtherLinear", (nn.Linear,), {})
     assert not mergeable(llama.model, lora)
@@ -71,7 +74,7 @@ def test_bfloat16_factors_are_as_near_to_float32_as_attached_ones():
         want = wide.model(ids_BT).logits
     with attach(low.model, lora):
         attached = (low.model(ids_BT).logits - want).abs().mean()
-    with prepared(low.model, lora):
+    with replaced(prepared(low.model, lora)):
         have = (low.model(ids_BT).logits - want).abs().mean()
     assert have < 1.2 * attached
     assert attached < 0.1 * want.abs().mean()
@@ -79,10 +82,12 @@ def test_bfloat16_factors_are_as_near_to_float32_as_attached_ones():
 
 def test_adapters_that_do_nothing_are_left_out(llama: FrozenLM):
     lora = random_lora(llama, 2)
-    silent = LoraBatch(lora.projections, lora.A, tuple(torch.zeros_like(b) for b in lora.B), lora.r, lora.lora_alpha)
+    silent = LoraBatch.of(
+        lora.projections, lora.A, tuple(torch.zeros_like(b) for b in lora.B), r=lora.r, lora_alpha=lora.lora_alpha
+    )
     before = modules_and_weights(llama.model)
     for nothing in (None, silent):
-        with decoding(llama.model, nothing):
+        with replaced(decoding(llama.model, nothing)):
             assert modules_and_weights(llama.model) == before
 
 
@@ -95,7 +100,7 @@ def test_an_error_leaves_the_model_as_it_was(llama: FrozenLM, rows: int):
         inside.append(modules_and_weights(llama.model))
         raise RuntimeError("out of ideas")
 
-    with pytest.raises(RuntimeError, match="out of ideas"), decoding(llama.model, random_lora(llama, rows)):
+    with pytest.raises(RuntimeError, match="out of ideas"), replaced(decoding(llama.model, random_lora(llama, rows))):
         fail()
     assert inside != [before]
     assert modules_and_weights(llama.model) == before
@@ -103,9 +108,9 @@ def test_an_error_leaves_the_model_as_it_was(llama: FrozenLM, rows: int):
 
 def test_an_error_while_merging_leaves_the_model_as_it_was(llama: FrozenLM):
     lora = random_lora(llama, 1)
-    broken = lora.with_tensors([*lora.A, *lora.B[:-1], lora.B[-1][:, :-1]])  # the last pair does not fit
+    broken = replace(lora, B=(*lora.B[:-1], lora.B[-1][:, :-1]))  # the last pair does not fit
     before = modules_and_weights(llama.model)
-    with pytest.raises(RuntimeError), merged(llama.model, broken):
+    with pytest.raises(RuntimeError), replaced(merged(llama.model, broken)):
         pass
     assert modules_and_weights(llama.model) == before
 

@@ -9,12 +9,13 @@ import torch
 
 from counting import count_head
 from ephemera.adapt import adapt
-from ephemera.batch import mean_nll, pad
+from ephemera.batch import pad
 from ephemera.fast import vocab_loss as head
-from ephemera.fast.llama_layer import LAYERS, can_write_out
-from ephemera.fast.packing import Packing
-from ephemera.fast.shared_prefix import PrefixCache, in_first_row
+from ephemera.fast.fast_lm import FastForward
+from ephemera.fast.llama_layer import LAYERS, can_fuse
+from ephemera.fast.packing import Layout, Packing
 from ephemera.fast.shared_prefix import common as common_beginning
+from ephemera.fast.shared_prefix import in_first_row, within_batch
 from ephemera.inits import ZeroInit
 from ephemera.llm.load import load_backbone
 from ephemera.prompt_loss import PromptLoss
@@ -31,14 +32,14 @@ def passes(backbone, batch, lora, **kwargs):
     """Losses, h(x), the last hidden states and every gradient, written out and by transformers' own layers."""
     found = []
     for written in (True, False):
-        backbone.writes_out = written
+        backbone.fuses_layers = written
         leaves = lora.leaves()
         out = backbone.forward(batch, leaves, embedded=True, **kwargs)
-        nll_B = mean_nll(out.hidden_BTD, batch, backbone.logits, shared=out.shared)
+        nll_B = backbone.mean_nll(out.hidden_BTD, batch, out=out)
         weights_B = torch.arange(1.0, len(nll_B) + 1, dtype=nll_B.dtype)
         grads = torch.autograd.grad(nll_B @ weights_B, leaves.tensors, allow_unused=True, materialize_grads=True)
         found.append((nll_B.detach(), out.representation_BH(batch), out.hidden_BTD.detach(), *grads))
-        shared = 0 if out.shared is None else out.shared.tokens
+        shared = out.shared.tokens if isinstance(out, FastForward) and out.shared is not None else 0
         if written:
             seen = shared
     return *found, seen
@@ -59,24 +60,24 @@ def test_which_models_are_written_out():
     for architecture in ARCHITECTURES:
         backbone = tiny_backbone(architecture)
         name = type(backbone.decoder.get_submodule("layers.0")).__name__
-        assert can_write_out(backbone.decoder) == (architecture in WRITTEN) == (name in LAYERS)
+        assert can_fuse(backbone.decoder) == (architecture in WRITTEN) == (name in LAYERS)
     llama = tiny_backbone("llama")
     llama.decoder.get_submodule("layers.1.mlp").register_module("act_fn", torch.nn.GELU())
-    assert not can_write_out(llama.decoder)
+    assert not can_fuse(llama.decoder)
     llama = tiny_backbone("llama")
     llama.decoder.get_submodule("layers.1.mlp").register_module("up_proj", torch.nn.Identity())
-    assert not can_write_out(llama.decoder)
+    assert not can_fuse(llama.decoder)
     llama = tiny_backbone("llama")
-    assert can_write_out(llama.decoder)
+    assert can_fuse(llama.decoder)
     with peft_on(llama.model):
-        assert not can_write_out(llama.decoder)
+        assert not can_fuse(llama.decoder)
     handle = llama.decoder.get_submodule("layers.0.self_attn.q_proj").register_forward_hook(lambda *_: None)
-    assert not can_write_out(llama.decoder)
+    assert not can_fuse(llama.decoder)
     handle.remove()
-    assert can_write_out(llama.decoder)
+    assert can_fuse(llama.decoder)
     linear = llama.decoder.get_submodule("layers.0.mlp.up_proj")
     linear.forward = lambda x: x  # as accelerate does where weights lie elsewhere
-    assert not can_write_out(llama.decoder)
+    assert not can_fuse(llama.decoder)
 
 
 def test_an_adapter_elsewhere_is_not_left_out():
@@ -84,8 +85,8 @@ def test_an_adapter_elsewhere_is_not_left_out():
     backbone = tiny_backbone("llama")
     stray = replace(backbone.projections[0], module="model.extra.q_proj")
     lora = random_lora(backbone, 2)
-    assert can_write_out(backbone.decoder, lora)
-    assert not can_write_out(backbone.decoder, replace(lora, projections=(stray, *lora.projections[1:])))
+    assert can_fuse(backbone.decoder, lora)
+    assert not can_fuse(backbone.decoder, replace(lora, projections=(stray, *lora.projections[1:])))
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def peft_on(model):
 @pytest.mark.parametrize("architecture", WRITTEN)
 def test_a_pass_equals_transformers_layers(architecture, side, target_modules):
     backbone = tiny_backbone(architecture, target_modules=target_modules)
-    assert can_write_out(backbone.decoder)
+    assert can_fuse(backbone.decoder)
     written, own, shared = passes(backbone, pad(random_ids([9, 1, 6]), side=side), random_lora(backbone, 3))
     assert shared == 0
     for got, want in zip(written, own, strict=True):
@@ -180,13 +181,13 @@ def test_steps_from_a_shared_beginning_equal_each_prompt_alone(objective):
     ],
 )
 def test_beginnings(prompts, common):
-    packing = Packing(tuple(map(len, prompts)), torch.device("cpu"))
+    packing = Packing(tuple(map(len, prompts)))
     ids_N = torch.tensor([i for ids in prompts for i in ids])
     assert common_beginning(ids_N, packing) == common
-    shared = in_first_row(packing.place_of_N // packing.T, packing.positions_1N[0], common)
+    shared = in_first_row(packing.position_of_N // packing.T, packing.positions_1N[0], common)
     assert len(shared.tokens_U) == len(ids_N) - common * (len(prompts) - 1)
-    assert torch.equal(shared.again(shared.once(ids_N[:, None]), "ids")[:, 0], ids_N)
-    first = shared.again(shared.once(torch.arange(len(ids_N))[:, None]), "ids")[:, 0].split(packing.lengths)
+    assert torch.equal(shared.expand(shared.unique(ids_N[:, None]), "ids")[:, 0], ids_N)
+    first = shared.expand(shared.unique(torch.arange(len(ids_N))[:, None]), "ids")[:, 0].split(packing.lengths)
     assert all(x[:common].tolist() == list(range(common)) for x in first)
 
 
@@ -207,7 +208,7 @@ def test_a_known_beginning_is_run_once_for_all_that_come(architecture, target_mo
         return trace, list(scored)
 
     want = [steps(prompts)[0] for prompts in (*batches, others)]
-    backbone.beginnings = PrefixCache([first, [7, 8]])
+    backbone = backbone.with_prefixes([first, [7, 8]])
     found = [steps(prompts) for prompts in (*batches, others)]
     for (have, _), plain in zip(found, want, strict=True):
         close(have.lora.tensors, plain.lora.tensors)
@@ -222,7 +223,7 @@ def test_a_beginning_recorded_beside_rows_that_share_it():
     batches = [starting(lengths, 12) for lengths in ((15, 20), (16,), (13, 14, 17))]
     start = [ZeroInit(r=2)(backbone, pad(prompts), [0] * len(prompts)) for prompts in batches]
     want = [adapt(backbone, pad(p), s, FixedRate(0.5), 2) for p, s in zip(batches, start, strict=True)]
-    backbone.beginnings = PrefixCache([batches[0][0][:12]])
+    backbone = backbone.with_prefixes([batches[0][0][:12]])
     for prompts, s, plain in zip(batches, start, want, strict=True):
         close(adapt(backbone, pad(prompts), s, FixedRate(0.5), 2).lora.tensors, plain.lora.tensors)
 
@@ -233,7 +234,7 @@ def test_an_exit_keeps_a_beginning_of_its_own():
     rates = [FixedRate(0.5, PromptLoss(exit_layer=2)), FixedRate(0.5), FixedRate(0.5, PromptLoss(exit_layer=3))] * 2
     start = ZeroInit(r=2)(backbone, pad(prompts[:1]), [0])
     want = [adapt(backbone, pad(prompts[:1]), start, rate, 2).lora for rate in rates]
-    backbone.beginnings = PrefixCache([prompts[0][:12]])
+    backbone = backbone.with_prefixes([prompts[0][:12]])
     for rate, plain in zip(rates, want, strict=True):
         close(adapt(backbone, pad(prompts[:1]), start, rate, 2).lora.tensors, plain.tensors)
 
@@ -242,7 +243,7 @@ def test_a_pass_that_fails_leaves_no_beginning(monkeypatch):
     backbone, prompts = tiny_backbone("llama"), starting((15,), 12)
     start = ZeroInit(r=2)(backbone, pad(prompts), [0])
     want = adapt(backbone, pad(prompts), start, FixedRate(0.5), 2).lora
-    backbone.beginnings = PrefixCache([prompts[0][:12]])
+    backbone = backbone.with_prefixes([prompts[0][:12]])
     with monkeypatch.context() as broken:
         broken.setattr(head, "_walk", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -252,9 +253,15 @@ def test_a_pass_that_fails_leaves_no_beginning(monkeypatch):
 
 
 def test_short_beginnings_and_single_prompts_are_left_alone():
-    assert pad([[5] * 9]).beginning == 0
-    assert pad([[5, *range(20, 30)], [5, *range(40, 50)]]).beginning == 0  # one of 22 tokens saved
-    assert pad([[5, 6, 7, *range(20, 30)], [5, 6, 7, *range(40, 50)]]).beginning == 3
+    assert shared_tokens([[5] * 9]) == 0
+    assert shared_tokens([[5, *range(20, 30)], [5, *range(40, 50)]]) == 0  # one of 22 tokens saved
+    assert shared_tokens([[5, 6, 7, *range(20, 30)], [5, 6, 7, *range(40, 50)]]) == 3
+
+
+def shared_tokens(prompts) -> int:
+    layout = Layout(batch := pad(prompts))
+    shared = within_batch(layout.real(batch.ids_BT), layout.packing)
+    return 0 if shared is None else shared.tokens
 
 
 def test_bfloat16_rounds_as_well_as_transformers_layers(llama_folder):
@@ -267,7 +274,7 @@ def test_bfloat16_rounds_as_well_as_transformers_layers(llama_folder):
         want = adapt(exact, batch, lora, FixedRate(0.5), 2).lora
         moved += squares(want, lora)
         for written in errors:
-            low.writes_out = written
+            low.fuses_layers = written
             errors[written] += squares(adapt(low, batch, lora, FixedRate(0.5), 2).lora, want)
     assert errors[True] < 2 * errors[False] < 0.1 * moved
 

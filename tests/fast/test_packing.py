@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ephemera.batch import mean_nll, pad
+from ephemera.batch import pad
+from ephemera.fast import cpu_attention, fast_lm
 from ephemera.fast import llama_layer as llama_module
-from ephemera.fast import packing as packed
-from ephemera.fast.packing import Packing, attention, can_pack
+from ephemera.fast.cpu_attention import attention, can_pack
+from ephemera.fast.packing import Packing
 from ephemera.inits import ZeroInit
-from ephemera.llm import frozen_lm as backbone_module
 from ephemera.llm.load import load_backbone
 from tiny_models import ARCHITECTURES, random_lora, tiny_backbone
 
@@ -35,11 +35,11 @@ def slow_attention(q, k, v, lengths, scaling):
 @pytest.mark.parametrize("kept", [0, 1 << 30])
 @pytest.mark.parametrize("lengths", [LENGTHS, (4, 4)])
 def test_attention_and_its_gradient(monkeypatch, lengths, kept, block):
-    monkeypatch.setattr(packed, "KEPT_BYTES", kept)
-    monkeypatch.setattr(packed, "OTHER_BLOCK", block)
+    monkeypatch.setattr(cpu_attention, "KEPT_BYTES", kept)
+    monkeypatch.setattr(cpu_attention, "OTHER_BLOCK", block)
     N = sum(lengths)
     q, k, v = (torch.randn(1, N, h, 4, dtype=torch.float64).transpose(1, 2).requires_grad_() for h in (6, 2, 2))
-    packing = Packing(lengths, torch.device("cpu"))
+    packing = Packing(lengths)
     y, _ = attention(torch.nn.Module(), q, k, v, None, packing=packing, scaling=0.3)
     want = slow_attention(q, k, v, lengths, 0.3)
     torch.testing.assert_close(y, want)
@@ -51,35 +51,35 @@ def test_attention_and_its_gradient(monkeypatch, lengths, kept, block):
 
 
 def test_blocks_cover_every_place_once_and_skip_later_keys():
-    packing = Packing((7, 5), torch.device("cpu"))
+    packing = Packing((7, 5))
     assert packing.spans(32) == [(0, 7)]
     assert packing.spans(4) == [(0, 7)]  # at least four places each
     assert packing.spans(2) == [(0, 2), (2, 4), (4, 7)]
 
 
 def test_queries_meet_no_key_after_their_block(monkeypatch):
-    monkeypatch.setattr(packed, "OTHER_BLOCK", 2)
+    monkeypatch.setattr(cpu_attention, "OTHER_BLOCK", 2)
     seen = []
-    probabilities = packed._probabilities
+    probabilities = cpu_attention._probabilities
     monkeypatch.setattr(
-        packed, "_probabilities", lambda *args: seen.append(tuple((p := probabilities(*args)).shape)) or p
+        cpu_attention, "_probabilities", lambda *args: seen.append(tuple((p := probabilities(*args)).shape)) or p
     )
     q, k, v = (torch.randn(1, 12, h, 4).transpose(1, 2) for h in (6, 2, 2))
-    attention(torch.nn.Module(), q, k, v, None, packing=Packing((7, 5), torch.device("cpu")))
+    attention(torch.nn.Module(), q, k, v, None, packing=Packing((7, 5)))
     assert seen == [(4, 6, 2), (4, 6, 4), (4, 9, 7)]
 
 
 def test_the_fused_kernel_gives_the_same(monkeypatch):
     q, k, v = (torch.randn(1, sum(LENGTHS), h, 4).transpose(1, 2) for h in (6, 2, 2))
-    packing = Packing(LENGTHS, torch.device("cpu"))
+    packing = Packing(LENGTHS)
     ours, _ = attention(torch.nn.Module(), q, k, v, None, packing=packing)
-    monkeypatch.setattr(packed, "FUSED_FROM", 1)
+    monkeypatch.setattr(cpu_attention, "FUSED_FROM", 1)
     fused, _ = attention(torch.nn.Module(), q, k, v, None, packing=packing)
     torch.testing.assert_close(ours, fused)
 
 
 def test_packing_there_and_back():
-    packing = Packing(LENGTHS, torch.device("cpu"))
+    packing = Packing(LENGTHS)
     x = torch.arange(2.0 * sum(LENGTHS)).view(-1, 2)
     rows = packing.rows_or_zero(x)
     assert rows.shape == (4, 7, 2)
@@ -97,10 +97,10 @@ def test_packed_and_padded_passes_agree(monkeypatch, architecture, side, fused):
 
     `fused`: as on an accelerator, and for long prompts in float32.
     """
-    monkeypatch.setattr(packed, "OTHER_BLOCK", 2)  # several blocks of these short prompts
+    monkeypatch.setattr(cpu_attention, "OTHER_BLOCK", 2)  # several blocks of these short prompts
     if fused:
-        for module in (packed, backbone_module):
-            monkeypatch.setattr(module, "writes_out", lambda *_args: False)
+        for module in (cpu_attention, fast_lm):
+            monkeypatch.setattr(module, "writes_attention_out", lambda *_args: False)
     backbone = tiny_backbone(architecture)
     if getattr(backbone.decoder.config, "sliding_window", None):
         backbone.decoder.config.sliding_window = max(LENGTHS)  # longer prompts are not packed
@@ -112,16 +112,16 @@ def test_packed_and_padded_passes_agree(monkeypatch, architecture, side, fused):
     for plain in (False, True):
         leaves = lora.leaves()
         out = backbone.forward(batch, leaves, embedded=True, twice_differentiable=plain)
-        nll_B = mean_nll(out.hidden_BTD, batch, backbone.logits)
+        nll_B = backbone.mean_nll(out.hidden_BTD, batch)
         grads = torch.autograd.grad(nll_B.sum(), leaves.tensors)
         found.append((nll_B, out.representation_BH(batch), *grads))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("writes_out", [False, True])
-def test_the_model_is_as_before_after_an_error(llama, writes_out, monkeypatch):
-    llama.writes_out = writes_out
+@pytest.mark.parametrize("fuses", [False, True])
+def test_the_model_is_as_before_after_an_error(llama, fuses, monkeypatch):
+    llama.fuses_layers = fuses
     modules = dict(llama.model.named_modules())
     before = llama.decoder.config._attn_implementation
     batch = pad([[1, 2, 3], [1, 2]])
@@ -129,7 +129,7 @@ def test_the_model_is_as_before_after_an_error(llama, writes_out, monkeypatch):
     def broken(*_args):
         raise RuntimeError("broken")
 
-    for module in (packed, llama_module):  # each has its own name for it
+    for module in (cpu_attention, llama_module):  # each has its own name for it
         monkeypatch.setattr(module, "attend", broken)
     with pytest.raises(RuntimeError, match="broken"):
         llama.forward(batch, random_lora(llama, 2))

@@ -16,7 +16,7 @@ LENGTHS = [11, 4, 8]
 
 
 def again(backbone: FrozenLM) -> FrozenLM:
-    backbone.checkpoint = True
+    backbone.recompute = True
     return backbone
 
 

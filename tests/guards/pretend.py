@@ -21,7 +21,6 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from ephemera.adapt import adapt
 from ephemera.early_exit.lens import Lens
-from ephemera.fast.rms_norm import write_out_norms
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import describe
 from ephemera.prompt_loss import PromptLoss
@@ -96,13 +95,12 @@ def run(case: Case) -> None:
     backbone = tiny_backbone(architecture, dtype=dtype)
     batch, rate = left(random_ids([9, 6])), make(backbone)
     lora = ZeroInit()(backbone, batch, [0, 0])
-    batch.ready()  # on the host, where there are numbers
+    backbone.ready(batch)  # on the host, where there are numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         with OnDevice(closed=False):
             for module in (backbone.model, rate, rate.objective.lens):
                 if isinstance(module, nn.Module):
                     move(module)
-            write_out_norms(backbone.model)
             backbone.vocabulary_VD = backbone.embedding.get_parameter("weight")
             rows = [None if p.rows is None else p.rows.to(DEVICE) for p in backbone.projections]
             backbone.projections = tuple(replace(p, rows=r) for p, r in zip(backbone.projections, rows, strict=True))

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from counting import count_head
 from ephemera.adapt import adapt
-from ephemera.fast.decode import decoding
 from ephemera.inits import ZeroInit
 from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
@@ -158,7 +157,7 @@ def test_a_token_takes_two_small_products_a_projection(dtype: torch.dtype, casts
     token_B1 = torch.tensor([[5], [9]])
     found = []
     for adapters in (None, lora):
-        with decoding(backbone.model, adapters), Operations() as operations:
+        with backbone.decoding(adapters)(), Operations() as operations:
             backbone.model(token_B1)
         found.append(operations.counts)
     M = len(backbone.projections)

@@ -11,6 +11,7 @@ import torch
 
 from ephemera.adapt import adapt
 from ephemera.batch import pad
+from ephemera.fast.packing import Layout
 from ephemera.inits import ZeroInit
 from ephemera.llm.load import load_backbone
 from ephemera.prompt_loss import PromptLoss
@@ -49,9 +50,9 @@ def test_a_batch_that_began_on_a_device_knows_the_same():
     moved = batch.to("meta")
     assert moved.on_host is batch
     assert moved.padded
-    assert moved.packing.lengths == (4, 7)
-    assert moved.packing.place_of_N.device.type == "meta"
-    assert moved.predicted.rows_N.shape == batch.predicted.rows_N.shape
+    assert Layout(batch).to(moved.device).packing.lengths == moved.lengths == (4, 7)
+    assert Layout(batch).to(moved.device).packing.position_of_N.device.type == "meta"
+    assert moved.scored.rows_N.shape == batch.scored.rows_N.shape
     assert FixedRate(0.1).rates_BM(None, 1, 1, like=torch.empty(2, 1, device="meta"), projections=3).is_meta
 
 

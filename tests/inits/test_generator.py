@@ -96,7 +96,7 @@ def slow_adapter(generator: LoraGenerator, projections: tuple[Projection, ...], 
 def slow_lora(generator: LoraGenerator, projections: tuple[Projection, ...], h_BH: Tensor) -> LoraBatch:
     pairs = [[slow_adapter(generator, projections, m, h_H) for m in range(len(projections))] for h_H in h_BH]
     A, B = ([torch.stack([row[m][k] for row in pairs]) for m in range(len(projections))] for k in (0, 1))
-    return LoraBatch(projections, tuple(A), tuple(B), r=generator.r, lora_alpha=generator.lora_alpha)
+    return LoraBatch.of(projections, tuple(A), tuple(B), r=generator.r, lora_alpha=generator.lora_alpha)
 
 
 def slow_state(backbone: FrozenLM, ids: list[int]) -> Tensor:

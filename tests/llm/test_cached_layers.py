@@ -93,7 +93,7 @@ def test_a_model_that_cannot_be_cut_takes_the_full_pass(monkeypatch):
     backbone = upper_half("llama")
     batch, lora = left(random_ids(LENGTHS)), random_lora(backbone, 3)
     want = adapt(backbone, batch, lora, FixedRate(0.3), 2)
-    backbone.final_norm = None
+    backbone.architecture = None
     counts = count_layers(backbone, monkeypatch)
     have = adapt(backbone, batch, lora, FixedRate(0.3), 2)
     assert have.lower is None

@@ -7,7 +7,7 @@ import torch
 from tokenizers import processors
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from ephemera.batch import TokenBatch, mean_nll, pad
+from ephemera.batch import TokenBatch, pad
 from ephemera.llm import load as load_module
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
@@ -159,7 +159,7 @@ def test_padding_side_changes_nothing(architecture, adapted):
             alone = backbone.forward(TokenBatch(torch.tensor([ids]), torch.ones(1, len(ids)).bool()), row).hidden_BTD[0]
             close(hidden[b][batch.mask_BT[b]], alone)
             if not adapted:
-                close(mean_nll(hidden, batch, backbone.logits)[b], slow_nll(backbone.model, ids))
+                close(backbone.mean_nll(hidden, batch)[b], slow_nll(backbone.model, ids))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -169,7 +169,7 @@ def test_padding_in_float32(architecture, attention):
     prompts = random_ids([11, 4])
     for side in ("left", "right"):
         batch = pad(prompts, side=side)
-        nll = mean_nll(backbone.forward(batch).hidden_BTD, batch, backbone.logits)
+        nll = backbone.mean_nll(backbone.forward(batch).hidden_BTD, batch)
         close(nll, torch.stack([slow_nll(backbone.model, ids) for ids in prompts]), 1e-4)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ephemera.adapt import adapt, meta_gradient
-from ephemera.batch import mean_nll
 from ephemera.config import OptimizerSettings, TrainScaleNet, load_config
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
@@ -542,7 +541,7 @@ def test_mean_nll_of_the_slow_loop_agrees(llama):
     # The oracle of this file against batch.py, so that neither drifts alone
     ids = random_ids([8])
     batch = left(ids)
-    close(mean_nll(llama.forward(batch).hidden_BTD, batch, llama.logits), slow_nll(llama.model, ids[0])[None])
+    close(llama.mean_nll(llama.forward(batch).hidden_BTD, batch), slow_nll(llama.model, ids[0])[None])
 
 
 class CountedTrainee(ScaleNetTrainee):

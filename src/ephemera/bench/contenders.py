@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ephemera.adapt import adapt
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.bench.prompts import examples
-from ephemera.fast.rms_norm import write_out_norms
+from ephemera.fast.rms_norm import fast_norms
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.tokenize import encode_answer, encode_prompt
@@ -65,7 +65,8 @@ class PeftLoop:
             path, file = path.parent, {"gguf_file": path.name}
         model = AutoModelForCausalLM.from_pretrained(path, dtype=backbone.dtype, **file)
         if backbone.dtype == torch.float64:
-            write_out_norms(model)  # transformers' own go through float32
+            for parent, name, norm in fast_norms(model):  # transformers' own go through float32
+                setattr(parent, name, norm)
         config = peft.LoraConfig(
             r=INIT.r,
             lora_alpha=int(INIT.lora_alpha),

@@ -5,15 +5,14 @@ Everything here is for inference: no gradient passes through it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ephemera.lora import LoraBatch
+from ephemera.llm.replaced import Place, child
+from ephemera.lora import LoraBatch, by_module
 
 ROOM = 64  # tokens that a cache has room for where their number is not known
 
@@ -42,21 +41,15 @@ class DecodeLinear(nn.Module):
         return y_BTO
 
 
-@contextmanager
-def decoding(model: nn.Module, lora: LoraBatch | None) -> Iterator[None]:
-    """Decode with these adapters; whatever happens inside, the model's own modules and weights are back after.
+def decoding(model: nn.Module, lora: LoraBatch | None, *, merge: bool = True) -> list[Place]:
+    """What stands in the model while it decodes with these adapters.
 
-    A single row goes into the weights where that loses nothing (`mergeable`), so that it costs nothing per
-    token; adapters that do nothing (B = 0) are left out; all others stay factors, prepared once.
+    A single row goes into the weights if that loses nothing (`mergeable`), so that it costs nothing per token; adapters
+    that do nothing (B = 0) are left out; all others stay factors, prepared once.
     """
-    if lora is None or not any(bool(B_BOR.any()) for B_BOR in lora.B):
-        yield
-    elif mergeable(model, lora):
-        with merged(model, lora):
-            yield
-    else:
-        with prepared(model, lora):
-            yield
+    if lora is None or not bool(lora.B_BN.any()):
+        return []
+    return merged(model, lora) if merge and mergeable(model, lora) else prepared(model, lora)
 
 
 def mergeable(model: nn.Module, lora: LoraBatch) -> bool:
@@ -71,70 +64,36 @@ def mergeable(model: nn.Module, lora: LoraBatch) -> bool:
     )
 
 
-@contextmanager
-def merged(model: nn.Module, lora: LoraBatch, row: int = 0) -> Iterator[None]:
+def merged(model: nn.Module, lora: LoraBatch, row: int = 0) -> list[Place]:
     """W + scaling * B A in place of each adapted W. W itself comes back after: nothing is subtracted."""
     factors, r, lora_alpha = lora.peft_factors(row)
-    kept: list[tuple[nn.Module, nn.Parameter]] = []
-    try:
-        for path, (A_RI, B_OR) in factors.items():
-            module = model.get_submodule(path)
-            own = module.get_parameter("weight")
-            with torch.no_grad():
-                W_OI = torch.addmm(own, B_OR, A_RI, alpha=lora_alpha / r)
-            kept.append((module, own))
-            module.weight = nn.Parameter(W_OI, requires_grad=False)
-        yield
-    finally:
-        for module, own in kept:
-            module.weight = own
+    places: list[Place] = []
+    for path, (A_RI, B_OR) in factors.items():
+        module = model.get_submodule(path)
+        with torch.no_grad():
+            W_OI = torch.addmm(module.get_parameter("weight"), B_OR, A_RI, alpha=lora_alpha / r)
+        places.append((module, "weight", nn.Parameter(W_OI, requires_grad=False)))
+    return places
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """Adapters laid out for one token a row, not yet in the model: for whoever decodes many tokens between other passes.
-
-    Each place is (parent, name of the child, the module that is there, what stands there while attached).
-    """
-
-    places: tuple[tuple[nn.Module, str, nn.Module, DecodeLinear], ...]
-
-    @staticmethod
-    def of(model: nn.Module, lora: LoraBatch) -> Prepared:
-        groups: dict[str, list[tuple[Tensor | None, Tensor, Tensor]]] = {}
-        for projection, A_BRI, B_BOR in zip(lora.projections, lora.A, lora.B, strict=True):
-            weight = model.get_submodule(projection.module).get_parameter("weight")
+def prepared(model: nn.Module, lora: LoraBatch) -> list[Place]:
+    """Every row with its own factors, cast, scaled and laid out for one token a row."""
+    places: list[Place] = []
+    for path, pairs in by_module(lora.pairs).items():
+        parent, name = child(model, path)
+        base = parent.get_submodule(name)
+        factors = []
+        for projection, A_BRI, B_BOR in pairs:
+            weight = base.get_parameter("weight")
             # A CPU's small bfloat16 products are several times slower than float32 ones and the casts around them;
             # an accelerator pays by the kernel instead.
             dtype = A_BRI.dtype if weight.device.type == "cpu" or not weight.is_floating_point() else weight.dtype
             rows = None if projection.rows is None else projection.rows.to(A_BRI.device)
             # B^T contiguous: three times faster than as a view of B
-            factors = A_BRI.detach().to(dtype).mT, (B_BOR.detach() * lora.scaling).to(dtype).mT.contiguous()
-            groups.setdefault(projection.module, []).append((rows, *factors))
-        places = []
-        for path, factors in groups.items():
-            parent_path, _, child = path.rpartition(".")
-            parent = model.get_submodule(parent_path)
-            base = parent.get_submodule(child)
-            places.append((parent, child, base, DecodeLinear(base, factors)))
-        return Prepared(tuple(places))
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        try:
-            for parent, child, _, adapted in self.places:
-                setattr(parent, child, adapted)
-            yield
-        finally:
-            for parent, child, base, _ in self.places:
-                setattr(parent, child, base)
-
-
-@contextmanager
-def prepared(model: nn.Module, lora: LoraBatch) -> Iterator[None]:
-    """Every row with its own factors, as `lora.attach` has it, laid out for one token a row."""
-    with Prepared.of(model, lora).attached():
-        yield
+            B_BRO = (B_BOR.detach() * lora.scaling).to(dtype).mT.contiguous()
+            factors.append((rows, A_BRI.detach().to(dtype).mT, B_BRO))
+        places.append((parent, name, DecodeLinear(base, factors)))
+    return places
 
 
 class GrowingLayer(DynamicLayer):

@@ -7,72 +7,66 @@ own into its second run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ephemera.fast.packing import Packing
-from ephemera.lora import LoraBatch, attach
+from ephemera.llm.replaced import replaced
+from ephemera.lora import Adapted, LoraBatch, Pair, attach_pairs
 
 
-class _Checkpointed(nn.Module):
+class _Recomputed(nn.Module):
     """Stands where a decoder layer stood; `around` is what else must hold while it runs, both times."""
 
     def __init__(
         self,
         layer: nn.Module,
-        lora: LoraBatch | None,
-        packing: Packing | None,
+        pairs: Sequence[Pair],
+        scaling: float,
+        adapted: Adapted,
         around: Callable[[], AbstractContextManager[None]],
     ):
         super().__init__()
-        self.layer, self.lora, self.packing, self.around = layer, lora, packing, around
+        self.layer, self.pairs, self.scaling, self.adapted, self.around = layer, pairs, scaling, adapted, around
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         # Nothing is drawn at random in eval mode
         return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # pyright: ignore[reportReturnType]
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        with attach(self.layer, self.lora, self.packing), self.around():
+        with attach_pairs(self.layer, self.pairs, self.scaling, self.adapted), self.around():
             return self.layer(*args, **kwargs)
 
 
-@contextmanager
-def checkpointed(
+def recomputed(
     decoder: nn.Module,
     prefix: str,
     lora: LoraBatch | None,
-    packing: Packing | None = None,
+    adapted: Adapted,
     around: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let every layer of `decoder` run so, with its share of the adapters; restored after.
 
     `prefix`: path of the decoder's layers in the model, where projections' paths begin ("model.layers").
     """
     layers = decoder.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
+    scaling = 1.0 if lora is None else lora.scaling
     wrapped = [
-        _Checkpointed(layer, _of_layer(lora, f"{prefix}.{i}."), packing, around) for i, layer in enumerate(layers)
+        _Recomputed(layer, _of_layer(lora, f"{prefix}.{i}."), scaling, adapted, around)
+        for i, layer in enumerate(layers)
     ]
-    try:
-        decoder.register_module("layers", nn.ModuleList(wrapped))
-        yield
-    finally:
-        decoder.register_module("layers", layers)
+    return replaced([(decoder, "layers", nn.ModuleList(wrapped))])
 
 
-def _of_layer(lora: LoraBatch | None, prefix: str) -> LoraBatch | None:
+def _of_layer(lora: LoraBatch | None, prefix: str) -> list[Pair]:
     """The adapters of one layer, named from there."""
-    if lora is None:
-        return None
-    mine = [m for m, p in enumerate(lora.projections) if p.module.startswith(prefix)]
-    if not mine:
-        return None
-    projections = tuple(
-        replace(lora.projections[m], module=lora.projections[m].module.removeprefix(prefix)) for m in mine
-    )
-    return replace(lora, projections=projections, A=tuple(lora.A[m] for m in mine), B=tuple(lora.B[m] for m in mine))
+    return [
+        (replace(projection, module=projection.module.removeprefix(prefix)), A_BRI, B_BOR)
+        for projection, A_BRI, B_BOR in ([] if lora is None else lora.pairs)
+        if projection.module.startswith(prefix)
+    ]

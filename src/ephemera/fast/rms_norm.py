@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ephemera.llm.architectures import ARCHITECTURES
 from ephemera.llm.precision import wide_of
+from ephemera.llm.replaced import Place, child
 
 # transformers' classes with one and the same forward: weight * (x / rms(x)) in float32, cast before the weight
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm")
+NORMS = {known.rms_norm for known in ARCHITECTURES.values()} - {None}
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -45,19 +47,30 @@ def _rms(wide: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
 
 
-def write_out_norms(model: nn.Module) -> None:
-    """Let every norm of a known class in `model` take its gradient this way; its values change in float64 alone."""
-    for module in model.modules():
-        if type(module).__name__ in NORMS:
-            known: Any = module
-            known.forward = _forward(known.weight, known.variance_epsilon)
+class FastNorm(nn.Module):
+    """Stands where a norm of a known class stood; it reads that norm's weight when it runs."""
 
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm: Any = norm
 
-def _forward(weight: nn.Parameter, eps: float):
-    def forward(hidden_states: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and hidden_states.dtype == torch.float32 and hidden_states.device.type == "cpu":
+    @property
+    def weight(self) -> Tensor:
+        return self.norm.weight
+
+    @property
+    def variance_epsilon(self) -> float:
+        return self.norm.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, eps = self.weight, self.variance_epsilon
+        if not torch.is_grad_enabled() and x.dtype == torch.float32 and x.device.type == "cpu":
             # torch's own, the same bits there: half the time of the above at one token, 2 % of decoding
-            return F.rms_norm(hidden_states, weight.shape, weight, eps)
-        return _RmsNorm.apply(hidden_states, weight, eps)  # pyright: ignore[reportReturnType]
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
-    return forward
+
+def fast_norms(model: nn.Module) -> list[Place]:
+    """A stand-in for every norm of a known class; values change in float64 only."""
+    known = [(path, module) for path, module in model.named_modules() if type(module).__name__ in NORMS]
+    return [(*child(model, path), FastNorm(norm)) for path, norm in known]

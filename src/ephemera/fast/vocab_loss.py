@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ephemera.fast.shared_prefix import Shared
+from ephemera.llm.head import Head, token_nll
 from ephemera.llm.precision import wide_of
 
 # Tokens and words whose logits are held at once. A CPU's cache likes few: 1,024 x 2,048 float32 are 8 MB
 CPU_BLOCK = (1024, 2048)
 DEVICE_BLOCK = (2048, 16_384)
-LOSS, HEAD_GRADIENT = "loss", "gradient at the head"  # places in a pass (fast/shared_prefix.py), the last ones
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """Final hidden states [...,D] -> vocabulary logits [...,V]."""
-
-    module: nn.Module
-    softcap: float | None = None
-
-    def __call__(self, h: Tensor) -> Tensor:
-        logits = self.module(h)
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is a linear map and no more, whose words can be taken some at a time."""
-        return type(self.module) is nn.Linear
+LOSS, HEAD_GRADIENT = "loss", "gradient at the head"  # points of a pass (fast/shared_prefix.py), the last ones
 
 
 class _BlockNll(torch.autograd.Function):
@@ -43,7 +25,7 @@ class _BlockNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_ND: Tensor, head: Head, targets_N: Tensor, shared: Shared | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if shared is not None:
-            h_ND, targets_N = shared.once(h_ND), shared.once(targets_N)
+            h_ND, targets_N = shared.unique(h_ND), shared.unique(targets_N)
         size, words = CPU_BLOCK if h_ND.device.type == "cpu" else DEVICE_BLOCK
         walk = _walk if head.plain else _differentiated
         parts = [
@@ -51,10 +33,10 @@ class _BlockNll(torch.autograd.Function):
             for h_CD, targets_C in zip(h_ND.split(size), targets_N.split(size), strict=True)
         ]
         nll_N = torch.cat([nll_C for nll_C, _ in parts])
-        nll_N = nll_N if shared is None else shared.again(nll_N, LOSS)
+        nll_N = nll_N if shared is None else shared.expand(nll_N, LOSS)
         if ctx.needs_input_grad[0]:
             dh_ND = torch.cat([dh_CD for _, dh_CD in parts if dh_CD is not None])
-            ctx.dh_ND = dh_ND if shared is None else shared.again(dh_ND, HEAD_GRADIENT)
+            ctx.dh_ND = dh_ND if shared is None else shared.expand(dh_ND, HEAD_GRADIENT)
         return nll_N
 
     @staticmethod
@@ -110,28 +92,12 @@ def _differentiated(
     """The same through autograd and all words at once, for a head that is not a plain linear map."""
     h_ND = h_ND.detach().requires_grad_(want_dh)
     with torch.set_grad_enabled(want_dh):
-        nll_N = whole_nll(h_ND, head, targets_N)
+        nll_N = token_nll(h_ND, head, targets_N)
         dh_ND = torch.autograd.grad(nll_N.sum(), h_ND)[0] if want_dh else None
     return nll_N.detach(), dh_ND
 
 
-def whole_nll(h_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
-    logits_NV = head(h_ND)
-    return F.cross_entropy(logits_NV.to(wide_of(logits_NV.dtype)), targets_N, reduction="none")
-
-
-def token_nll(
-    h_ND: Tensor,
-    head: Head,
-    targets_N: Tensor,
-    *,
-    shared: Shared | None = None,
-    twice_differentiable: bool = False,
-) -> Tensor:
-    """NLL [N] in nats of each target given its hidden state, in float32 (float64 for a float64 model).
-
-    `shared`: tokens whose states and targets are another's; the head runs for the others alone.
-    """
-    if twice_differentiable:
-        return whole_nll(h_ND, head, targets_N)
+def block_nll(h_ND: Tensor, head: Head, targets_N: Tensor, shared: Shared | None = None) -> Tensor:
+    """As `token_nll`, once differentiable. `shared`: tokens whose states and targets are another's; the head runs for the
+    others only."""
     return _BlockNll.apply(h_ND, head, targets_N, shared)  # pyright: ignore[reportReturnType]

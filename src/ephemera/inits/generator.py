@@ -146,7 +146,7 @@ class LoraGenerator(nn.Module):
         for module, (A_BLRI, B_BLOR) in zip(self.modules_of_heads, self(h_BH), strict=True):
             for place, A_BRI, B_BOR in zip(module.places, A_BLRI.unbind(1), B_BLOR.unbind(1), strict=True):
                 A[place], B[place] = A_BRI, B_BOR
-        return LoraBatch(projections, tuple(A), tuple(B), r=self.r, lora_alpha=self.lora_alpha)
+        return LoraBatch.of(projections, tuple(A), tuple(B), r=self.r, lora_alpha=self.lora_alpha)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As an init: (backbone, batch, seeds) -> LoraBatch. With h alone: the module's forward."""

@@ -147,7 +147,7 @@ class PeftInit:
             A_RI, B_OR = self.factors.get(p.module, zeros)
             A.append(A_RI.to(backbone.device).expand(len(seeds), -1, -1))
             B.append(B_OR.to(backbone.device).expand(len(seeds), -1, -1))
-        return LoraBatch(backbone.projections, tuple(A), tuple(B), r=self.r, lora_alpha=self.lora_alpha)
+        return LoraBatch.of(backbone.projections, tuple(A), tuple(B), r=self.r, lora_alpha=self.lora_alpha)
 
 
 def _selects(config: LoraConfig, module: str) -> bool:

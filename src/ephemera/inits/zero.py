@@ -35,7 +35,7 @@ class ZeroInit:
             generator.manual_seed(_seed(seed, ids_T[mask_T]))
             rows.append(torch.randn(sum(sizes), generator=generator) * self.init_std)
         A_all = torch.stack(rows).to(backbone.device, dtype)
-        return LoraBatch(
+        return LoraBatch.of(
             projections,
             A=tuple(
                 a.view(len(seeds), self.r, p.in_features)

@@ -10,12 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-# Decoders whose forward walks `layers` and ends in one norm: the norm's name, by config.model_type
-FINAL_NORMS = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo", "olmo2", "phi3"), "norm"),
-    "phi": "final_layernorm",
-    "gpt_neox": "final_layer_norm",
-}
+from ephemera.llm.replaced import Place, replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +50,13 @@ def some_layers(
     if lower is None and stop is None:
         yield
         return
-    layers, final = decoder.get_submodule("layers"), decoder.get_submodule(norm)
+    layers = decoder.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
     chosen: Sequence[nn.Module] = list(layers)[:stop]
     if lower is not None:
         chosen = [_Kept(lower.hidden_BTD)] * lower.layers + list(chosen)[lower.layers :]
-    try:
-        decoder.register_module("layers", nn.ModuleList(chosen))
-        if stop is not None:
-            decoder.register_module(norm, nn.Identity())
+    places: list[Place] = [(decoder, "layers", nn.ModuleList(chosen))]
+    if stop is not None:
+        places.append((decoder, norm, nn.Identity()))
+    with replaced(places):
         yield
-    finally:
-        decoder.register_module("layers", layers)
-        decoder.register_module(norm, final)

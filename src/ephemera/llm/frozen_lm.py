@@ -1,15 +1,19 @@
-"""The frozen language model: its projections in any architecture, its forward pass, its hidden states."""
+"""The frozen language model: its projections in any architecture, its forward pass, its loss, its hidden states.
+
+This is the reference: transformers' own layers, plain cross-entropy. fast/fast_lm.py does the same at a lower cost.
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +21,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ephemera.batch import TokenBatch
-from ephemera.fast.llama_layer import Pass, can_write_out, written_out
-from ephemera.fast.packing import KeysValues, Packing, can_pack, packed, writes_out
-from ephemera.fast.recompute import checkpointed
-from ephemera.fast.rms_norm import write_out_norms
-from ephemera.fast.shared_prefix import PrefixCache, Shared
-from ephemera.fast.vocab_loss import HEAD_GRADIENT, Head
-from ephemera.llm.cached_layers import FINAL_NORMS, CachedLayers, some_layers
+from ephemera.batch import ScoredTokens, TokenBatch
+from ephemera.llm.architectures import architecture_of
+from ephemera.llm.cached_layers import CachedLayers, some_layers
+from ephemera.llm.head import Head, token_nll
 from ephemera.llm.model_files import called
 from ephemera.llm.projections import count_layers, find_projections
+from ephemera.llm.replaced import overheard
 from ephemera.llm.tokenize import without_row
 from ephemera.llm.weights import check_logits
-from ephemera.lora import LoraBatch, attach
+from ephemera.lora import LoraBatch, LoraLinear, attach
 
 
 @dataclass(frozen=True, eq=False)
 class Forward:
     """What one forward pass over a batch leaves behind."""
 
-    hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm; or H(E), without it, where it stopped
-    embedded_BTD: Tensor | None  # H(0): the embedding's output, where it was asked for
+    hidden_BTD: Tensor  # H(L): the last hidden state, after the final norm; or H(E), without it, if it stopped there
+    embedded_BTD: Tensor | None  # H(0): the embedding's output, if it was asked for
     cache: Cache | None
-    shared: Shared | None = None  # how the rows' first tokens were run once, or not at all; None: each row has its own
 
     def representation_BH(self, batch: TokenBatch) -> Tensor:
         """h(x) of LDTTA Eq. 15: masked means of H(0) and H(L), joined: [B,2D] float32, detached.
@@ -58,6 +58,8 @@ class FrozenLM:
     `name` is what the user called the model, `path` the local folder it was read from.
     """
 
+    adapted = LoraLinear  # the module that stands in for an adapted one
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -68,17 +70,8 @@ class FrozenLM:
         target_modules: str | Sequence[str] = "qv",
         layers: str | Sequence[int] = "all",
         only: Sequence[str] | None = None,
-        packs: bool = True,
-        checkpoint: bool = False,
     ):
-        """`checkpoint`: passes that a gradient is taken of keep each layer's input alone (fast/recompute.py).
-
-        `packs`: whether passes without a cache may leave out padding, with attention of ephemera's own (fast/packing.py).
-        """
         self.model = model.eval().requires_grad_(False)
-        self.packs = packs
-        self.checkpoint = checkpoint
-        write_out_norms(self.model)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
@@ -88,7 +81,7 @@ class FrozenLM:
         self.projections = find_projections(model, target_modules, layers, only)
         self.layers = count_layers(model)
         self.decoder: nn.Module = model.get_submodule(model.base_model_prefix)
-        self.final_norm: str | None = FINAL_NORMS.get(model.config.model_type)
+        self.architecture = architecture_of(model.config)
         head = model.get_output_embeddings()
         embedding = model.get_input_embeddings()
         if not isinstance(head, nn.Module) or not isinstance(embedding, nn.Module):
@@ -98,32 +91,24 @@ class FrozenLM:
         self.vocabulary_VD: Tensor = embedding.get_parameter("weight")
         self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
-        self.beginnings: PrefixCache | None = None  # that many prompts are known to have, for who serves those
-        self.writes_out = packs  # passes on a CPU through layers of a known kind: see fast/llama_layer.py
         self._check_head()
-        if checkpoint and self.final_norm is None:
-            raise ValueError(
-                f"checkpoint: ephemera does not know the layers of a {model.config.model_type}; leave it off."
-            )
 
     def with_adapters_on(
         self,
         target_modules: str | Sequence[str],
         layers: str | Sequence[int] = "all",
         only: Sequence[str] | None = None,
-    ) -> FrozenLM:
+    ) -> Self:
         """The same model (not a copy of it) with adapters on other projections."""
-        return FrozenLM(
-            self.model,
-            self.tokenizer,
-            name=self.name,
-            path=self.path,
-            target_modules=target_modules,
-            layers=layers,
-            only=only,
-            packs=self.packs,
-            checkpoint=self.checkpoint,
-        )
+        other = copy.copy(self)
+        other.target_modules, other.adapted_layers = target_modules, layers
+        other.projections = find_projections(self.model, target_modules, layers, only)
+        return other
+
+    @property
+    def final_norm(self) -> str | None:
+        """The name of the decoder's last norm; None if the architecture is not known: it cannot be stopped early."""
+        return None if self.architecture is None else self.architecture.final_norm
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +131,14 @@ class FrozenLM:
             raise ValueError(without_row(self.tokenizer, max(ids), self.name, len(self.vocabulary_VD)))
         return ids
 
+    def with_prefixes(self, prefixes: Sequence[Sequence[int]]) -> Self:
+        """The model for prompts that begin with one of these token sequences, as a chat template's own words."""
+        return self
+
+    def ready(self, batch: TokenBatch) -> None:
+        """Compute what passes need to know of the tokens' positions: from then on no pass waits for the device."""
+        _ = batch.padded, batch.scored, batch.lengths_B
+
     def forward(
         self,
         batch: TokenBatch,
@@ -159,122 +152,64 @@ class FrozenLM:
         keep: bool = False,
         twice_differentiable: bool = False,
     ) -> Forward:
-        """One pass through the decoder, without the vocabulary head.
-
-        Without a cache padded places are not computed, where the architecture is one that can be packed (fast/packing.py).
+        """One pass through the decoder with these adapters on it, without the vocabulary head.
 
         With a `cache` of earlier tokens, `past_mask_BT` says which of those are real. With `lower` the layers that it
         holds are not run again, and an empty `cache` gets its keys and values. The pass ends after `stop` layers.
-        `keep`: the pass leaves a cache of its tokens, detached; `Forward.cache` is None where it cannot.
+        `keep`: the pass leaves a cache of its tokens, detached; `Forward.cache` is None if it cannot.
         """
         assert lower is None or lower.ids_BT.shape == batch.ids_BT.shape, "kept from other prompts"
-        kept: list[Tensor] = []
-        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": cache is not None}
-        if past_mask_BT is not None:
-            mask_BT = torch.cat([past_mask_BT, batch.mask_BT], 1)
-            full = TokenBatch(mask_BT.long(), mask_BT)
-            inputs["position_ids"] = full.position_ids_BT[:, past_mask_BT.shape[1] :]
-            inputs["attention_mask"] = mask_BT.long()
-        elif batch.padded:
-            inputs["attention_mask"] = batch.mask_BT.long()
-            inputs["position_ids"] = batch.position_ids_BT
-        if cache is not None:
-            inputs["past_key_values"] = cache
-        elif self.packs and not twice_differentiable and can_pack(self.decoder.config, batch.ids_BT.shape[1]):
-            return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop, keep=keep)
-        again = self.checkpoint and cache is None and torch.is_grad_enabled() and not twice_differentiable
-        if keep and cache is None and not again:  # a layer that runs twice would write twice
+        if keep and cache is None:
             cache = self.new_cache()
-            inputs |= {"past_key_values": cache, "use_cache": True}
+        states: list[Tensor] = []
         twice = twice_differentiable and torch.is_grad_enabled()  # fused attention has no second derivative
         with (
-            attach(self.model, None if again else lora),  # before layers are left out: it finds modules by their paths
+            attach(self.model, lora, self.adapted),  # before layers are left out: it finds modules by their paths
             sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(),
-            self._checkpointed(lora) if again else nullcontext(),
-            _outputs_of(self.embedding, kept if embedded else None),
+            overheard(self.embedding, states if embedded else None),
             some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
         ):
-            output = self.decoder(**inputs)
+            output = self.decoder(**_inputs(batch, cache, past_mask_BT))
         if lower is not None and isinstance(cache, DynamicCache):
             cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
         if keep and cache is not None:
             _detach(cache)
-        return Forward(output.last_hidden_state, kept[0] if embedded else None, output.past_key_values)
+        return Forward(output.last_hidden_state, states[0] if embedded else None, output.past_key_values)
 
-    def _forward_packed(
+    def token_nll(self, h_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """NLL [N] in nats of each target given its hidden state, in float32 (float64 for a float64 model)."""
+        return token_nll(h_ND, self.logits, targets_N)
+
+    def mean_nll(
         self,
+        hidden_BTD: Tensor,
         batch: TokenBatch,
-        lora: LoraBatch | None,
         *,
-        embedded: bool,
-        lower: CachedLayers | None,
-        stop: int | None,
-        keep: bool,
-    ) -> Forward:
-        packing = batch.packing
-        kept: list[Tensor] = []
-        keys_values: KeysValues | None = {} if keep else None
-        below = lower
-        if lower is not None:
-            lower = replace(lower, hidden_BTD=batch.real(lower.hidden_BTD)[None])
-        again = self.checkpoint and torch.is_grad_enabled()
-        written = self.writes_out and not self.checkpoint and writes_out(packing, self.dtype)
-        written = written and can_write_out(self.decoder, lora)
-        about = self._about(batch, lora, lower, stop, keys_values) if written else None
-        prefix = f"{self.model.base_model_prefix}.layers"
-        with (
-            attach(self.model, None if again or written else lora, packing),
-            self._checkpointed(lora, packing) if again else nullcontext(),
-            nullcontext() if about is None else written_out(self.decoder, prefix, lora, about),
-            _outputs_of(self.embedding, kept if embedded else None),
-            some_layers(self.decoder, self.final_norm or "", lower=lower, stop=stop),
-            packed(self.decoder),
-        ):
-            output = self.decoder(
-                input_ids=batch.real(batch.ids_BT)[None],
-                position_ids=packing.positions_1N,
-                use_cache=False,
-                packing=packing,
-                kept=keys_values,
-            )
-        embedded_BTD = batch.back(kept[0][0]) if embedded else None
-        hidden_BTD = batch.back(output.last_hidden_state[0])
-        cache = None if keys_values is None else self._cache_of(batch, keys_values, below)
-        return Forward(hidden_BTD, embedded_BTD, cache, None if about is None else about.shared)
+        tokens: ScoredTokens | None = None,
+        out: Forward | None = None,
+        twice_differentiable: bool = False,
+    ) -> Tensor:
+        """Mean NLL [B] of each row's scored tokens (default: all) given the tokens before them; 0 if there is none.
 
-    def _cache_of(self, batch: TokenBatch, keys_values: KeysValues, lower: CachedLayers | None) -> DynamicCache:
-        """A cache of a batch's tokens, zero at padding, from what the layers of a packed pass have left."""
-        cache = self.new_cache()
-        for layer in range(0 if lower is None else lower.layers, 1 + max(keys_values)):
-            k_BGTC, v_BGTC = (batch.back(x_NGC).transpose(1, 2) for x_NGC in keys_values[layer])
-            cache.update(k_BGTC, v_BGTC, layer)
-        if lower is not None:
-            cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
-        return cache
+        Rows do not touch each other: a batch's loss is the sum of these, so a prompt's step does not depend on its
+        neighbours (LDTTA Eq. 7, 9). `out`: the pass that the states come from.
+        """
+        tokens = tokens or batch.scored
+        return tokens.means(token_nll(tokens.states(hidden_BTD), self.logits, tokens.targets_N))
 
-    def _about(
-        self,
-        batch: TokenBatch,
-        lora: LoraBatch | None,
-        lower: CachedLayers | None,
-        stop: int | None,
-        keys_values: KeysValues | None,
-    ) -> Pass:
-        """What the written-out layers of a pass have in common; rows share their beginning while no adapter does anything."""
-        flat = lora is None or not any(bool(B_BOR.any()) for B_BOR in lora.B)
-        shared = None
-        if flat and lower is None:
-            shared = batch.shared
-            if self.beginnings is not None and lora is not None:
-                key = (stop, tuple(p.name for p in lora.projections))
-                last = HEAD_GRADIENT if stop is None else (stop - 1, "silu")
-                shared = self.beginnings.meet(key, batch.real(batch.ids_BT), batch.packing, last, shared)
-        return Pass(batch.packing, 1.0 if lora is None else lora.scaling, shared or Shared(), flat, keys_values)
+    def norm(self, h: Tensor) -> Tensor:
+        """The decoder's final norm."""
+        assert self.final_norm is not None
+        return self.decoder.get_submodule(self.final_norm)(h)
 
-    def _checkpointed(self, lora: LoraBatch | None, packing: Packing | None = None) -> AbstractContextManager[None]:
-        prefix = f"{self.model.base_model_prefix}.layers"
-        around = nullcontext if packing is None else lambda: packed(self.decoder)
-        return checkpointed(self.decoder, prefix, lora, packing, around)
+    def decoding(self, lora: LoraBatch | None, *, merge: bool = True) -> Callable[[], AbstractContextManager[None]]:
+        """How the model decodes with these adapters, one token a row: a context, to be entered as often as needed.
+
+        `merge`: a single row's adapter may go into the weights."""
+        return partial(attach, self.model, lora)
+
+    def make_room(self, cache: Cache, tokens: int | None) -> None:
+        """A filled cache is about to take so many tokens more (None: not known)."""
 
     def new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -297,8 +232,8 @@ class FrozenLM:
         layers = self.decoder.get_submodule("layers")
         with ExitStack() as hooks:
             for layer, into in zip(exit_layers, kept, strict=True):
-                hooks.enter_context(_outputs_of(layers.get_submodule(str(layer - 1)), into))
-            hidden_BTD = self.forward(batch, twice_differentiable=True).hidden_BTD  # not packed: hooks see rows
+                hooks.enter_context(overheard(layers.get_submodule(str(layer - 1)), into))
+            hidden_BTD = FrozenLM.forward(self, batch).hidden_BTD  # rows as they stand
         return hidden_BTD, {layer: outputs[0] for layer, outputs in zip(exit_layers, kept, strict=True)}
 
     def fingerprint(self) -> str:
@@ -317,8 +252,7 @@ class FrozenLM:
             want = self.model(input_ids=ids_BT).logits
             check_logits(f"{self.name} ({self.model.config.model_type})", want)
             batch = TokenBatch(ids_BT, torch.ones_like(ids_BT).bool())
-            # The plain pass: a packed one rounds differently in bfloat16
-            have = self.logits(self.forward(batch, twice_differentiable=True).hidden_BTD)
+            have = self.logits(FrozenLM.forward(self, batch).hidden_BTD)
         if not torch.allclose(want.float(), have.float(), atol=1e-2, rtol=1e-2):
             raise ValueError(
                 f"{self.name} ({self.model.config.model_type}) makes its logits in a way ephemera does not know: "
@@ -326,22 +260,26 @@ class FrozenLM:
             )
 
 
+def _inputs(batch: TokenBatch, cache: Cache | None, past_mask_BT: Tensor | None) -> dict[str, Any]:
+    """What transformers' decoder is called with; positions count real tokens only."""
+    inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": cache is not None}
+    if past_mask_BT is not None:
+        mask_BT = torch.cat([past_mask_BT, batch.mask_BT], 1)
+        full = TokenBatch(mask_BT.long(), mask_BT)
+        inputs["position_ids"] = full.position_ids_BT[:, past_mask_BT.shape[1] :]
+        inputs["attention_mask"] = mask_BT.long()
+    elif batch.padded:
+        inputs["attention_mask"] = batch.mask_BT.long()
+        inputs["position_ids"] = batch.position_ids_BT
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    return inputs
+
+
 def _detach(cache: Cache) -> None:
     for layer in cache.layers:
         if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-
-
-@contextmanager
-def _outputs_of(module: nn.Module, kept: list[Any] | None) -> Iterator[None]:
-    if kept is None:
-        yield
-        return
-    handle = module.register_forward_hook(lambda _module, _args, output: kept.append(output))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _norm_weights(model: nn.Module) -> Sequence[Tensor]:

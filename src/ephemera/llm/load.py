@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ephemera.downloads import DEFAULT_MODEL, fetch_default_model
+from ephemera.fast.fast_lm import FastLM
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.gguf_header import read_header
 from ephemera.llm.model_files import (
@@ -50,12 +52,13 @@ def load_backbone(
     layers: str | Sequence[int] = "all",
     only: Sequence[str] | None = None,
     checkpoint: bool = False,
+    fast: bool | None = None,
     **kwargs: Any,
 ) -> FrozenLM:
     """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
 
     `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
-    is one. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
+    is one. `fast=False` runs the reference path: the same results up to rounding. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
     transformers (`quantization_config`, `attn_implementation`, ...). ValueError where a file cannot be read, or weights
     are missing, left over, of another shape or not finite: transformers would fill or drop them.
     """
@@ -83,17 +86,17 @@ def load_backbone(
     model = _load_weights(name, path, source, dtype, kwargs)
     if "quantization_config" not in kwargs or "gguf_file" in kwargs:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
-    return FrozenLM(
-        model,
-        tokenizer,
-        name=name,
-        path=path,
-        target_modules=target_modules,
-        layers=layers,
-        only=only,
-        packs=packs,
-        checkpoint=checkpoint,
-    )
+    sits: dict[str, Any] = {"target_modules": target_modules, "layers": layers, "only": only}
+    if not (uses_fast() if fast is None else fast):
+        if checkpoint:
+            raise ValueError("checkpoint is part of the fast path, which is off (EPHEMERA_FAST=0 or fast=False).")
+        return FrozenLM(model, tokenizer, name=name, path=path, **sits)
+    return FastLM(model, tokenizer, name=name, path=path, packs=packs, recompute=checkpoint, **sits)
+
+
+def uses_fast() -> bool:
+    """Whether models compute by fast/ unless they are told: not with EPHEMERA_FAST=0."""
+    return os.environ.get("EPHEMERA_FAST", "1") != "0"
 
 
 def _load_weights(name: str, path: Path, source: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ephemera.batch import ScoredTokens, TokenBatch, mean_nll, pad
-from ephemera.fast.decode import decoding, make_room
-from ephemera.fast.vocab_loss import token_nll
+from ephemera.batch import ScoredTokens, TokenBatch, pad
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
@@ -45,13 +43,13 @@ class Prefill:
     def prompt_nll(self) -> Tensor:
         """Prompt NLL [B] under the adapters; a training loss, not a result. Not with reach `answer`, which leaves the prompt."""
         assert self.base_BD is None, "no adapter acts on the prompt"
-        return mean_nll(self.hidden_BTD, self.batch, self.backbone.logits)
+        return self.backbone.mean_nll(self.hidden_BTD, self.batch)
 
     @torch.no_grad()
     def answer_nll(self, answers: Sequence[Sequence[int]]) -> Tensor:
         """Mean NLL [B] over each row's answer tokens, given as ids. The cache stays as it was."""
         states_ND, targets_N, of_N = self._answer_states(answers)
-        nll_N = token_nll(states_ND, self.backbone.logits, targets_N)
+        nll_N = self.backbone.token_nll(states_ND, targets_N)
         sums_B = nll_N.new_zeros(len(answers)).index_add(0, of_N, nll_N)
         return sums_B / of_N.bincount(minlength=len(answers))
 
@@ -108,14 +106,13 @@ class Prefill:
             self.cache.crop(-1)  # generate reads the last prompt token itself, to get the first logits
             if repeats > 1:
                 self.cache.batch_repeat_interleave(repeats)
-            make_room(self.cache, kwargs.get("max_new_tokens"))
+            self.backbone.make_room(self.cache, kwargs.get("max_new_tokens"))
             inputs["past_key_values"] = self.cache
         inputs.setdefault("do_sample", False)
         if not inputs["do_sample"]:  # the model's own sampling defaults do not apply to greedy decoding
             inputs = {"temperature": None, "top_p": None, "top_k": None, **inputs}
-        model = self.backbone.model
-        with decoding(model, lora):
-            ids = model.generate(  # pyright: ignore[reportCallIssue]
+        with self.backbone.decoding(lora)():
+            ids = self.backbone.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=self.batch.ids_BT,
                 attention_mask=self.batch.mask_BT.long(),
                 pad_token_id=self.backbone.pad_id,
@@ -203,7 +200,7 @@ def nll_after(
     hidden_BSD = backbone.forward(fed, lora, cache=cache, past_mask_BT=before_BT).hidden_BTD
     rows_N, places_N = fed.mask_BT.nonzero(as_tuple=True)
     targets_N = torch.tensor([token for answer in answers for token in answer], device=backbone.device)
-    return mean_nll(hidden_BSD, fed, backbone.logits, tokens=ScoredTokens(rows_N, places_N, targets_N, fed.lengths_B))
+    return backbone.mean_nll(hidden_BSD, fed, tokens=ScoredTokens(rows_N, places_N, targets_N, fed.lengths_B))
 
 
 def before_last(cache: DynamicCache) -> DynamicCache:

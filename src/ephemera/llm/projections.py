@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ephemera.llm.architectures import architecture_of
 from ephemera.lora import Projection
 
 # The names that a projection's module goes by, by kind. GPT-NeoX and Phi-3 fuse query, key and value.
@@ -144,9 +145,11 @@ def _fused_rows(model: nn.Module, leaf: str, kind: str, out_features: int) -> Te
     config = model.config.get_text_config()
     heads: int = config.num_attention_heads
     place = "qkv".index(kind)
-    if leaf == "query_key_value" and config.model_type == "gpt_neox":
+    architecture = architecture_of(config)
+    fused = None if architecture is None else architecture.fused
+    if fused == "by head":
         return torch.arange(out_features).view(heads, 3, -1)[:, place].flatten()
-    if leaf == "qkv_proj":
+    if fused == "by kind" or leaf == "qkv_proj":
         kv_heads: int = config.num_key_value_heads
         head_dim = out_features // (heads + 2 * kv_heads)
         sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]

@@ -73,8 +73,8 @@ class GeneratorTrainee:
         if trace is not None and self.joint is not None and K:
             usable_B = rates_backward(trace, nll_B, grads, clip=self.joint.clip_prompt)
         # A row that diverged has NaN gradients, which must not spoil the others'
-        kept = grads.where(usable_B, None).lora.tensors
-        torch.autograd.backward(start.tensors, [g / len(rows) for g in kept])
+        kept = grads.where(usable_B, None).buffers
+        torch.autograd.backward(start.buffers, [g / len(rows) for g in kept])
         used = int(usable_B.sum())
         return {
             "K": K,

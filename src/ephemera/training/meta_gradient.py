@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import Trace, adapt, meta_gradient
-from ephemera.batch import last_tokens, mean_nll, pad
+from ephemera.batch import last_tokens, pad
 from ephemera.early_exit.lens import Lens
-from ephemera.flat import FlatLora
 from ephemera.inits import Init, ZeroInit
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
@@ -28,26 +27,26 @@ def answer_gradient(
     *,
     reach: Reach = "all",
     reading: CachedLayers | None = None,
-) -> tuple[Tensor, FlatLora]:
+) -> tuple[Tensor, LoraBatch]:
     """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass.
 
     With reach `answer` over the answers' tokens only, after the base model's `reading`, kept or made anew.
     """
     if reach == "answer":
-        batch, leaves = prompt_batch(backbone, rows), FlatLora.of(lora).leaves()
+        batch, leaves = prompt_batch(backbone, rows), lora.leaves()
         reading = whole_reading(backbone, batch, reading)
         with torch.enable_grad():
-            nll_B = nll_after(backbone, batch, reading, [row.answer for row in rows], leaves.lora)
-            grads = torch.autograd.grad(nll_B.sum(), leaves.tensors, allow_unused=True, materialize_grads=True)
-        return nll_B.detach(), leaves.with_tensors(grads)
+            nll_B = nll_after(backbone, batch, reading, [row.answer for row in rows], leaves)
+            grads = torch.autograd.grad(nll_B.sum(), leaves.buffers, allow_unused=True, materialize_grads=True)
+        return nll_B.detach(), leaves.with_buffers(*grads)
     joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
     answers = last_tokens(joined, [len(row.answer) for row in rows])
-    leaves = FlatLora.of(lora).leaves()
+    leaves = lora.leaves()
     with torch.enable_grad():
-        hidden_BTD = backbone.forward(joined, leaves.lora).hidden_BTD
-        nll_B = mean_nll(hidden_BTD, joined, backbone.logits, tokens=answers)
-        grads = torch.autograd.grad(nll_B.sum(), leaves.tensors, allow_unused=True, materialize_grads=True)
-    return nll_B.detach(), leaves.with_tensors(grads)
+        hidden_BTD = backbone.forward(joined, leaves).hidden_BTD
+        nll_B = backbone.mean_nll(hidden_BTD, joined, tokens=answers)
+        grads = torch.autograd.grad(nll_B.sum(), leaves.buffers, allow_unused=True, materialize_grads=True)
+    return nll_B.detach(), leaves.with_buffers(*grads)
 
 
 def scalenet_backward(
@@ -91,7 +90,7 @@ def scalenet_backward(
 def rates_backward(
     trace: Trace,
     nll_B: Tensor,
-    answer_grads: FlatLora,
+    answer_grads: LoraBatch,
     *,
     clip: float | None,
 ) -> Tensor:
@@ -108,7 +107,7 @@ def rates_backward(
 
 
 def lens_backward(
-    trace: Trace, nll_B: Tensor, answer_grads: FlatLora, *, clip: float | None, lens: Lens | None
+    trace: Trace, nll_B: Tensor, answer_grads: LoraBatch, *, clip: float | None, lens: Lens | None
 ) -> None:
     """Leave dL_answer/dlens, through the steps' gradients, in the lens: each prompt clipped as its rates' gradient is."""
     assert lens is not None
@@ -121,6 +120,6 @@ def lens_backward(
             usable_B, None
         )
     leaves = list(lens.parameters())
-    grads = torch.autograd.grad(trace.lora.tensors, leaves, by_lora.lora.tensors, retain_graph=True)
+    grads = torch.autograd.grad(trace.lora.buffers, leaves, by_lora.buffers, retain_graph=True)
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad if leaf.grad is None else leaf.grad + grad

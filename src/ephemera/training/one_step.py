@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ephemera.adapt import meta_gradient
-from ephemera.flat import FlatLora
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.prepared import Prepared, prepare
@@ -137,7 +136,7 @@ class OneStepTrainee:
         base, after, rates = [], [], []
         for some in self.checked:
             rates_BM = some.prepared.rates_BM(self.network)
-            lora = some.prepared.step(rates_BM).lora
+            lora = some.prepared.step(rates_BM)
             base.append(some.base_B)
             after.append(some.prepared.answer_nll([row.answer for row in some.rows], lora))
             rates.append(rates_BM)
@@ -176,12 +175,13 @@ def one_step_backward(
     prepared = some.prepared
     with torch.enable_grad():
         rates_BM = prepared.rates_BM(network)
-        moved = prepared.step(rates_BM.detach())
-        B_BN = moved.B_BN.requires_grad_()
-        nll_B = prepared.answer_nll([row.answer for row in some.rows], moved.lora)
+        stepped = prepared.step(rates_BM.detach())
+        B_BN = stepped.B_BN.requires_grad_()
+        moved = stepped.with_buffers(stepped.A_BN, B_BN)
+        nll_B = prepared.answer_nll([row.answer for row in some.rows], moved)
         (dB_BN,) = torch.autograd.grad(nll_B.sum(), B_BN)
     grads = prepared.trace.grads[0]
-    drates_BM = meta_gradient(FlatLora(grads.A_BN, dB_BN, grads.like), [grads])[:, 0]
+    drates_BM = meta_gradient(grads.with_buffers(grads.A_BN, dB_BN), [grads])[:, 0]
     usable_B = ~prepared.trace.fallback_B & nll_B.isfinite() & drates_BM.isfinite().all(1)
     drates_BM = torch.where(usable_B[:, None], drates_BM, 0.0)
     drates_BM = drates_BM * (1 + harm_weight * (nll_B > some.base_B))[:, None]

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ephemera.batch import last_tokens, mean_nll, pad
+from ephemera.batch import last_tokens, pad
 from ephemera.config import TrainTaskLora
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.saving import whole_folder
@@ -62,7 +62,7 @@ class TaskLoraTrainee:
         # PEFT has put its layers into the backbone's own modules: the backbone's forward runs them.
         batch = pad([r.prompt + r.answer for r in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
         answers = last_tokens(batch, [len(r.answer) for r in rows])
-        return mean_nll(self.backbone.forward(batch).hidden_BTD, batch, self.backbone.logits, tokens=answers)
+        return self.backbone.mean_nll(self.backbone.forward(batch).hidden_BTD, batch, tokens=answers)
 
 
 def train_task_lora(config: TrainTaskLora, *, resume: bool = False) -> Path:

@@ -11,7 +11,7 @@ import torch
 
 from counting import count_head
 from ephemera import begin
-from ephemera.fast.decode import Prepared
+from ephemera.fast import fast_lm
 from ephemera.inits import ZeroInit
 from ephemera.llm.tokenize import chat_beginning, encode_prompt
 from ephemera.lora import attach
@@ -54,7 +54,7 @@ def test_adapters_on_the_upper_layers_alone():
     jobs = [job_for(backbone, method, p, steps=2, tokens=8) for p in PROMPTS]
     with running(Engine(backbone)) as engine:
         found = collect(jobs, engine)
-    backbone.final_norm = None  # nothing is cut now
+    backbone.architecture = None  # nothing is cut now
     for prompt, events in zip(PROMPTS, found, strict=True):
         assert text_of(events) == solo(backbone, method, prompt, steps=2, tokens=8)
 
@@ -141,8 +141,8 @@ def test_the_chat_templates_words_are_run_once(llama, monkeypatch):
 def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):
     """The head sees a prompt's last token and each answer's, once; adapters are laid out when rows come or go."""
     method, through, laid_out = methods.find(tiny_methods(llama), "tiny-llama:generated"), [], []
-    prepare = Prepared.of
-    monkeypatch.setattr(Prepared, "of", lambda *args: laid_out.append(1) or prepare(*args))
+    lay_out = fast_lm.decoding
+    monkeypatch.setattr(fast_lm, "decoding", lambda *args, **kw: laid_out.append(1) or lay_out(*args, **kw))
     engine = Engine(llama)
     scored = count_head(monkeypatch)
     hook = llama.head.register_forward_hook(lambda _m, _x, logits: through.append(logits.shape[:-1].numel()))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ephemera.batch import TokenBatch
-from ephemera.fast.decode import Prepared
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill
 from ephemera.lora import LoraBatch
@@ -112,11 +110,11 @@ def folded(lora: LoraBatch, r: int) -> LoraBatch:
     pad = r - lora.r
     A = tuple(torch.nn.functional.pad(a, (0, 0, 0, pad)) for a in lora.A)
     B = tuple(torch.nn.functional.pad(b * lora.scaling, (0, pad)) for b in lora.B)
-    return replace(lora, A=A, B=B, r=r, lora_alpha=float(r))
+    return LoraBatch.of(lora.projections, A, B, r=r, lora_alpha=float(r))
 
 
 def no_adapters(like: LoraBatch, rows: int) -> LoraBatch:
-    return like.with_tensors([t.new_zeros(rows, *t.shape[1:]) for t in like.tensors])
+    return like.with_buffers(*(t.new_zeros(rows, t.shape[1]) for t in like.buffers))
 
 
 def joined(have: LoraBatch | None, have_rows: int, new: LoraBatch | None, new_rows: int) -> LoraBatch | None:
@@ -144,7 +142,9 @@ class DecodeBatch:
         self.rows = Rows()
         self.lora: LoraBatch | None = None
         self.adapted: list[bool] = []
-        self._prepared: Prepared | None = None  # of `lora`, made when it is first decoded with
+        self._prepared: Callable[[], AbstractContextManager[None]] | None = (
+            None  # of `lora`, made when it is first decoded with
+        )
 
     def join(self, answers: Sequence[Answer], read: Prefill, sources: Sequence[int]) -> None:
         """Take in answers; `sources[i]` is the row of the prefill that answer i goes on from."""
@@ -205,11 +205,11 @@ class DecodeBatch:
         if self.lora is None:
             return nullcontext()
         if (lo, hi) != (0, len(self.answers)):
-            some = self.lora.with_tensors([t[lo:hi] for t in self.lora.tensors])
-            return Prepared.of(self.backbone.model, some).attached()
+            some = self.lora.with_buffers(*(t[lo:hi] for t in self.lora.buffers))
+            return self.backbone.decoding(some, merge=False)()
         if self._prepared is None:
-            self._prepared = Prepared.of(self.backbone.model, self.lora)
-        return self._prepared.attached()
+            self._prepared = self.backbone.decoding(self.lora, merge=False)
+        return self._prepared()
 
     def step(self) -> list[Answer]:
         """One token for every row; the answers that are complete, or failed, have left and are returned."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ephemera.adapt import Trace
 from ephemera.adaptation import ABSTAINED, risen, told
-from ephemera.batch import TokenBatch, mean_nll
+from ephemera.batch import TokenBatch
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.model_files import called
 from ephemera.llm.prefill import Prefill
@@ -94,7 +94,7 @@ def _last_nll(backbone: FrozenLM, read: Prefill, group: Sequence[Job], taken: in
     try:
         batch = TokenBatch(read.batch.ids_BT[rows], read.batch.mask_BT[rows])
         with torch.no_grad():
-            last = mean_nll(read.hidden_BTD[rows], batch, backbone.logits).tolist()
+            last = backbone.mean_nll(read.hidden_BTD[rows], batch).tolist()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

@@ -22,7 +22,6 @@ from torch import Tensor
 from ephemera.adapt import Trace
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from
-from ephemera.fast.shared_prefix import PrefixCache
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.llm.tokenize import chat_beginning
@@ -56,8 +55,7 @@ class Engine:
         max_queue: int = 256,
         observer: Observer | None = None,
     ):
-        self.backbone = backbone
-        backbone.beginnings = PrefixCache([chat_beginning(backbone.tokenizer)])
+        self.backbone = backbone = backbone.with_prefixes([chat_beginning(backbone.tokenizer)])
         self.vocabulary = Vocabulary(backbone.tokenizer)
         self.max_rows, self.max_queue = max_rows, max_queue
         self.observer = observer or Observer()
