@@ -96,9 +96,9 @@ def answer_nlls(backbone: FrozenLM, rows: Sequence[Encoded], rule: Rate | None, 
 def adapted(backbone: FrozenLM, batch: TokenBatch, rule: Rate | None, K: int) -> Prefill:
     """K steps and the reading that answers begin from, as the rate's reach and gate have it."""
     reach = reach_of(INIT, rule)
-    trace, read, _ = adapt_from(backbone, batch, INIT, [0] * len(batch.ids_BT), rule, K, reach)
+    trace, read = adapt_from(backbone, batch, INIT, [0] * len(batch.ids_BT), rule, K, reach)
     if read is None:
-        read = prefill(backbone, batch, trace.lora, trace.initial_lora, reach=reach, lower=trace.reading or trace.lower)
+        read = prefill(backbone, batch, trace.lora, trace.initial_lora, reach=reach, cached=trace.reading)
     return read
 
 

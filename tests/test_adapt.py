@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from counting import count_head
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import adapt
+from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch, pad
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
@@ -60,7 +61,7 @@ def test_fixed_steps_equal_a_slow_loop_exactly(architecture):
         close(trace.lora.rows([row]).tensors, lora.tensors)
 
 
-def same(trace: Trace, row: int, alone: Trace, tolerance: float = 1e-10) -> None:
+def same(trace: Adaptation, row: int, alone: Adaptation, tolerance: float = 1e-10) -> None:
     close(trace.prompt_nll_BK[row], alone.prompt_nll_BK[0], tolerance)
     close(trace.lora.rows([row]).tensors, alone.lora.tensors, tolerance)
 
@@ -71,7 +72,7 @@ def test_a_row_alone_is_the_row_in_any_batch(architecture, side):
     backbone = tiny_backbone(architecture)
     rate, init = FixedRate(0.5), ZeroInit(r=2)
 
-    def run(prompts: list[list[int]]) -> Trace:
+    def run(prompts: list[list[int]]) -> Adaptation:
         batch = pad(prompts, side=side)
         return adapt(backbone, batch, init(backbone, batch, [7] * len(prompts)), rate, 3)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import adapt
+from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.config import TrainGate
 from ephemera.gate import SHARES, SIGNALS, load_gate
@@ -25,7 +26,7 @@ from tiny_models import left, length_gate, random_ids
 PROMPTS = random_ids([5, 9, 7])
 
 
-def adapted(backbone, rate: float) -> tuple[TokenBatch, Trace, Tensor]:
+def adapted(backbone, rate: float) -> tuple[TokenBatch, Adaptation, Tensor]:
     """A step on three prompts, and the base model's log-probabilities of the first answer token."""
     batch = left(PROMPTS)
     start = ZeroInit(init_std=0.3)(backbone, batch, [0] * len(PROMPTS))
@@ -74,8 +75,8 @@ def test_a_trust_region_that_no_share_is_in(llama):
 def test_a_row_left_alone_is_the_base_models(llama):
     batch, trace, _ = adapted(llama, 5.0)
     gate = length_gate(llama, 0.5, by_length=10.0, tokens=6.0)  # risk grows with the prompt's length
-    kept, read, verdict = guard(gate, llama, batch, trace)
-    assert verdict.abstained_B.tolist() == [False, True, True]
+    kept, read = guard(gate, llama, batch, trace)
+    assert kept.abstained_B.tolist() == [False, True, True]
     answers = [[5, 6], [7], [8, 9]]
     base = prefill(llama, batch, None).answer_nll(answers)
     close(read.answer_nll(answers)[1:], base[1:], 1e-9)

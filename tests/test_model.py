@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ephemera import Adaptation, AdaptiveLM, FixedRate, ZeroInit
-from ephemera.adaptation import FELL_BACK, UNCHANGED
+from ephemera.adaptation import LeftAlone
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
 from ephemera.llm.tokenize import encode_answer, encode_prompt
@@ -222,7 +222,7 @@ def test_an_adaptation_says_how_it_came_about(lm):
 def test_one_token_prompts_are_noted(lm):
     lm.backbone.tokenizer.backend_tokenizer.post_processor = None  # no BOS: "a" is one token
     adaptation = lm.adapt(["a", PROMPTS[0]], steps=2)
-    assert adaptation.notes == (UNCHANGED, None)
+    assert adaptation.notes == (LeftAlone.ONE_TOKEN.words(), None)
     assert not adaptation.fallback_B.any()
     base = lm.answer_nll(["a", PROMPTS[0]], ["mill", "mill"])
     nll = lm.answer_nll(["a", PROMPTS[0]], ["mill", "mill"], adaptation)
@@ -235,7 +235,7 @@ def test_one_token_prompts_are_noted(lm):
 def test_a_diverged_prompt_is_answered_unadapted(lm):
     # Batches are sorted by length: the second row there is the third prompt
     adaptation = lm.adapt(PROMPTS, steps=2, rate=SomeRowsWild({1: float("nan")}))
-    assert adaptation.notes == (None, None, FELL_BACK)
+    assert adaptation.notes == (None, None, LeftAlone.NOT_FINITE.words())
     assert adaptation.fallback_B.tolist() == [False, False, True]
     base, nll = lm.answer_nll(PROMPTS, ANSWERS), lm.answer_nll(PROMPTS, ANSWERS, adaptation)
     close(nll[2], base[2], 1e-6)
@@ -289,7 +289,7 @@ def test_peft_factors_of_random_fused_adapters(tmp_path):
     """With B and A of every projection non-zero, each must land on its own rows."""
     backbone = tiny_backbone("gpt_neox", target_modules="attention", dtype=torch.float32)
     lora = random_lora(backbone, 2)
-    adaptation = Adaptation(("a", "b"), lora, lora, torch.zeros(2, 0), torch.zeros(2, 0, 8), (None, None), 0.0)
+    adaptation = Adaptation(lora, lora, torch.zeros(2, 0), torch.zeros(2, 0, 8), torch.zeros(2).bool())
     adaptation.export_peft(tmp_path, row=1)
     peft = PeftModel.from_pretrained(tiny_model("gpt_neox", dtype=torch.float32), str(tmp_path)).eval()
     batch = left(random_ids([9]))

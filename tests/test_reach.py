@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicCache
 
 from counting import count_layers
 from ephemera import Adaptation, AdaptiveLM
-from ephemera.adapt import Trace, adapt
-from ephemera.adaptation import FELL_BACK, UNCHANGED
+from ephemera.adapt import adapt
+from ephemera.adaptation import LeftAlone
 from ephemera.batch import TokenBatch, pad
 from ephemera.fast.fast_lm import FastLM
 from ephemera.fast.llama_layer import can_fuse
@@ -142,15 +142,17 @@ def check_read(backbone: FrozenLM, prompts: Sequence[list[int]], lora: LoraBatch
     assert read.generate(max_new_tokens=3, eos_token_id=-1) == greedy
 
 
-def adapted(backbone: FrozenLM, prompts: Sequence[list[int]], steps: int = 1, rate: FixedRate | None = None) -> Trace:
+def adapted(
+    backbone: FrozenLM, prompts: Sequence[list[int]], steps: int = 1, rate: FixedRate | None = None
+) -> Adaptation:
     batch = left(prompts)
     start = ZeroInit(r=2)(backbone, batch, [0] * len(prompts))
     return adapt(backbone, batch, start, rate or FixedRate(RATE), steps, keep_reading=True)
 
 
-def read_after(backbone: FrozenLM, prompts: Sequence[list[int]], trace: Trace) -> Prefill:
-    reading = trace.reading or trace.lower
-    return prefill(backbone, left(prompts), trace.lora, trace.initial_lora, reach="answer", reading=reading)
+def read_after(backbone: FrozenLM, prompts: Sequence[list[int]], trace: Adaptation) -> Prefill:
+    reading = trace.reading
+    return prefill(backbone, left(prompts), trace.lora, trace.initial_lora, reach="answer", cached=reading)
 
 
 # --- steps and reading ---
@@ -207,7 +209,7 @@ def check_kept(backbone: FrozenLM, prompts: Sequence[list[int]], batch: TokenBat
 
 
 @torch.no_grad()
-def check_reading(backbone: FrozenLM, prompts: Sequence[list[int]], batch: TokenBatch, trace: Trace) -> None:
+def check_reading(backbone: FrozenLM, prompts: Sequence[list[int]], batch: TokenBatch, trace: Adaptation) -> None:
     reading = trace.reading
     assert reading is not None
     assert reading.layers == backbone.layers == len(reading.cache.layers)
@@ -240,7 +242,7 @@ def test_adapters_on_upper_layers(architecture, steps, monkeypatch):
     prompts = random_ids(LENGTHS)
     counts = count_layers(backbone, monkeypatch)
     trace = adapted(backbone, prompts, steps)
-    assert trace.lower is not None
+    assert trace.reading is not None
     assert counts == {0: 1, 1: 1, 2: steps}
     read = read_after(backbone, prompts, trace)
     assert counts == {0: 2, 1: 2, 2: steps + 1}  # the last token alone
@@ -263,7 +265,7 @@ def test_an_early_exit_leaves_the_lower_part_which_is_finished(architecture, lay
     trace = adapted(backbone, prompts, rate=FixedRate(RATE, objective))
     assert trace.reading is not None
     assert trace.reading.layers == exit_layer
-    assert (trace.lower is not None) == (layers == [1])
+    assert (trace.reading is not None) == (layers == [1])
     assert counts == dict.fromkeys(range(exit_layer), 1)
     read = read_after(backbone, prompts, trace)
     assert counts == {0: 2, 1: 2, 2: 2}  # once over the prompt, once over its last token
@@ -331,7 +333,7 @@ def test_a_start_that_peft_trained(layers):
     prompts = random_ids(LENGTHS)
     start = random_peft(backbone)(backbone, left(prompts), [0] * len(prompts))
     trace = adapt(backbone, left(prompts), start, FixedRate(RATE), 2)
-    assert (trace.lower is not None) == (layers == "last-1")
+    assert (trace.reading is not None) == (layers == "last-1")
     check_read(backbone, prompts, trace.lora, read_after(backbone, prompts, trace))
 
 
@@ -433,7 +435,7 @@ def test_the_reach_can_be_chosen_and_a_note_says_what_the_network_is_for(llama):
         adaptation = lm.adapt(PROMPTS, steps=1)
         assert adaptation.reach == (reach or "answer")
         assert adaptation.notes == (note,) * 3
-        assert bool(adaptation.readings) == (reach != "all")
+        assert bool(adaptation.cached) == (reach != "all")
         assert lm.adapt(PROMPTS, steps=0).notes == (None,) * 3
     whole = AdaptiveLM(llama, rate=network, init=ZeroInit(r=2), reach="all")
     papers = AdaptiveLM(llama, rate=random_scalenet(llama), init=ZeroInit(r=2))
@@ -456,13 +458,13 @@ def test_one_token_and_diverged_prompts_keep_their_own_notes(llama):
     prompts = ["a", *PROMPTS]
     lm = AdaptiveLM(llama, rate=network_for(llama), init=ZeroInit(r=2))
     adaptation = lm.adapt(prompts)
-    assert adaptation.notes == (UNCHANGED, None, None, None)
+    assert adaptation.notes == (LeftAlone.ONE_TOKEN.words(), None, None, None)
     check_lm(lm, adaptation, prompts)
     alone = lm.adapt("a")
     check_lm(lm, alone, ["a"])
     lm = AdaptiveLM(llama, rate=SomeRowsWild({1: float("nan")}), init=ZeroInit(r=2), reach="answer")
     adaptation = lm.adapt(PROMPTS, steps=2)  # the second row by length is the third prompt
-    assert adaptation.notes == (None, None, FELL_BACK)
+    assert adaptation.notes == (None, None, LeftAlone.NOT_FINITE.words())
     check_lm(lm, adaptation)
 
 
@@ -478,7 +480,7 @@ def test_more_prompts_than_one_batch_keep_their_order(llama):
     lm = AdaptiveLM(llama, rate=0.3, init=ZeroInit(r=2), reach="answer")
     prompts = [f"{PROMPTS[i % 3]} {'river ' * (i % 5)}{i}" for i in range(BATCH_SIZE + 3)]
     adaptation = lm.adapt(prompts, steps=1)
-    assert len(adaptation.readings) == 2
+    assert len(adaptation.cached) == 2
     check_lm(lm, adaptation, prompts)
 
 

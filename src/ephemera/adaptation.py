@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -18,9 +19,6 @@ from ephemera.made_for import Format, MadeFor, Reach
 from ephemera.peft_export import export_peft
 from ephemera.rates import Rate, default_steps
 
-UNCHANGED = "one-token prompt: nothing to learn from, answered unadapted"
-FELL_BACK = "non-finite loss or update: answered unadapted"
-ABSTAINED = "abstained: adapting to this prompt would probably make its answer worse, answered unadapted"
 ALIKE = 1e-3  # nats per token: losses that differ by less are the same
 
 
@@ -36,10 +34,25 @@ def steps_of(rule: Rate | None, steps: int | None) -> int:
     return steps
 
 
-def kept_start(*, fell_back: bool, tokens: int, steps: int, started: bool) -> str | None:
-    """Why an answer comes from the adapter's start; `started`: that start is not the base model."""
-    note = FELL_BACK if fell_back else UNCHANGED if tokens < 2 and steps else None
-    return note.replace("unadapted", "from its start") if note and started else note
+class LeftAlone(Enum):
+    """Why an answer comes from the adapter's start."""
+
+    ONE_TOKEN = "one-token prompt: nothing to learn from, answered {how}"
+    NOT_FINITE = "non-finite loss or update: answered {how}"
+    ABSTAINED = "abstained: adapting to this prompt would probably make its answer worse, answered {how}"
+
+    def words(self, *, started: bool = False) -> str:
+        """`started`: that start is not the base model."""
+        return self.value.format(how="from its start" if started else "unadapted")
+
+
+def left_alone(*, fell_back: bool, tokens: int, steps: int, abstained: bool = False) -> LeftAlone | None:
+    """Why a prompt of so many tokens is answered from the adapter's start; None if it is not."""
+    if fell_back:
+        return LeftAlone.NOT_FINITE
+    if tokens < 2 and steps:
+        return LeftAlone.ONE_TOKEN
+    return LeftAlone.ABSTAINED if abstained else None
 
 
 def beyond(made: MadeFor | None, format: Format, reach: Reach | None) -> str | None:
@@ -72,27 +85,54 @@ def told(*notes: str | None) -> str | None:
 class Adaptation:
     """The adapters of some prompts, and how they came about. A value: keep it, reuse it, or drop it.
 
-    `prompt_nll_BK` [B,K]: prompt NLL in nats per token seen by step k, before its update (a training
-    loss, not a result). `rates_BKM` [B,K,M]: learning rate of each step and projection, in the order of
-    `lora.projections`. `lora`, `initial_lora`: the adapters after and before. `notes[b]` says what a user should know of
-    row b's answer, or is None. `seconds`: wall time of the whole adaptation.
+    `lora`, `initial_lora`: the adapters after and before. `prompt_nll_BK` [B,K]: prompt NLL in nats per token seen by step k,
+    before its update (a training loss, not a result). `rates_BKM` [B,K,M]: learning rate of each step and projection, in the
+    order of `lora.projections`. `fallback_B`: rows whose losses or updates were not finite; their `lora` is `initial_lora`.
+    `share_B`, `kl_B`: what the gate left of each adapter (0: it abstained) and how far that moves the first token; None
+    without a gate. `cached`: by rows, what the base model made of the prompts, in its lower layers or in all of them; with
+    reach "answer" every answer, adapted or not, begins there. `grads`: each step's gradients, if they were kept. `h_BH`: the
+    first step's h(x), if the rate looked at it.
 
-    `reach`: where the adapters act (made_for.py). With "answer", `readings` holds the base model's keys and values of the
-    prompts, by batch, so that every answer to them, adapted or not, begins there. Dropping the adaptation frees them.
-    `whole_loss`: the losses are the whole model's over the whole prompt, not an early exit's or some tokens'.
+    Of texts that `AdaptiveLM` adapted to: `prompts`, `left` (why a row was left alone), `remarks` (what else to know of its
+    answer), `started` (the start is not the base model), `seconds` of wall time, `reach` (where the adapters act), and
+    `whole_loss` (the losses are the whole model's, not an early exit's).
     """
 
-    prompts: tuple[str, ...]
     lora: LoraBatch
     initial_lora: LoraBatch
     prompt_nll_BK: Tensor
     rates_BKM: Tensor
-    notes: tuple[str | None, ...]
-    seconds: float
-    base_model: str = field(default="")
+    fallback_B: Tensor
+    share_B: Tensor | None = None
+    kl_B: Tensor | None = None
+    cached: dict[tuple[int, ...], CachedLayers] = field(default_factory=dict, repr=False)
+    grads: list[LoraBatch] = field(default_factory=list, repr=False)
+    h_BH: Tensor | None = None
+    prompts: tuple[str, ...] = ()
+    left: tuple[LeftAlone | None, ...] = ()
+    remarks: tuple[str | None, ...] = ()
+    started: bool = False
+    seconds: float = 0.0
+    base_model: str = ""
     reach: Reach = "all"
-    readings: dict[tuple[int, ...], CachedLayers] = field(default_factory=dict, repr=False)
     whole_loss: bool = True
+
+    @staticmethod
+    def joined(parts: Sequence[Adaptation], batches: Sequence[Sequence[int]]) -> Adaptation:
+        """One of all rows, on the host but for the adapters: the rows of part n are those that `batches[n]` names."""
+        back = torch.tensor([i for rows in batches for i in rows]).argsort()
+        shares = [part.share_B for part in parts if part.share_B is not None]
+        return Adaptation(
+            lora=LoraBatch.cat([part.lora for part in parts]).rows(back),
+            initial_lora=LoraBatch.cat([part.initial_lora for part in parts]).rows(back),
+            prompt_nll_BK=torch.cat([part.prompt_nll_BK for part in parts]).cpu()[back],
+            rates_BKM=torch.cat([part.rates_BKM.detach() for part in parts]).cpu()[back],
+            fallback_B=torch.cat([part.fallback_B for part in parts]).cpu()[back],
+            share_B=torch.cat(shares).cpu()[back] if len(shares) == len(parts) else None,
+            cached={
+                tuple(rows): part.reading for part, rows in zip(parts, batches, strict=True) if part.reading is not None
+            },
+        )
 
     @property
     def steps(self) -> int:
@@ -100,20 +140,34 @@ class Adaptation:
         return self.prompt_nll_BK.shape[1]
 
     @property
-    def fallback_B(self) -> Tensor:
-        """Rows that fell back to the unadapted model because something was not finite: bool [B]."""
-        return torch.tensor([(note or "").startswith(FELL_BACK.partition(":")[0]) for note in self.notes])
+    def reading(self) -> CachedLayers | None:
+        """What was cached of a single batch."""
+        return next(iter(self.cached.values()), None)
 
-    def read(
-        self, backbone: FrozenLM, batch: TokenBatch, rows: Sequence[int], lower: CachedLayers | None = None
-    ) -> Prefill:
-        """The prompts of some rows, read with their adapters. `lower`: as in `prefill`; both it and a reading that is kept
-        are left where an answer's room has cut a prompt since."""
-        reading = self.readings.get(tuple(rows)) or lower
-        if reading is not None and not torch.equal(reading.ids_BT, batch.ids_BT):
-            reading = None
+    def with_reading(self, reading: CachedLayers | None) -> Adaptation:
+        """With this cached of a single batch."""
+        rows = tuple(range(self.lora.batch_size))
+        return replace(self, cached={} if reading is None else {rows: reading})
+
+    @property
+    def abstained_B(self) -> Tensor:
+        """Rows that the gate left alone: bool [B]."""
+        return torch.zeros_like(self.fallback_B) if self.share_B is None else self.share_B == 0
+
+    @property
+    def notes(self) -> tuple[str | None, ...]:
+        """What a user should know of each row's answer."""
+        pairs = zip(self.left, self.remarks, strict=True)
+        return tuple(remark if left is None else left.words(started=self.started) for left, remark in pairs)
+
+    def read(self, backbone: FrozenLM, batch: TokenBatch, rows: Sequence[int]) -> Prefill:
+        """The prompts of some rows, read with their adapters. What is cached is left if an answer's room has cut a prompt
+        since."""
+        cached = self.cached.get(tuple(rows))
+        if cached is not None and not torch.equal(cached.ids_BT, batch.ids_BT):
+            cached = None
         lora, initial = self.lora.rows(rows), self.initial_lora.rows(rows)
-        return prefill(backbone, batch, lora, initial, lower=reading, reach=self.reach)
+        return prefill(backbone, batch, lora, initial, cached=cached, reach=self.reach)
 
     def unadapted(self) -> Adaptation:
         """The same prompts with adapters that do nothing; with reach `answer`, over the same readings: nothing is read again."""
@@ -124,31 +178,31 @@ class Adaptation:
             initial_lora=zero,
             prompt_nll_BK=self.prompt_nll_BK[:, :0],
             rates_BKM=self.rates_BKM[:, :0],
-            notes=(None,) * len(self.prompts),
+            left=(None,) * len(self.prompts),
+            remarks=(None,) * len(self.prompts),
             seconds=0.0,
         )
 
     def after_reading(self, left_B: Sequence[float] | None) -> Adaptation:
-        """With notes where the steps did not lower a prompt's loss. `left_B`: the losses that the last steps left.
+        """With remarks where the steps did not lower a prompt's loss. `left_B`: the losses that the last steps left.
 
         None where those are not to be compared: with reach `answer` no adapter acts on the prompt. Then what the first and
         the last step saw is.
         """
-        notes = []
-        for row, note in enumerate(self.notes):
+        remarks = []
+        for row, (left, remark) in enumerate(zip(self.left, self.remarks, strict=True)):
             seen_K = self.prompt_nll_BK[row].tolist()
-            kept = (note or "").startswith(
-                tuple(words.partition(":")[0] for words in (FELL_BACK, UNCHANGED, ABSTAINED))
-            )
-            loss = None if kept else risen(seen_K if left_B is None or not seen_K else [*seen_K, left_B[row]])
-            notes.append(told(note, loss))
-        return replace(self, notes=tuple(notes))
+            nll_K = seen_K if left_B is None or not seen_K else [*seen_K, left_B[row]]
+            remarks.append(told(remark, None if left is not None else risen(nll_K)))
+        return replace(self, remarks=tuple(remarks))
 
     def export_peft(self, folder: str | Path, row: int = 0) -> Path:
         """Write one row's adapter in PEFT's format; PEFT opens it with the same logits.
 
         With reach `answer` those are PEFT's activated LoRA's (the folder's README.md).
         """
-        found = [(rows.index(row), reading) for rows, reading in self.readings.items() if row in rows]
-        last = next((int(reading.ids_BT[place, -1]) for place, reading in found), None)
+        last = None
+        if self.reach == "answer":
+            found = [(rows.index(row), reading) for rows, reading in self.cached.items() if row in rows]
+            last = next((int(reading.ids_BT[place, -1]) for place, reading in found), None)
         return export_peft(self.lora, row, Path(folder), base_model=self.base_model, last_token=last)

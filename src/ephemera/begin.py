@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import adapt
+from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.gate import Gate
-from ephemera.guard import Verdict, guard
+from ephemera.guard import guard
 from ephemera.inits import Init, LoraGenerator, ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, whole_reading
@@ -40,11 +40,11 @@ def adapt_from(
     reach: Reach,
     *,
     after_step: Callable[[int], None] | None = None,
-) -> tuple[Trace, Prefill | None, Verdict | None]:
+) -> tuple[Adaptation, Prefill | None]:
     """`adapt` from an init, and what the rate's gate leaves of its adapters.
 
     With reach `answer` the prompts are read without adapters once: by the first step from B = 0, or for a generator's h.
-    Reading and verdict are the gate's; None without one.
+    The prompts as they were read then are the gate's; None without one.
     """
     reading = None
     with torch.no_grad():
@@ -54,8 +54,8 @@ def adapt_from(
         else:
             lora = init(backbone, batch, seeds)
     keeps = reach == "answer" and isinstance(init, ZeroInit)  # from another start the first pass has adapters
-    trace = adapt(backbone, batch, lora, rule, steps, keep_reading=keeps, after_step=after_step)
+    made = adapt(backbone, batch, lora, rule, steps, keep_reading=keeps, after_step=after_step)
     if reading is not None:
-        trace = replace(trace, reading=reading)
+        made = made.with_reading(reading)
     gate = gate_of(rule, reach, init) if steps else None
-    return (trace, None, None) if gate is None else guard(gate, backbone, batch, trace)
+    return (made, None) if gate is None else guard(gate, backbone, batch, made)

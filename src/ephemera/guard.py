@@ -6,12 +6,12 @@ Both look at the prompt only, after its steps, for the work of one token (reach 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace
+from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.gate import SHARES, Gate
 from ephemera.llm.cached_layers import CachedLayers
@@ -20,36 +20,24 @@ from ephemera.llm.prefill import Prefill, prefill, whole_reading
 from ephemera.lora import LoraBatch
 
 
-@dataclass(frozen=True, eq=False)
-class Verdict:
-    """What the gate did to each row [B]: the share of the adapter that was kept (0: abstained), and the KL that is left."""
-
-    share_B: Tensor
-    kl_B: Tensor
-
-    @property
-    def abstained_B(self) -> Tensor:
-        return self.share_B == 0
-
-
 @torch.no_grad()
-def guard(gate: Gate, backbone: FrozenLM, batch: TokenBatch, trace: Trace) -> tuple[Trace, Prefill, Verdict]:
-    """The trace with what the gate leaves of its adapters, and the prompts read with those: no prompt is read a second time."""
-    h_BH = trace.h_BH
+def guard(gate: Gate, backbone: FrozenLM, batch: TokenBatch, made: Adaptation) -> tuple[Adaptation, Prefill]:
+    """What the gate leaves of the adapters, and the prompts read with those: no prompt is read a second time."""
+    h_BH = made.h_BH
     assert h_BH is not None, "the rate looks at h(x)"
-    reading = whole_reading(backbone, batch, trace.reading or trace.lower)
-    trace = replace(trace, reading=reading)
+    reading = whole_reading(backbone, batch, made.reading)
+    made = made.with_reading(reading)
     base_BV = log_p(backbone, reading.hidden_BTD[:, -1])
-    risk_BS = gate.risk_BS(signals(base_BV, batch, trace), h_BH)
+    risk_BS = gate.risk_BS(signals(base_BV, batch, made), h_BH)
     share_B = gate.share_B(risk_BS)
-    share_B = torch.where(trace.fallback_B, 0.0, share_B)
-    read, share_B, kl_B = trusted(backbone, batch, trace, share_B, gate.tau, base_BV)
+    share_B = torch.where(made.fallback_B, 0.0, share_B)
+    read, share_B, kl_B = trusted(backbone, batch, made, share_B, gate.tau, base_BV)
     assert read.lora is not None
-    return replace(trace, lora=read.lora), read, Verdict(share_B, kl_B)
+    return replace(made, lora=read.lora, share_B=share_B, kl_B=kl_B), read
 
 
 def trusted(
-    backbone: FrozenLM, batch: TokenBatch, trace: Trace, share_B: Tensor, tau: float, base_BV: Tensor
+    backbone: FrozenLM, batch: TokenBatch, made: Adaptation, share_B: Tensor, tau: float, base_BV: Tensor
 ) -> tuple[Prefill, Tensor, Tensor]:
     """The prompts read with a share of their adapters; rows whose first-token distribution is then further than `tau` from
     the base model's are shrunk until it is not.
@@ -58,7 +46,7 @@ def trusted(
     log-probabilities.
     """
     while True:
-        read = read_with(backbone, batch, trace, share_B)
+        read = read_with(backbone, batch, made, share_B)
         kl_B = torch.where(share_B > 0, kl(log_p(backbone, read.hidden_BTD[:, -1]), base_BV), 0.0)
         out_B = ~(kl_B <= tau) & (share_B > 0)
         if not bool(out_B.any()):
@@ -69,31 +57,31 @@ def trusted(
         share_B = torch.where(out_B, torch.where(smaller_B < SHARES[-1], 0.0, smaller_B), share_B)
 
 
-def read_with(backbone: FrozenLM, batch: TokenBatch, trace: Trace, share: Tensor | float) -> Prefill:
+def read_with(backbone: FrozenLM, batch: TokenBatch, made: Adaptation, share: Tensor | float) -> Prefill:
     """The prompts with a share of their adapters, for all rows or [B], over the base model's reading of them."""
-    lora = shrunk(trace, share)
-    return prefill(backbone, batch, lora, trace.initial_lora, reach="answer", reading=_reading(trace))
+    lora = shrunk(made, share)
+    return prefill(backbone, batch, lora, made.initial_lora, reach="answer", cached=_reading(made))
 
 
-def shrunk(trace: Trace, share: Tensor | float) -> LoraBatch:
+def shrunk(made: Adaptation, share: Tensor | float) -> LoraBatch:
     """The adapters with a share of what the steps did to B: one for all rows, or [B]. A share of 0 is the start."""
-    start, end = trace.initial_lora, trace.lora
+    start, end = made.initial_lora, made.lora
     share_B1 = torch.as_tensor(share, dtype=end.B_BN.dtype, device=end.B_BN.device).expand(len(end.B_BN))[:, None]
     B_BN = start.B_BN + (end.B_BN - start.B_BN) * share_B1
     return end.with_buffers(torch.where(share_B1 == 0, start.A_BN, end.A_BN), B_BN)
 
 
 @torch.no_grad()
-def signals(base_BV: Tensor, batch: TokenBatch, trace: Trace) -> Tensor:
+def signals(base_BV: Tensor, batch: TokenBatch, made: Adaptation) -> Tensor:
     """`SIGNALS` [B,F], from the prompt only. `base_BV`: the base model's log-probabilities of the first answer token."""
-    start, end = trace.initial_lora, trace.lora
+    start, end = made.initial_lora, made.lora
     moved_B = (end.B_BN - start.B_BN).square().sum(1).sqrt()
     columns = [
-        trace.prompt_nll_BK[:, 0],
+        made.prompt_nll_BK[:, 0],
         batch.lengths_B.log(),
         -(base_BV.exp() * base_BV).sum(1),
         moved_B.clamp(min=1e-6).log(),
-        trace.rates_BKM[:, 0].clamp(min=1e-6).log().mean(1),
+        made.rates_BKM[:, 0].clamp(min=1e-6).log().mean(1),
     ]
     return torch.stack([column.float().nan_to_num(0.0, 0.0, 0.0) for column in columns], 1)
 
@@ -108,6 +96,6 @@ def kl(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     return (p_BV.exp() * (p_BV - q_BV)).sum(1)
 
 
-def _reading(trace: Trace) -> CachedLayers:
-    assert trace.reading is not None, "the base model's whole reading was kept"
-    return trace.reading
+def _reading(made: Adaptation) -> CachedLayers:
+    assert made.reading is not None, "the base model's whole reading was kept"
+    return made.reading

@@ -5,25 +5,23 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace
-from ephemera.adaptation import ABSTAINED, Adaptation, beyond, kept_start, steps_of
+from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, reach_of
 from ephemera.inits import Init, ZeroInit, load_init, lora_of, place_init, targets_of
-from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
 from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.llm.window import fit
-from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.messages import unknown
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
@@ -32,7 +30,6 @@ BATCH_SIZE = 16  # rows that adapt together
 
 RateLike = Rate | str | Path | float | None
 InitLike = Init | str | Path | None
-Lowers = Mapping[tuple[int, ...], CachedLayers]
 
 
 class AdaptiveLM:
@@ -147,7 +144,8 @@ class AdaptiveLM:
 
         `steps`: by default those that the rate was validated at; none without a rate.
         """
-        return self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed)[0]
+        made = self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed)
+        return made if made.reach == "answer" else replace(made, cached={})  # it may be kept for long
 
     def _adapt(
         self,
@@ -157,49 +155,35 @@ class AdaptiveLM:
         seed: int,
         rate: RateLike = None,
         init: InitLike = None,
-    ) -> tuple[Adaptation, dict[tuple[int, ...], CachedLayers]]:
-        """Besides the adaptation, by batch, the layers that no adapter touches: a prefill need not run them again."""
+    ) -> Adaptation:
+        """Besides the adapters it holds what the base model made of the prompts: a prefill need not run that again."""
         start_from = self.init if init is None else self._init(init)
         rule = self._rate(rate) if rate is not None else self.rate
         steps = steps_of(rule, steps)
-        reach, alone = self.reach or reach_of(start_from, rule), set[int]()
+        reach: Reach = self.reach or reach_of(start_from, rule)
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
-        batches, traces = self._batches(ids), list[Trace]()
-        lowers, readings = dict[tuple[int, ...], CachedLayers](), dict[tuple[int, ...], CachedLayers]()
+        batches, parts = self._batches(ids), list[Adaptation]()
         with self.backbone.lock:
             for rows in batches:
                 batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-                seeds = [seed] * len(rows)
-                trace, _, verdict = adapt_from(self.backbone, batch, start_from, seeds, rule, steps, reach)
-                if verdict is not None:
-                    alone.update(rows[place] for place in verdict.abstained_B.nonzero()[:, 0].tolist())
-                traces.append(trace)
+                part, _ = adapt_from(self.backbone, batch, start_from, [seed] * len(rows), rule, steps, reach)
                 if reach == "answer":
-                    readings[tuple(rows)] = whole_reading(self.backbone, batch, trace.reading or trace.lower)
-                elif trace.lower is not None:
-                    lowers[tuple(rows)] = trace.lower
-        back = torch.tensor([i for rows in batches for i in rows]).argsort()
-        fallback_B = torch.cat([t.fallback_B for t in traces]).cpu()[back]
-        started, other = bool(lora_of(start_from)), self.beyond(rule) if steps else None
-        adaptation = Adaptation(
+                    part = part.with_reading(whole_reading(self.backbone, batch, part.reading))
+                parts.append(part)
+        made = Adaptation.joined(parts, batches)
+        facts = zip(made.fallback_B.tolist(), made.abstained_B.tolist(), ids, strict=True)
+        return replace(
+            made,
             prompts=prompts,
-            lora=LoraBatch.cat([t.lora for t in traces]).rows(back),
-            initial_lora=LoraBatch.cat([t.initial_lora for t in traces]).rows(back),
-            prompt_nll_BK=torch.cat([t.prompt_nll_BK for t in traces]).cpu()[back],
-            rates_BKM=torch.cat([t.rates_BKM.detach() for t in traces]).cpu()[back],
-            notes=tuple(
-                kept_start(fell_back=fell, tokens=len(i), steps=steps, started=started)
-                or (ABSTAINED if row in alone else other)
-                for row, (fell, i) in enumerate(zip(fallback_B.tolist(), ids, strict=True))
-            ),
+            left=tuple(left_alone(fell_back=f, tokens=len(i), steps=steps, abstained=a) for f, a, i in facts),
+            remarks=(self.beyond(rule) if steps else None,) * len(prompts),
+            started=bool(lora_of(start_from)),
             seconds=time.perf_counter() - start,
             base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
             reach=reach,
-            readings=readings,
             whole_loss=rule is None or rule.objective.describe() is None,
         )
-        return adaptation, lowers
 
     def beyond(self, rule: Rate | None) -> str | None:
         """A sentence if a network is used outside what it was made for: another format, or another reach."""
@@ -235,20 +219,20 @@ class AdaptiveLM:
         `steps`: by default those that the rate was validated at; none without a rate. Greedy unless `do_sample=True`;
         further keywords go to transformers' `generate`. With `adaptation`, its adapters are used and no step is taken.
         """
-        prompts, lowers = self._with_room(prompts, max_new_tokens), {}
+        prompts = self._with_room(prompts, max_new_tokens)
         if adaptation is None:
-            adaptation, lowers = self._adapt(prompts, steps=steps, rate=rate, seed=seed)
+            adaptation = self._adapt(prompts, steps=steps, rate=rate, seed=seed)
         elif steps is not None:
             raise ValueError("give steps or adaptation, not both: an adaptation has already taken its steps.")
-        return self._generate(prompts, adaptation, lowers, max_new_tokens, losses=False, **kwargs)[0]
+        return self._generate(prompts, adaptation, max_new_tokens, losses=False, **kwargs)[0]
 
     def reply(
         self, prompts: Sequence[str] | str, *, steps: int | None = None, seed: int = 0, max_new_tokens: int = 64
     ) -> tuple[list[str], Adaptation]:
         """`generate`, greedy, with the adaptation, whose notes also say where the steps did not lower a prompt's loss."""
         prompts = self._with_room(prompts, max_new_tokens)
-        adaptation, lowers = self._adapt(prompts, steps=steps, seed=seed)
-        texts, left_B = self._generate(prompts, adaptation, lowers, max_new_tokens, losses=True)
+        adaptation = self._adapt(prompts, steps=steps, seed=seed)
+        texts, left_B = self._generate(prompts, adaptation, max_new_tokens, losses=True)
         return texts, adaptation.after_reading(left_B)
 
     def _with_room(self, prompts: Sequence[str] | str, max_new_tokens: int) -> tuple[str, ...]:
@@ -258,14 +242,14 @@ class AdaptiveLM:
         return _texts(prompts)
 
     def _generate(
-        self, prompts: Sequence[str], adaptation: Adaptation, lowers: Lowers, new: int, *, losses: bool, **kwargs: Any
+        self, prompts: Sequence[str], adaptation: Adaptation, new: int, *, losses: bool, **kwargs: Any
     ) -> tuple[list[str], list[float] | None]:
         """Answers; with `losses` also the prompts' own under their adapters, where those act on the prompts."""
         repeats = kwargs.get("num_return_sequences") or 1
         texts, left_B = [""] * (len(prompts) * repeats), [math.nan] * len(prompts)
         losses = losses and adaptation.reach == "all" and adaptation.whole_loss and adaptation.steps > 0
         with self.backbone.lock:
-            for rows, read in self._prefills(prompts, adaptation, [new] * len(prompts), lowers):
+            for rows, read in self._prefills(prompts, adaptation, [new] * len(prompts)):
                 ids = read.generate(max_new_tokens=new, **kwargs)
                 said = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
                 nll_B = read.prompt_nll().tolist() if losses else left_B
@@ -286,7 +270,6 @@ class AdaptiveLM:
         prompts: Sequence[str],
         adaptation: Adaptation | None,
         reserve: Sequence[int],
-        lowers: Lowers | None = None,
     ):
         """(row indices, Prefill) of all prompts, in batches of similar length."""
         if adaptation is not None and adaptation.prompts != tuple(prompts):
@@ -300,7 +283,7 @@ class AdaptiveLM:
             if adaptation is None:
                 yield rows, prefill(self.backbone, batch, None)
                 continue
-            yield rows, adaptation.read(self.backbone, batch, rows, (lowers or {}).get(tuple(rows)))
+            yield rows, adaptation.read(self.backbone, batch, rows)
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""

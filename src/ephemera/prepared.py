@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ephemera.adapt import Trace, adapt
+from ephemera.adapt import adapt
+from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch, pad
 from ephemera.inits import ZeroInit
 from ephemera.llm.cached_layers import CachedLayers
@@ -30,32 +31,32 @@ from ephemera.rates import Rate, Trains
 class Prepared:
     """A left-padded batch of prompts; `step` takes its one step at given rates.
 
-    `trace` is that of a step of length zero: its `grads` are by A (zero, as B = 0) and B, its `reading` the base model's
+    `made` is that of a step of length zero: its `grads` are by A (zero, as B = 0) and B, its `reading` the base model's
     own pass. `h_BH` is h(x).
     """
 
     backbone: FrozenLM
     batch: TokenBatch
-    trace: Trace
+    made: Adaptation
     h_BH: Tensor
 
     def rates_BM(self, rate: Rate) -> Tensor:
         """The rates [B,M] that a rule gives these prompts for one step of one."""
-        lora = self.trace.lora
+        lora = self.made.lora
         return rate.rates_BM(self.h_BH, 1, 1, like=lora.A[0], projections=len(lora.projections))
 
     def step(self, rates_BM: Tensor) -> LoraBatch:
         """LDTTA Eq. 14 from B = 0."""
-        return self.trace.initial_lora.step(self.trace.grads[0], rates_BM)
+        return self.made.initial_lora.step(self.made.grads[0], rates_BM)
 
-    def adapted(self, rate: Rate) -> Trace:
+    def adapted(self, rate: Rate) -> Adaptation:
         """What `adapt` gives for one step of this rate."""
         rates_BM = self.rates_BM(rate)
-        return replace(self.trace, lora=self.step(rates_BM), rates_BKM=rates_BM[:, None], h_BH=self.h_BH)
+        return replace(self.made, lora=self.step(rates_BM), rates_BKM=rates_BM[:, None], h_BH=self.h_BH)
 
     def read(self, lora: LoraBatch | None) -> Prefill:
         """The prompts read by the base model; with adapters, which act from the last token on."""
-        reading = self.trace.reading
+        reading = self.made.reading
         assert reading is not None
         if lora is None:
             return Prefill(
@@ -64,13 +65,13 @@ class Prepared:
                 None,
                 reading.hidden_BTD,
                 fork(reading.cache),
-                torch.zeros_like(self.trace.fallback_B),
+                torch.zeros_like(self.made.fallback_B),
             )
-        return prefill(self.backbone, self.batch, lora, self.trace.initial_lora, reach="answer", reading=reading)
+        return prefill(self.backbone, self.batch, lora, self.made.initial_lora, reach="answer", cached=reading)
 
     def answer_nll(self, answers: Sequence[Sequence[int]], lora: LoraBatch | None) -> Tensor:
         """Mean NLL [B] over each row's answer tokens; autograd may pass through the adapters."""
-        reading = self.trace.reading
+        reading = self.made.reading
         assert reading is not None
         return nll_after(self.backbone, self.batch, reading, answers, lora)
 
@@ -108,7 +109,7 @@ def prepare(
 
     `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
     """
-    done: list[tuple[TokenBatch, Trace]] = []
+    done: list[tuple[TokenBatch, Adaptation]] = []
     still = _Still(objective, [])
     start = 0
     for ids in parts:
@@ -130,14 +131,14 @@ def bytes_of(backbone: FrozenLM, tokens: int, r: int) -> int:
     return 2 * backbone.layers * heads * size * tokens * element + 4 * floats
 
 
-def _whole(backbone: FrozenLM, batch: TokenBatch, trace: Trace) -> Trace:
+def _whole(backbone: FrozenLM, batch: TokenBatch, trace: Adaptation) -> Adaptation:
     """With the base model's whole reading of the batch, of which only the last token's state is kept."""
-    reading = whole_reading(backbone, batch, trace.reading or trace.lower)
+    reading = whole_reading(backbone, batch, trace.reading)
     reading = replace(reading, hidden_BTD=reading.hidden_BTD[:, -1:].clone())
     lora = _no_B(trace.initial_lora)  # after a step of length zero
     zero_BN = trace.grads[0].A_BN.new_zeros(1, 1).expand_as(trace.grads[0].A_BN)  # B = 0: A has no gradient
     grads = [lora.with_buffers(zero_BN, trace.grads[0].B_BN)]
-    return replace(trace, lora=lora, initial_lora=lora, grads=grads, reading=reading, lower=None)
+    return replace(trace, lora=lora, initial_lora=lora, grads=grads).with_reading(reading)
 
 
 def _no_B(lora: LoraBatch) -> LoraBatch:
@@ -145,7 +146,7 @@ def _no_B(lora: LoraBatch) -> LoraBatch:
     return lora.with_buffers(lora.A_BN, lora.B_BN.new_zeros(1, 1).expand_as(lora.B_BN))
 
 
-def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Trace]]) -> tuple[TokenBatch, Trace]:
+def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Adaptation]]) -> tuple[TokenBatch, Adaptation]:
     """Several parts as one batch, padded on the left to the longest."""
     if len(done) == 1:
         return done[0]
@@ -166,15 +167,14 @@ def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Trace]]) -> tup
     lora = _no_B(LoraBatch.cat([trace.initial_lora for trace in traces]))
     grads = [trace.grads[0] for trace in traces]
     zero_BN = grads[0].A_BN[:1].expand(len(ids_BT), -1)
-    joined = Trace(
+    joined = Adaptation(
         lora=lora,
         initial_lora=lora,
         prompt_nll_BK=torch.cat([trace.prompt_nll_BK for trace in traces]),
         rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
         fallback_B=torch.cat([trace.fallback_B for trace in traces]),
         grads=[lora.with_buffers(zero_BN, torch.cat([g.B_BN for g in grads]))],
-        reading=CachedLayers(ids_BT, backbone.layers, hidden_B1D, cache),
-    )
+    ).with_reading(CachedLayers(ids_BT, backbone.layers, hidden_B1D, cache))
     return TokenBatch(ids_BT, mask_BT), joined
 
 

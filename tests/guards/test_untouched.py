@@ -16,6 +16,7 @@ from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
 from ephemera.prompt_loss import PromptLoss
 from ephemera.rates import FixedRate
+from ephemera.second_order import adapt_exactly
 from tiny_models import ARCHITECTURES, left, random_ids, random_lora, tiny_model, tiny_tokenizer
 
 Snapshot = dict[str, Any]
@@ -41,7 +42,7 @@ def steps(backbone: FrozenLM) -> None:
 
 def exact_steps(backbone: FrozenLM) -> None:
     batch = left(random_ids([9, 4]))
-    adapt(backbone, batch, ZeroInit(r=2)(backbone, batch, [0, 0]), FixedRate(0.1), 2, second_order=True)
+    adapt_exactly(backbone, batch, ZeroInit(r=2)(backbone, batch, [0, 0]), FixedRate(0.1), 2)
 
 
 def early_exit(backbone: FrozenLM) -> None:

@@ -28,7 +28,7 @@ def test_steps_above_kept_layers_equal_a_slow_loop(architecture, side):
     assert {p.layer for p in backbone.projections} == {2, 3}
     prompts, start = random_ids(LENGTHS), random_lora(backbone, 3)
     trace = adapt(backbone, pad(prompts, side=side), start, FixedRate(0.3), 2)
-    assert trace.lower is not None
+    assert trace.reading is not None
     for row, ids in enumerate(prompts):
         lora = start.rows([row])
         for _ in range(2):
@@ -46,7 +46,7 @@ def test_a_prefill_on_kept_layers_equals_a_fresh_one(architecture):
     batch, lora = left(prompts), random_lora(backbone, 3)
     lower = backbone.lower(batch)
     assert lower is not None
-    have, want = prefill(backbone, batch, lora, lower=lower), prefill(backbone, batch, lora)
+    have, want = prefill(backbone, batch, lora, cached=lower), prefill(backbone, batch, lora)
     close(have.hidden_BTD, want.hidden_BTD)
     for a, b in zip(have.cache.layers, want.cache.layers, strict=True):
         close([a.keys, a.values], [b.keys, b.values])
@@ -54,7 +54,7 @@ def test_a_prefill_on_kept_layers_equals_a_fresh_one(architecture):
     first = have.generate(max_new_tokens=5)
     assert first == want.generate(max_new_tokens=5)
     # Decoding has not grown what the next prefill takes
-    again = prefill(backbone, batch, lora, lower=lower)
+    again = prefill(backbone, batch, lora, cached=lower)
     close(again.answer_nll(answers), prefill(backbone, batch, lora).answer_nll(answers))
     for row, (ids, answer) in enumerate(zip(prompts, answers, strict=True)):
         slow = slow_nll(merged_model(backbone, lora, row), ids + answer, first=len(ids))
@@ -67,7 +67,7 @@ def test_layers_below_the_adapted_ones_run_once(K, monkeypatch):
     counts = count_layers(backbone, monkeypatch)
     batch = left(random_ids(LENGTHS))
     trace = adapt(backbone, batch, random_lora(backbone, 3), FixedRate(0.1), K)
-    prefill(backbone, batch, trace.lora, lower=trace.lower)
+    prefill(backbone, batch, trace.lora, cached=trace.reading)
     assert counts == {0: 1, 1: 1, 2: K + 1, 3: K + 1}
 
 
@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be_cut_takes_the_full_pass(monkeypatch):
     backbone.architecture = None
     counts = count_layers(backbone, monkeypatch)
     have = adapt(backbone, batch, lora, FixedRate(0.3), 2)
-    assert have.lower is None
+    assert have.reading is None
     close(have.lora.tensors, want.lora.tensors)
     assert counts == dict.fromkeys(range(DEPTH), 2)
     with pytest.raises(ValueError, match="does not know how to stop a llama early"):

@@ -229,8 +229,8 @@ def test_parts_are_the_whole(architecture, layers, exit_layer):
     for part in (whole, prepared(backbone, [rows[:3], rows[3:]], objective)):
         assert torch.equal(part.batch.ids_BT, whole.batch.ids_BT)
         assert torch.equal(part.batch.mask_BT, whole.batch.mask_BT)
-        close(part.trace.initial_lora.tensors, whole.trace.initial_lora.tensors, 0)
-        close(part.trace.grads[0].tensors, whole.trace.grads[0].tensors)
+        close(part.made.initial_lora.tensors, whole.made.initial_lora.tensors, 0)
+        close(part.made.grads[0].tensors, whole.made.grads[0].tensors)
         close(part.h_BH, whole.h_BH, 1e-5)
         close(part.step(rates_BM).lora.tensors, lora.tensors)
         close(part.answer_nll(answers, None), base_B)
@@ -252,7 +252,7 @@ def test_a_prepared_prompt_keeps_no_more_than_is_counted():
 
 
 def held_bytes(some: Prepared) -> int:
-    trace = some.trace
+    trace = some.made
     assert trace.reading is not None
     tensors = [some.h_BH, some.batch.ids_BT, some.batch.mask_BT, trace.reading.hidden_BTD]
     tensors += [*trace.lora.tensors, *trace.initial_lora.tensors, *trace.grads[0].tensors, *trace.grads[0].like.tensors]
@@ -359,7 +359,7 @@ def test_an_a_lasts_for_a_chunk_and_its_prompts_are_read_once(llama, monkeypatch
     def watched(network, some, **settings):
         for b, row in enumerate(some.rows):
             assert some.prepared.batch.ids_BT[b, -len(row.prompt) :].tolist() == row.prompt
-            A_RI = some.prepared.trace.initial_lora.A[0][b]
+            A_RI = some.prepared.made.initial_lora.A[0][b]
             assert torch.equal(seen[trainee.chunk].setdefault(row.id, A_RI), A_RI)
         return backward(network, some, **settings)
 

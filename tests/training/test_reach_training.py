@@ -69,7 +69,7 @@ def meta(backbone: FrozenLM, rows: Sequence[Encoded], lora: LoraBatch, table: Te
     batch = left([row.prompt for row in rows])
     trace = adapt(backbone, batch, lora, TableRate(table), table.shape[1], keep_grads=True, keep_reading=keeps)
     assert (trace.reading is not None) == keeps
-    reading = trace.reading or trace.lower
+    reading = trace.reading
     nll_B, grads = answer_gradient(backbone, rows, trace.lora, reach="answer", reading=reading)
     want = [answer_loss(backbone, row, trace.lora, b) for b, row in enumerate(rows)]
     close(nll_B, torch.stack(want).detach())

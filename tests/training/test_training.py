@@ -24,6 +24,7 @@ from ephemera.lora import LoraBatch
 from ephemera.prompt_loss import PROMPT
 from ephemera.rates import load_rate
 from ephemera.scoring import Encoded
+from ephemera.second_order import adapt_exactly
 from ephemera.training import loop, run
 from ephemera.training.loop import batches, learning_rate
 from ephemera.training.meta_gradient import answer_gradient, scalenet_backward
@@ -137,7 +138,7 @@ def test_second_order_is_exact_and_first_order_is_not(K):
     backbone, rows, lora, table = example(K)
     table.requires_grad_()
     batch = left([row.prompt for row in rows])
-    trace = adapt(backbone, batch, lora, TableRate(table), K, second_order=True)
+    trace = adapt_exactly(backbone, batch, lora, TableRate(table), K)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         loss = sum(answer_loss(backbone, row, trace.lora, b) for b, row in enumerate(rows))
         (exact,) = torch.autograd.grad(loss, table)
@@ -156,7 +157,7 @@ def test_second_order_with_eager_attention():
     backbone = tiny_backbone("llama", attention="eager")
     rows, lora = encoded([7, 7], [2, 3]), random_lora(backbone, 2)
     table = torch.full((2, 2, M), 0.1, dtype=torch.float64, requires_grad=True)
-    trace = adapt(backbone, left([row.prompt for row in rows]), lora, TableRate(table), 2, second_order=True)
+    trace = adapt_exactly(backbone, left([row.prompt for row in rows]), lora, TableRate(table), 2)
     loss = sum(answer_loss(backbone, row, trace.lora, b) for b, row in enumerate(rows))
     (have,) = torch.autograd.grad(loss, table)
     (want,) = torch.autograd.grad(unrolled(backbone, rows, lora, table, second_order=True), table)

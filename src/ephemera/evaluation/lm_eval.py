@@ -314,7 +314,7 @@ class EphemeraLM(TemplateLM):
         ids = [context[-self.max_length :] for context in contexts]
         batch = pad(ids, pad_id=self.backbone.pad_id).to(self.backbone.device)
         seeds = [self.seed] * len(ids)
-        trace, _, _ = adapt_from(self.backbone, batch, self.lm.init, seeds, self.lm.rate, self.steps, self.reach)
+        trace, _ = adapt_from(self.backbone, batch, self.lm.init, seeds, self.lm.rate, self.steps, self.reach)
         self._count(int(trace.fallback_B.sum()))
         return trace.lora, trace.initial_lora
 

@@ -128,24 +128,23 @@ def prefill(
     lora: LoraBatch | None,
     initial_lora: LoraBatch | None = None,
     *,
-    lower: CachedLayers | None = None,
+    cached: CachedLayers | None = None,
     reach: Reach = "all",
-    reading: CachedLayers | None = None,
 ) -> Prefill:
     """Read a left-padded batch of prompts with its adapters; rows that come out non-finite start over.
 
-    `lower`: the layers below the lowest adapted one, kept from the steps; only the others are run. `reach`: "all", the
-    papers': the adapters act on every token. "answer": they act from the last prompt token on, over the base model's keys
-    and values; `reading` is the base model's pass, or its lower part, kept from the first step.
+    `reach`: "all", the papers': the adapters act on every token. "answer": they act from the last prompt token on, over the
+    base model's keys and values. `cached`: what the base model made of the prompts, kept from the steps: the layers below the
+    lowest adapted one, or with reach "answer" as many as there are.
     """
     assert bool(batch.mask_BT[:, -1].all()), "decoding needs left padding"
     if reach == "answer" and lora is not None:
-        return _prefill_answer(backbone, batch, lora, initial_lora, reading or lower)
-    hidden_BTD, cache = _read(backbone, batch, lora, lower)
+        return _prefill_answer(backbone, batch, lora, initial_lora, cached)
+    hidden_BTD, cache = _read(backbone, batch, lora, cached)
     fallback_B = ~hidden_BTD[:, -1].isfinite().all(1)
     if initial_lora is not None and lora is not None and bool(fallback_B.any()):
         lora = lora.where(~fallback_B, initial_lora)
-        hidden_BTD, cache = _read(backbone, batch, lora, lower)
+        hidden_BTD, cache = _read(backbone, batch, lora, cached)
     return Prefill(backbone, batch, lora, hidden_BTD, cache, fallback_B)
 
 

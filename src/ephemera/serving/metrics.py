@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from ephemera.adaptation import LeftAlone
 from ephemera.serving.engine.messages import Job, Observer
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -49,13 +50,13 @@ class Metrics(Observer):
     def first_token(self, job: Job, seconds: float) -> None:
         self.first.labels(job.method.name).observe(seconds)
 
-    def adapted(self, job: Job, seconds: float, note: str | None, *, abstained: bool) -> None:
+    def adapted(self, job: Job, seconds: float, left: LeftAlone | None) -> None:
         self.prompts.labels(job.method.name).inc()
-        self.abstained.labels(job.method.name).inc(int(abstained))
+        self.abstained.labels(job.method.name).inc(int(left is LeftAlone.ABSTAINED))
         self.prompt_tokens.labels(job.method.name).inc(len(job.ids))
         if job.method.init is not None:
             self.adapt.labels(job.method.name).observe(seconds)
-        if note is not None:
+        if left not in (None, LeftAlone.ABSTAINED):
             self.fallbacks.labels(job.method.name).inc()
 
     def ended(self, job: Job, how: str, tokens: int) -> None:

@@ -91,7 +91,7 @@ class GeneratorTrainee:
 
     def _answer_nll(self, rows: Sequence[Encoded], lora: LoraBatch, reading: CachedLayers | None) -> Tensor:
         read = prefill(
-            self.backbone, prompt_batch(self.backbone, rows), lora, reach=self.generator.reach, reading=reading
+            self.backbone, prompt_batch(self.backbone, rows), lora, reach=self.generator.reach, cached=reading
         )
         return read.answer_nll([row.answer for row in rows])
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ephemera.adapt import Trace, adapt, meta_gradient
+from ephemera.adapt import adapt, meta_gradient
+from ephemera.adaptation import Adaptation
 from ephemera.batch import last_tokens, pad
 from ephemera.early_exit.lens import Lens
 from ephemera.inits import Init, ZeroInit
@@ -18,6 +19,7 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.rates import PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
+from ephemera.second_order import adapt_exactly
 
 
 def answer_gradient(
@@ -70,12 +72,11 @@ def scalenet_backward(
     batch = prompt_batch(backbone, rows)
     lora = init(backbone, batch, [seed] * len(rows))
     keeps = network.reach == "answer" and isinstance(init, ZeroInit)  # else the first forward is not the base model's
-    trace = adapt(
-        backbone, batch, lora, network, K, keep_grads=True, second_order=through_gradients, keep_reading=keeps
-    )
-    nll_B, answer_grads = answer_gradient(
-        backbone, rows, trace.lora, reach=network.reach, reading=trace.reading or trace.lower
-    )
+    if through_gradients:
+        trace = adapt_exactly(backbone, batch, lora, network, K)
+    else:
+        trace = adapt(backbone, batch, lora, network, K, keep_grads=True, keep_reading=keeps)
+    nll_B, answer_grads = answer_gradient(backbone, rows, trace.lora, reach=network.reach, reading=trace.reading)
     if through_gradients:
         lens_backward(trace, nll_B, answer_grads, clip=clip, lens=network.objective.lens)
     used = rates_backward(trace, nll_B, answer_grads, clip=clip)
@@ -88,7 +89,7 @@ def scalenet_backward(
 
 
 def rates_backward(
-    trace: Trace,
+    trace: Adaptation,
     nll_B: Tensor,
     answer_grads: LoraBatch,
     *,
@@ -107,7 +108,7 @@ def rates_backward(
 
 
 def lens_backward(
-    trace: Trace, nll_B: Tensor, answer_grads: LoraBatch, *, clip: float | None, lens: Lens | None
+    trace: Adaptation, nll_B: Tensor, answer_grads: LoraBatch, *, clip: float | None, lens: Lens | None
 ) -> None:
     """Leave dL_answer/dlens, through the steps' gradients, in the lens: each prompt clipped as its rates' gradient is."""
     assert lens is not None

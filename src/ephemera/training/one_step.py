@@ -180,9 +180,9 @@ def one_step_backward(
         moved = stepped.with_buffers(stepped.A_BN, B_BN)
         nll_B = prepared.answer_nll([row.answer for row in some.rows], moved)
         (dB_BN,) = torch.autograd.grad(nll_B.sum(), B_BN)
-    grads = prepared.trace.grads[0]
+    grads = prepared.made.grads[0]
     drates_BM = meta_gradient(grads.with_buffers(grads.A_BN, dB_BN), [grads])[:, 0]
-    usable_B = ~prepared.trace.fallback_B & nll_B.isfinite() & drates_BM.isfinite().all(1)
+    usable_B = ~prepared.made.fallback_B & nll_B.isfinite() & drates_BM.isfinite().all(1)
     drates_BM = torch.where(usable_B[:, None], drates_BM, 0.0)
     drates_BM = drates_BM * (1 + harm_weight * (nll_B > some.base_B))[:, None]
     if clip is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ephemera.adaptation import ABSTAINED, UNCHANGED
+from ephemera.adaptation import LeftAlone
 from ephemera.gate import Gate
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
@@ -43,7 +43,7 @@ def test_whom_the_gate_leaves_alone(threshold):
     method = Method("m", "constant", ZeroInit(), lm.rate, 1)
     server = served(backbone, method, prompts)
     assert texts == [text for text, _ in server] == (base if threshold < 0.5 else adapted)
-    note = ABSTAINED if threshold < 0.5 else None
+    note = LeftAlone.ABSTAINED.words() if threshold < 0.5 else None
     assert list(adaptation.notes) == [facts["note"] for _, facts in server] == [note] * 3
     assert lm.generate(prompts, adaptation=adaptation, max_new_tokens=8) == texts
 
@@ -54,7 +54,7 @@ def test_each_prompt_is_judged_by_itself():
     lm = AdaptiveLM(backbone, rate=network(backbone, length_gate(backbone, 0.5, by_length=9.0)))
     prompts = ["The sea", "Give a short answer of the following question. Who wrote it in the winter?", "The mill runs"]
     texts, adaptation = lm.reply(prompts, max_new_tokens=8)
-    assert adaptation.notes == (None, ABSTAINED, None)
+    assert adaptation.notes == (None, LeftAlone.ABSTAINED.words(), None)
     assert texts == [lm.generate(p, max_new_tokens=8)[0] for p in prompts]
     assert [text for text, _ in served(backbone, Method("m", "c", ZeroInit(), lm.rate, 1), prompts)] == texts
     plain = AdaptiveLM(backbone, rate=network(backbone, None))
@@ -67,7 +67,7 @@ def test_a_trust_region_alone():
     backbone = tiny_backbone("llama")
     lm = AdaptiveLM(backbone, rate=network(backbone, length_gate(backbone, 1.0, tau=-1.0)))
     texts, adaptation = lm.reply(PROMPTS[0], max_new_tokens=8)
-    assert adaptation.notes == (ABSTAINED,)
+    assert adaptation.notes == (LeftAlone.ABSTAINED.words(),)
     assert texts == lm.generate(PROMPTS[0], steps=0, max_new_tokens=8)
 
 
@@ -75,9 +75,9 @@ def test_a_gate_is_for_the_reach_it_was_made_for():
     backbone = tiny_backbone("llama")
     rate = network(backbone, length_gate(backbone, 0.4))
     everywhere = AdaptiveLM(backbone, rate=rate, reach="all")
-    assert everywhere.adapt(PROMPTS[0]).notes[0] != ABSTAINED
+    assert everywhere.adapt(PROMPTS[0]).notes[0] != LeftAlone.ABSTAINED.words()
     assert Method("m", "c", ZeroInit(), rate, 1, "all").gate is None
     assert Method("m", "c", ZeroInit(), FixedRate(0.1), 1, "answer").gate is None
     assert AdaptiveLM(backbone, rate=rate).adapt(PROMPTS[0], steps=0).notes == (None,)
     backbone.tokenizer.backend_tokenizer.post_processor = None  # no BOS: "a" is one token
-    assert AdaptiveLM(backbone, rate=rate).adapt("a").notes == (UNCHANGED,)
+    assert AdaptiveLM(backbone, rate=rate).adapt("a").notes == (LeftAlone.ONE_TOKEN.words(),)

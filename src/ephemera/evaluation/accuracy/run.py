@@ -222,9 +222,9 @@ def _answer(
     batch = prompt_batch(backbone, some)
     seed = config.seed + repeat
     reach = reach_of(init, rule)
-    trace, _, _ = adapt_from(backbone, batch, init, [seed] * len(some), rule, variant.steps if rule else 0, reach)
-    kept = trace.reading or trace.lower
-    read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=reach)
+    trace, _ = adapt_from(backbone, batch, init, [seed] * len(some), rule, variant.steps if rule else 0, reach)
+    kept = trace.reading
+    read = prefill(backbone, batch, trace.lora, trace.initial_lora, cached=kept, reach=reach)
     nll_B = read.answer_nll([row.answer for row in some])
     examples = [rows.examples[row.id] for row in some]
     logprobs = _choice_logprobs(read, [rows.choices[row.id] for row in some]) if "choices" in config.scoring else None

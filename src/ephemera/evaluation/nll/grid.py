@@ -84,9 +84,7 @@ class Grid:
         batch = prompt_batch(self.backbone, rows)
         rule = self._rule(method, K)
         reach = reach_of(self.init, rule)
-        trace, _, _ = adapt_from(
-            self.backbone, batch, self.init, [self.seed] * len(rows), rule, K if rule else 0, reach
-        )
+        trace, _ = adapt_from(self.backbone, batch, self.init, [self.seed] * len(rows), rule, K if rule else 0, reach)
         return Adapted(
             lora=trace.lora,
             initial_lora=trace.initial_lora,

@@ -87,8 +87,10 @@ class Methods:
         gate = self.network.gate if method == "network" else None
         if gate is None:
             return Answered(ready.read(trace.lora), one_B)
-        _, read, verdict = guard(gate, self.backbone, ready.batch, trace)
-        return Answered(read, verdict.share_B.cpu(), verdict.kl_B.cpu())
+        made, read = guard(gate, self.backbone, ready.batch, trace)
+        assert made.share_B is not None
+        assert made.kl_B is not None
+        return Answered(read, made.share_B.cpu(), made.kl_B.cpu())
 
 
 def survey(config: Survey) -> Path:

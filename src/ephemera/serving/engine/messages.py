@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ephemera.adaptation import LeftAlone
 from ephemera.made_for import Format
 from ephemera.serving.engine.logprobs import TokenLogprob
 from ephemera.serving.engine.methods import Method
@@ -110,7 +111,7 @@ class Observer:
 
     def first_token(self, job: Job, seconds: float) -> None: ...
 
-    def adapted(self, job: Job, seconds: float, note: str | None, *, abstained: bool) -> None: ...
+    def adapted(self, job: Job, seconds: float, left: LeftAlone | None) -> None: ...
 
     def ended(self, job: Job, how: str, tokens: int) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ephemera.adaptation import beyond, kept_start, told
+from ephemera.adaptation import beyond, told
 from ephemera.begin import gate_of, reach_of
 from ephemera.gate import Gate
 from ephemera.inits import Init, LoraGenerator, ZeroInit, lora_of
@@ -70,10 +70,10 @@ class Method:
         """As asked, else what the rate was validated at; never more than may be asked for."""
         return min(default_steps(self.rate) if asked is None else asked, self.max_steps)
 
-    def kept_start(self, *, fell_back: bool, tokens: int, steps: int) -> str | None:
-        """Why an answer came from the adapter's start."""
-        started = self.init is not None and bool(lora_of(self.init))
-        return kept_start(fell_back=fell_back, tokens=tokens, steps=steps, started=started)
+    @property
+    def started(self) -> bool:
+        """Whether its adapters start from something else than the base model."""
+        return self.init is not None and bool(lora_of(self.init))
 
     def beyond(self, format: Format, steps: int) -> str | None:
         """What to say where a network answers prompts of another kind than it was trained on."""

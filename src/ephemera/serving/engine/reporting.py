@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ephemera.adapt import Trace
-from ephemera.adaptation import ABSTAINED, risen, told
+from ephemera.adaptation import Adaptation, LeftAlone, left_alone, risen, told
 from ephemera.batch import TokenBatch
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.model_files import called
@@ -32,47 +30,46 @@ class Times:
 def reports(
     backbone: FrozenLM,
     group: Sequence[Job],
-    trace: Trace | None,
+    made: Adaptation | None,
     read: Prefill,
     times: Times,
-    left_B: Tensor | None = None,
-) -> list[tuple[Report, str | None]]:
+) -> list[tuple[Report, LeftAlone | None]]:
     """A report for each job, and why its answer came from the adapter's start, if it did.
 
-    `left_B`: rows that the gate left alone. Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
+    Made when the first tokens are out, as the loss after the last step takes a fifth of a prefill.
     """
-    taken = trace.prompt_nll_BK.shape[1] if trace else 0
+    taken = made.steps if made else 0
     last_B = _last_nll(backbone, read, group, taken)
-    fell_B = read.fallback_B if trace is None else trace.fallback_B | read.fallback_B
-    nll_BK = trace.prompt_nll_BK.tolist() if trace else [[]] * len(group)
-    made = []
-    for row, (job, fell, last) in enumerate(zip(group, fell_B.tolist(), last_B, strict=True)):
-        method = job.method
-        kept = method.kept_start(fell_back=fell and trace is not None, tokens=len(job.ids), steps=job.steps)
-        seen_K = nll_BK[row]
-        nll_K = (*seen_K, *last)
-        if left_B is not None and bool(left_B[row]):
-            note = kept or ABSTAINED
+    none_B = torch.zeros_like(read.fallback_B)
+    fell_B, alone_B = (made.fallback_B | read.fallback_B, made.abstained_B) if made else (none_B, none_B)
+    nll_BK = made.prompt_nll_BK.tolist() if made else [[]] * len(group)
+    reported = []
+    for row, (job, fell, alone) in enumerate(zip(group, fell_B.tolist(), alone_B.tolist(), strict=True)):
+        method, seen_K = job.method, nll_BK[row]
+        left = left_alone(fell_back=fell, tokens=len(job.ids), steps=job.steps, abstained=alone)
+        nll_K = (*seen_K, *last_B[row])
+        if left is None:
+            note = told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K))
         else:
-            note = kept or told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K))
+            note = left.words(started=method.started)
         facts = {
             "method": method.name,
             "steps": job.steps,
             "steps_taken": taken,
             "reach": method.reach if method.init is not None else None,
-            "abstained": left_B is not None and bool(left_B[row]),
+            "abstained": alone,
             "note": note,
             "prompt_nll": [_number(x) for x in nll_K],
-            "adapt_seconds": times.adapting if trace else 0.0,
+            "adapt_seconds": times.adapting if made else 0.0,
             "first_token_seconds": times.first - job.arrived,
-            "trace": _rates(backbone, trace, row) if job.trace else None,
+            "trace": _rates(backbone, made, row) if job.trace else None,
         }
         packed = None
         if job.adapter and read.lora is not None:
             token = job.ids[-1] if read.base_BD is not None else None
             packed = zipped(read.lora, row, base_model=called(backbone.name), last_token=token)
-        made.append((Report(facts, packed), kept))
-    return made
+        reported.append((Report(facts, packed), left))
+    return reported
 
 
 def _whole(job: Job) -> bool:
@@ -104,9 +101,9 @@ def _last_nll(backbone: FrozenLM, read: Prefill, group: Sequence[Job], taken: in
     return found
 
 
-def _rates(backbone: FrozenLM, trace: Trace | None, row: int) -> dict[str, Any]:
+def _rates(backbone: FrozenLM, made: Adaptation | None, row: int) -> dict[str, Any]:
     projections = [{"layer": p.layer, "kind": p.kind, "name": p.name} for p in backbone.projections]
-    rates_KM = trace.rates_BKM[row].tolist() if trace else []
+    rates_KM = made.rates_BKM[row].tolist() if made else []
     return {"projections": projections, "rates": [[_number(x) for x in step] for step in rates_KM]}
 
 

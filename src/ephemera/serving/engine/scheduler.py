@@ -17,9 +17,8 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ephemera.adapt import Trace
+from ephemera.adaptation import Adaptation
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from
 from ephemera.llm.frozen_lm import FrozenLM
@@ -181,14 +180,13 @@ class Engine:
         start, backbone = time.perf_counter(), self.backbone
         method, steps = group[0].method, group[0].steps
         batch = pad([j.ids for j in group], pad_id=backbone.pad_id).to(backbone.device)
-        trace: Trace | None = None
+        made: Adaptation | None = None
         read: Prefill | None = None
-        left_B: Tensor | None = None
         if method.adapts(steps):
             assert method.init is not None
             for job in group if steps else ():
                 job.tell(Adapting(1, steps))
-            trace, read, verdict = adapt_from(
+            made, read = adapt_from(
                 backbone,
                 batch,
                 method.init,
@@ -198,13 +196,11 @@ class Engine:
                 method.reach,
                 after_step=lambda k: self._between(group, k, steps),
             )
-            left_B = None if verdict is None else verdict.abstained_B
         seconds = time.perf_counter() - start
-        if trace is None:
+        if made is None:
             read = prefill(backbone, batch, None)
         elif read is None:
-            kept = trace.reading or trace.lower
-            read = prefill(backbone, batch, trace.lora, trace.initial_lora, lower=kept, reach=method.reach)
+            read = prefill(backbone, batch, made.lora, made.initial_lora, cached=made.reading, reach=method.reach)
         with torch.no_grad():
             logits_BV = backbone.logits(read.hidden_BTD[:, -1])
         entries = [self._prompt_entries(job, read, row) for row, job in enumerate(group)]
@@ -223,7 +219,7 @@ class Engine:
             answer.begin(entries[source])
             if answer.reason is None:
                 answer.take(logits_BV[source], token)
-        self._report(group, trace, read, Times(seconds, first), left_B)
+        self._report(group, made, read, Times(seconds, first))
         self._part([a for a in answers if a.reason is not None])
 
     @torch.no_grad()
@@ -238,13 +234,11 @@ class Engine:
             entry.offset = place
         return entries
 
-    def _report(
-        self, group: list[Job], trace: Trace | None, read: Prefill, times: Times, left_B: Tensor | None
-    ) -> None:
-        found = reports(self.backbone, group, trace, read, times, left_B)
-        for job, (report, kept) in zip(group, found, strict=True):
+    def _report(self, group: list[Job], made: Adaptation | None, read: Prefill, times: Times) -> None:
+        found = reports(self.backbone, group, made, read, times)
+        for job, (report, left) in zip(group, found, strict=True):
             job.tell(report)
-            self.observer.adapted(job, report.facts["adapt_seconds"], kept, abstained=report.facts["abstained"])
+            self.observer.adapted(job, report.facts["adapt_seconds"], left)
             if job.cancelled:
                 self.observer.ended(job, "cancelled", 0)
             elif job.n:
