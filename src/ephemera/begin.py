@@ -11,7 +11,7 @@ from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.gate import Gate
 from ephemera.guard import guard
-from ephemera.inits import Init, LoraGenerator, ZeroInit
+from ephemera.inits import Init, ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, whole_reading
 from ephemera.made_for import Reach
@@ -22,7 +22,7 @@ def reach_of(init: Init | None, rule: Rate | None) -> Reach:
     """Where adapters act if nobody says: as the rate was trained for, else as the generator was."""
     if rule is not None:
         return rule.reach
-    return init.reach if isinstance(init, LoraGenerator) else "all"
+    return "all" if init is None else init.reach
 
 
 def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
@@ -48,7 +48,7 @@ def adapt_from(
     """
     reading = None
     with torch.no_grad():
-        if reach == "answer" and isinstance(init, LoraGenerator):
+        if reach == "answer" and init.reads_prompts:
             reading = whole_reading(backbone, batch, None)
             lora = init.after(backbone, batch, reading)
         else:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, reach_of
-from ephemera.inits import Init, ZeroInit, load_init, lora_of, place_init, targets_of
+from ephemera.inits import Init, ZeroInit, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
@@ -105,7 +105,7 @@ class AdaptiveLM:
             rate = default_rate(name, "chat" if chat else "plain")
         elif isinstance(rate, str | Path | float | int):
             rate = None if rate == "none" else load_rate(rate)
-        brought = targets_of(init)
+        brought = init.lora_settings.get("target_modules")
         if brought is not None:
             adapted["target_modules"] = brought
         backbone = load_backbone(
@@ -178,7 +178,7 @@ class AdaptiveLM:
             prompts=prompts,
             left=tuple(left_alone(fell_back=f, tokens=len(i), steps=steps, abstained=a) for f, a, i in facts),
             remarks=(self.beyond(rule) if steps else None,) * len(prompts),
-            started=bool(lora_of(start_from)),
+            started=start_from.label is not None,
             seconds=time.perf_counter() - start,
             base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
             reach=reach,
@@ -292,7 +292,7 @@ class AdaptiveLM:
 
     def _init(self, init: InitLike) -> Init:
         made = load_init(init) if isinstance(init, str | Path) else init or ZeroInit()
-        return place_init(made, self.backbone)
+        return made.placed(self.backbone)
 
     def _rate(self, rate: RateLike) -> Rate | None:
         if rate == "none":

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ephemera import artifact
 from ephemera.batch import pad
-from ephemera.inits import LoraGenerator, PeftInit, ZeroInit, load_generator, load_init, place_init
+from ephemera.inits import LoraGenerator, PeftInit, ZeroInit, load_generator, load_init
 from ephemera.inits.generator import last_state
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.lora import LoraBatch, Projection
@@ -283,17 +283,17 @@ def test_only_inference_beside_a_bfloat16_model_is_in_bfloat16(tmp_path):
     stored(tmp_path / "single", single)
     stored(tmp_path / "half", half)
     loaded = load_init(tmp_path / "single")
-    assert place_init(loaded, single) is loaded
+    assert loaded.placed(single) is loaded
     assert dtypes(loaded) == {torch.float32}
-    assert dtypes(place_init(load_init(tmp_path / "half"), half)) == {torch.bfloat16}
+    assert dtypes(load_init(tmp_path / "half").placed(half)) == {torch.bfloat16}
     assert dtypes(AdaptiveLM(half, init=tmp_path / "half").init) == {torch.bfloat16}
     learning = random_generator(half).float()
-    assert place_init(learning, half) is learning
+    assert learning.placed(half) is learning
     assert dtypes(learning) == {torch.float32}
     with pytest.raises(ValueError, match="this generator was trained for tiny-llama"):
-        place_init(load_init(tmp_path / "single"), tiny_backbone(dtype=torch.float32, seed=1))
+        load_init(tmp_path / "single").placed(tiny_backbone(dtype=torch.float32, seed=1))
     # A start that computes nothing stays what it is
-    assert place_init(ZeroInit(), half) == ZeroInit()
+    assert ZeroInit().placed(half) == ZeroInit()
 
 
 # --- on disk ---

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ephemera import __version__
 from ephemera.batch import length_batches, pad
 from ephemera.begin import adapt_from, reach_of
-from ephemera.inits import LoraGenerator, ZeroInit
+from ephemera.inits import ZeroInit
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -223,7 +223,7 @@ class EphemeraLM(TemplateLM):
 
         There is none: the text is all answer. The base model's perplexity under this model's name would mislead.
         """
-        if self.steps or isinstance(self.lm.init, LoraGenerator):
+        if self.steps or self.lm.init.reads_prompts:
             raise ValueError(
                 "perplexity of whole texts (loglikelihood_rolling) has no context to adapt to, and adapting to the text "
                 "would score a model on what it was trained on. Use steps=0 and no generator for the model's own "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.batch import TokenBatch
+from ephemera.inits.protocol import Init
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch, Projection
@@ -47,7 +48,7 @@ def modules_of(projections: Sequence[Projection]) -> list[Module]:
     return list(found.values())
 
 
-class LoraGenerator(nn.Module):
+class LoraGenerator(nn.Module, Init):
     """Adapters of all projections from h, the frozen model's reading of the prompt (TaskWeaver Eq. 1-3).
 
         c[l,m,k] = proj(h) + e_layer[l] + e_module[m] + e_matrix[k]        k in {A, B}
@@ -58,6 +59,9 @@ class LoraGenerator(nn.Module):
     an exact no-op. h is the last layer's state of the last prompt token. It is standardised by training prompts' mean
     and deviation, because the part that tells prompts apart is small beside the part that all prompts share.
     """
+
+    label = "generated"
+    format = "plain"
 
     def __init__(
         self,
@@ -138,6 +142,29 @@ class LoraGenerator(nn.Module):
             B = self.B_heads[m](z_BLKH[:, :, 1]).to(wide).unflatten(-1, (module.out_features, self.r))
             made.append((A, B))
         return made
+
+    @classmethod
+    def opens(cls, spec: str | Path) -> bool:
+        return True  # the last kind to be asked: a folder or a shipped name, or nothing that is known
+
+    @classmethod
+    def open(cls, spec: str | Path, **zero: Any) -> LoraGenerator:
+        return load_generator(spec)
+
+    @property
+    def reads_prompts(self) -> bool:
+        return True
+
+    @property
+    def lora_settings(self) -> dict[str, Any]:
+        return {"r": self.r, "lora_alpha": self.lora_alpha, "target_modules": self.target_modules}
+
+    def placed(self, backbone: FrozenLM) -> LoraGenerator:
+        """On the model's device; beside a bfloat16 model, if it is not in training, it computes in that."""
+        self.check(backbone)
+        self.to(backbone.device)
+        trained = any(p.requires_grad for p in self.parameters())
+        return self.in_dtype(backbone.dtype) if backbone.dtype == torch.bfloat16 and not trained else self
 
     def lora(self, projections: tuple[Projection, ...], h_BH: Tensor) -> LoraBatch:
         """The adapters of a batch, as the loop and the evaluator take them."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ephemera.batch import TokenBatch
+from ephemera.inits.protocol import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.projections import ALL_LINEAR
 from ephemera.llm.weights import check_finite, listed
@@ -61,7 +62,7 @@ def not_plain(config: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class PeftInit:
+class PeftInit(Init):
     """One adapter for every prompt: what PEFT trained and saved (a task LoRA), as a start or as it is."""
 
     factors: dict[str, tuple[Tensor, Tensor]]  # module: A [r,I], B [O,r]
@@ -70,6 +71,20 @@ class PeftInit:
     target_modules: str | list[str]
     folder: Path
     selected: LoraConfig | None = None  # which modules PEFT puts it on; None: those of `factors`
+
+    label = "peft"
+
+    @classmethod
+    def opens(cls, spec: str | Path) -> bool:
+        return (Path(spec).expanduser() / "adapter_config.json").exists()
+
+    @classmethod
+    def open(cls, spec: str | Path, **zero: Any) -> PeftInit:
+        return cls.load(spec)
+
+    @property
+    def lora_settings(self) -> dict[str, Any]:
+        return {"r": self.r, "lora_alpha": self.lora_alpha, "target_modules": self.target_modules}
 
     @staticmethod
     def load(folder: str | Path) -> PeftInit:

@@ -2,15 +2,58 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from ephemera.batch import TokenBatch
+from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Format, Reach
 
 
-class Init(Protocol):
-    """Gives each row of a batch its first adapter."""
+class Init(ABC):
+    """Where adapters start. What a kind does not say of itself is as here: it fits any model, and comes from no file."""
 
-    def __call__(self, backbone: FrozenLM, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch: ...
+    label: ClassVar[str | None] = None  # what a server calls it: `MODEL:label`; None for the zero start
+    reach: Reach = "all"  # where adapters act if no rate says
+    format: Format | None = None  # the prompts that it was trained on; None: not trained
+
+    @abstractmethod
+    def __call__(self, backbone: FrozenLM, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
+        """The first adapters of a batch; a seed for each row."""
+
+    @classmethod
+    def opens(cls, spec: str | Path) -> bool:
+        """Whether `--init SPEC` means this kind."""
+        return False
+
+    @classmethod
+    def open(cls, spec: str | Path, **zero: Any) -> Self:
+        """From a file or a name; `zero` are settings of the zero start."""
+        raise NotImplementedError
+
+    def after(self, backbone: FrozenLM, batch: TokenBatch, reading: CachedLayers) -> LoraBatch | None:
+        """The same from the base model's reading of the prompts; None if it does not begin there."""
+        return None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether it begins with the base model's reading of the prompts (`after`)."""
+        return False
+
+    @property
+    def lora_settings(self) -> dict[str, Any]:
+        """The LoRA settings that it brings with it; none if it takes any."""
+        return {}
+
+    def check(self, backbone: FrozenLM) -> None:
+        """ValueError if it was made for another model."""
+        return
+
+    def placed(self, backbone: FrozenLM) -> Init:
+        """Checked, on the model's device."""
+        self.check(backbone)
+        return self

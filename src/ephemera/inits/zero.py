@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ephemera.batch import TokenBatch
+from ephemera.inits.protocol import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
 
 
 @dataclass(frozen=True)
-class ZeroInit:
+class ZeroInit(Init):
     """LoRA's own start (LDTTA 4.1): B = 0 and A = init_std * N(0, 1), drawn anew for each prompt.
 
     A depends on (seed, prompt ids) alone, not on the place in a batch, the padding or the device.
@@ -23,6 +26,14 @@ class ZeroInit:
     r: int = 4
     lora_alpha: float = 16.0
     init_std: float = 1e-2
+
+    @classmethod
+    def opens(cls, spec: str | Path) -> bool:
+        return spec == "zero"
+
+    @classmethod
+    def open(cls, spec: str | Path, **zero: Any) -> ZeroInit:
+        return cls(**zero)
 
     def __call__(self, backbone: FrozenLM, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
         projections = backbone.projections

@@ -12,6 +12,7 @@ from ephemera.downloads import DEFAULT_MODEL
 from ephemera.gate import load_gate
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import Format, read_made_for
+from ephemera.messages import unknown
 from ephemera.prompt_loss import load_objective
 from ephemera.rates.averaged import AveragedRate
 from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
@@ -35,6 +36,12 @@ __all__ = [
     "place_rate",
 ]
 
+# The kinds of rates that files hold, by what their "kind" says. A new one is a file in this folder and an entry here.
+RATES: dict[str, type[AveragedRate | PerProjectionRate | ScaleNet]] = {
+    "averaged": AveragedRate,
+    "per-projection": PerProjectionRate,
+    "scalenet": ScaleNet,
+}
 # Short names: the paper's gradient, and the cheaper one (docs/performance.md)
 PRESETS = {"full": "scalenet-nq-open", "fast": "scalenet-fast"}
 # What a prompt is adapted by if nobody names a rate: {model: {format: shipped network}}
@@ -57,7 +64,7 @@ def default_steps(rate: Rate | None) -> int:
 
 def adapted_by(rate: Rate | None) -> dict[str, Any]:
     """The projections that a trained rate was made for, as `load_backbone` takes them; none where it fits any."""
-    if not isinstance(rate, ScaleNet | AveragedRate | PerProjectionRate) or rate.trained_for is None:
+    if rate is None or rate.trained_for is None:
         return {}
     made = rate.trained_for
     # Files from before there was a choice
@@ -93,9 +100,8 @@ def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rat
         config.get("objective"), folder
     )  # files from before there was a choice lack it
     config["made_for"] = read_made_for(config.get("made_for"), folder)
-    if kind == "averaged":
-        return AveragedRate(state["table_KKM"], **config)
-    network = PerProjectionRate(**config) if kind == "per-projection" else ScaleNet(**config)
-    network.load_state_dict(state)
-    network.gate = load_gate(folder)
-    return network.eval().requires_grad_(False)
+    if kind not in RATES:
+        raise unknown("kind of rate", kind, RATES)
+    rate = RATES[kind].from_file(config, state)
+    rate.gate = load_gate(folder)
+    return rate

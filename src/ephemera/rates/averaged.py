@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.gate import Gate
@@ -18,19 +15,34 @@ from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates.protocol import NAME, Trains
 
 
-@dataclass(frozen=True, eq=False)
-class AveragedRate:
+class AveragedRate(nn.Module):
     """ScaleNet's rates averaged over training prompts: no dependence on the prompt (LDTTA 4.3).
 
     `table_KKM[K-1, k-1]` holds the rates [M] of step k of K.
     """
 
-    table_KKM: Tensor
-    trained_for: dict[str, Any]
-    objective: PromptLoss = PROMPT
-    made_for: MadeFor | None = None
-    gate: Gate | None = None
-    trains: Trains = "both"
+    def __init__(
+        self,
+        table_KKM: Tensor,
+        trained_for: dict[str, Any],
+        objective: PromptLoss = PROMPT,
+        made_for: MadeFor | None = None,
+        gate: Gate | None = None,
+        trains: Trains = "both",
+    ):
+        super().__init__()
+        self.table_KKM: Tensor
+        self.register_buffer("table_KKM", table_KKM)
+        self.trained_for, self.objective, self.made_for, self.gate = trained_for, objective, made_for, gate
+        self.trains: Trains = trains
+
+    @classmethod
+    def from_file(cls, config: dict[str, Any], state: dict[str, Tensor]) -> AveragedRate:
+        return cls(state["table_KKM"], **config)
+
+    @property
+    def label(self) -> Literal["averaged"]:
+        return "averaged"
 
     @property
     def reach(self) -> Reach:
@@ -45,13 +57,7 @@ class AveragedRate:
         return "no"
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
-        if like.device not in self._tables:  # once: a copy from the host waits for the device
-            self._tables[like.device] = self.table_KKM.to(like.device)
-        return self._tables[like.device][K - 1, k - 1].to(like.dtype).expand(like.shape[0], projections)
-
-    @cached_property
-    def _tables(self) -> dict[torch.device, Tensor]:
-        return {}
+        return self.table_KKM[K - 1, k - 1].to(like.device, like.dtype).expand(like.shape[0], projections)
 
     def check(self, backbone: FrozenLM) -> None:
         artifact.check_model(self.trained_for, backbone, "averaged rate")

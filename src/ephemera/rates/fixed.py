@@ -24,12 +24,17 @@ class FixedRate:
     objective: PromptLoss = PROMPT
     reach: Reach = "all"
     made_for: None = None
+    trained_for: None = None
     gate: None = None
     trains: Trains = "both"
 
     def __post_init__(self):
         if not 0 <= self.rate < float("inf"):
             raise ValueError(f"a rate is a number >= 0; got {self.rate}.")
+
+    @property
+    def label(self) -> Literal["fixed"]:
+        return "fixed"
 
     @property
     def max_steps(self) -> None:

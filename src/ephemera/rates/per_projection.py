@@ -42,6 +42,16 @@ class PerProjectionRate(nn.Module):
         logs_K = torch.tensor([math.log(max(rate, 1e-8)) for rate in base_rates])
         self.log_rates_KM = nn.Parameter(logs_K[:, None].repeat(1, projections))
 
+    @classmethod
+    def from_file(cls, config: dict[str, Any], state: dict[str, Tensor]) -> PerProjectionRate:
+        network = cls(**config)
+        network.load_state_dict(state)
+        return network.eval().requires_grad_(False)
+
+    @property
+    def label(self) -> Literal["constant"]:
+        return "constant"
+
     @property
     def max_steps(self) -> int:
         return self.log_rates_KM.shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -44,6 +44,16 @@ class Rate(Protocol):
     @property
     def reach(self) -> Reach:
         """Where the adapters act once the steps are done (made_for.py)."""
+        ...
+
+    @property
+    def label(self) -> str:
+        """What a server calls it: `MODEL:label`."""
+        ...
+
+    @property
+    def trained_for(self) -> dict[str, Any] | None:
+        """The model and projections that it was trained for; None if it fits any."""
         ...
 
     @property

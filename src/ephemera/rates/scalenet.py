@@ -71,6 +71,16 @@ class ScaleNet(nn.Module):
         self.register_buffer("mean_H", torch.zeros(2 * hidden_size))
         self.register_buffer("std_H", torch.ones(2 * hidden_size))
 
+    @classmethod
+    def from_file(cls, config: dict[str, Any], state: dict[str, Tensor]) -> ScaleNet:
+        network = cls(**config)
+        network.load_state_dict(state)
+        return network.eval().requires_grad_(False)
+
+    @property
+    def label(self) -> Literal["layerwise", "stepwise"]:
+        return "layerwise" if self.config["granularity"] == "layer" else "stepwise"
+
     @property
     def reach(self) -> Reach:
         return "all" if self.made_for is None else self.made_for.reach

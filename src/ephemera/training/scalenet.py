@@ -16,7 +16,7 @@ from torch import nn
 from ephemera.adapt import adapt
 from ephemera.config import ObjectiveSettings, OptimizerSettings, TrainScaleNet
 from ephemera.early_exit.lens import Lens, load_lens
-from ephemera.inits import Init, ZeroInit, load_init, place_init, targets_of
+from ephemera.inits import Init, ZeroInit, load_init
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.made_for import MadeFor
 from ephemera.prepared import bytes_of
@@ -142,8 +142,10 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     folder = Path(config.output)
     lora = config.model.lora
     init = load_init(config.init, **lora.model_dump(exclude={"target_modules", "layers"}))
-    accelerator, backbone = open_run(config, folder, targets_of(init) or lora.target_modules, lora.layers)
-    init = place_init(init, backbone)
+    accelerator, backbone = open_run(
+        config, folder, init.lora_settings.get("target_modules") or lora.target_modules, lora.layers
+    )
+    init = init.placed(backbone)
     objective = settled_objective(config.objective)
     objective.check(backbone)
     if objective.lens is not None:

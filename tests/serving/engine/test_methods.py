@@ -7,7 +7,7 @@ from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
 from ephemera.made_for import MadeFor
-from ephemera.rates import AveragedRate, FixedRate, PerProjectionRate, ScaleNet, load_rate
+from ephemera.rates import AveragedRate, FixedRate, PerProjectionRate, load_rate
 from ephemera.serving.engine import methods
 from ephemera.serving.engine.methods import Method
 from serving_fixtures import tiny_generator
@@ -116,6 +116,6 @@ def test_two_rates_of_one_kind(llama):
 
 
 def test_kinds(llama):
-    assert methods.kind_of(random_scalenet(llama, granularity="step")) == "stepwise"
-    assert isinstance(random_scalenet(llama), ScaleNet)
-    assert methods.kind_of(AveragedRate.__new__(AveragedRate)) == "averaged"
+    assert random_scalenet(llama, granularity="step").label == "stepwise"
+    assert random_scalenet(llama).label == "layerwise"
+    assert AveragedRate.label.fget(None) == "averaged"

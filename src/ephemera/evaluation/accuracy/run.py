@@ -19,7 +19,7 @@ from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, 
 from ephemera.evaluation.shared.execute import run_program
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, AnswerRecord, RecordFile, write_json
-from ephemera.inits import Init, load_init, place_init, targets_of
+from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.llm.tokenize import encode_answer
@@ -178,7 +178,7 @@ def _by_targets(settings: ModelSettings, config: Benchmark) -> dict[str, list[Va
         targets = None
         if variant.init is not None:
             first = (variant.tasks or [config.data.tasks[0].task])[0]
-            targets = targets_of(load_init(str(fill(variant.init, first))))
+            targets = load_init(str(fill(variant.init, first))).lora_settings.get("target_modules")
         groups.setdefault(json.dumps(targets or settings.lora.target_modules), []).append(variant)
     return groups
 
@@ -193,7 +193,7 @@ def _fill(
 ) -> None:
     zero = settings.lora.model_dump(exclude={"target_modules", "layers"})
     init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
-    init = place_init(init, backbone)
+    init = init.placed(backbone)
     rule = place_rate(load_rate(variant.rate), backbone) if variant.rate is not None and variant.steps else None
     if rule is not None and rule.max_steps is not None and variant.steps > rule.max_steps:
         raise ValueError(f"variant {variant.name!r}: {variant.steps} steps, but its rate has at most {rule.max_steps}.")

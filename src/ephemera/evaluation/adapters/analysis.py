@@ -25,7 +25,7 @@ from ephemera.evaluation.adapters.grouping import Grouping, embed, grouping, upd
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, ControlRecord, RecordFile, write_json
 from ephemera.evaluation.shared.statistics import LEVEL, RESAMPLES, SEED, Estimate, bootstrap_mean
-from ephemera.inits import LoraGenerator, load_generator, place_init
+from ephemera.inits import LoraGenerator, load_generator
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
 from ephemera.run_info import command, commit, versions
@@ -183,7 +183,7 @@ def analyse(config: Analyse) -> Analysis:
     model = config.model
     backbone = model.load()
     print_of_it = _fingerprint(generator)
-    placed = place_init(generator, backbone)
+    placed = generator.placed(backbone)
     assert isinstance(placed, LoraGenerator)
     generator = placed
     by_task, long = _rows(backbone, loaded, config)

@@ -19,7 +19,7 @@ from ephemera.config import Evaluate, fill
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, Record, RecordFile, write_json
 from ephemera.evaluation.shared.rouge import rouge_lsum
-from ephemera.inits import Init, load_init, lora_of, place_init
+from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
 from ephemera.lora import LoraBatch
@@ -173,10 +173,10 @@ def evaluate(config: Evaluate) -> Path:
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules", "layers"}))
-    brought = config.model.lora.model_copy(update=lora_of(init))  # what is adapted is the init's to say
+    brought = config.model.lora.model_copy(update=init.lora_settings)  # what is adapted is the init's to say
     config = config.model_copy(update={"model": config.model.model_copy(update={"lora": brought})})
     backbone = config.model.load()
-    init = place_init(init, backbone)
+    init = init.placed(backbone)
     rules = load_rules(config, backbone)
     data = load_dataset(
         config.data.task,

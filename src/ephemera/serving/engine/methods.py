@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from ephemera.adaptation import beyond, told
 from ephemera.begin import gate_of, reach_of
 from ephemera.gate import Gate
-from ephemera.inits import Init, LoraGenerator, ZeroInit, lora_of
+from ephemera.inits import Init, ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.model_files import called
 from ephemera.made_for import FORMATS, Format, Reach
 from ephemera.messages import nearest
 from ephemera.model import AdaptiveLM
 from ephemera.rates import (
-    AveragedRate,
     FixedRate,
-    PerProjectionRate,
     Rate,
-    ScaleNet,
     adapted_by,
     default_rate,
     default_steps,
@@ -56,7 +53,7 @@ class Method:
         """The prompts that its network was trained on; None: it was not trained."""
         if self.rate is not None and self.rate.made_for is not None:
             return self.rate.made_for.format
-        return "plain" if isinstance(self.init, LoraGenerator) else None
+        return None if self.init is None else self.init.format
 
     @property
     def gate(self) -> Gate | None:
@@ -73,13 +70,13 @@ class Method:
     @property
     def started(self) -> bool:
         """Whether its adapters start from something else than the base model."""
-        return self.init is not None and bool(lora_of(self.init))
+        return self.init is not None and self.init.label is not None
 
     def beyond(self, format: Format, steps: int) -> str | None:
         """What to say where a network answers prompts of another kind than it was trained on."""
         made = self.rate.made_for if self.rate is not None and steps else None
-        generated = isinstance(self.init, LoraGenerator) and format != "plain"
-        return told(beyond(made, format, self.asked_reach), PLAIN_GENERATOR if generated else None)
+        other = self.init is not None and self.init.format not in (None, format)
+        return told(beyond(made, format, self.asked_reach), PLAIN_GENERATOR if other else None)
 
 
 @dataclass(frozen=True)
@@ -113,17 +110,6 @@ def offer(model: str, rates: Sequence[str], init: str = "zero") -> Offer:
     return Offer((*named, *fixed), init, defaults)
 
 
-def kind_of(rate: Rate) -> str:
-    if isinstance(rate, FixedRate):
-        return "fixed"
-    if isinstance(rate, AveragedRate):
-        return "averaged"
-    if isinstance(rate, PerProjectionRate):
-        return "constant"
-    assert isinstance(rate, ScaleNet)
-    return "layerwise" if rate.config["granularity"] == "layer" else "stepwise"
-
-
 def build(
     backbone: FrozenLM,
     init: str | Init,
@@ -139,11 +125,10 @@ def build(
     methods, in place of each rate's own.
     """
     started = AdaptiveLM(backbone, init=init).init
-    name = "generated" if isinstance(started, LoraGenerator) else "peft"
-    starts: list[tuple[str, Init]] = [] if isinstance(started, ZeroInit) else [(name, started)]
+    starts: list[tuple[str, Init]] = [] if started.label is None else [(started.label, started)]
     moves: dict[str, Rate] = {}
     for rule in rates:
-        kind = kind_of(rule)
+        kind = rule.label
         if kind in moves:
             raise ValueError(f"two {kind} rates were given; a server takes one of each kind.")
         moves[kind] = place_rate(rule, backbone)
