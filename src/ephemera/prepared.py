@@ -22,9 +22,8 @@ from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, fork, nll_after, prefill, whole_reading
 from ephemera.lora import LoraBatch
-from ephemera.made_for import MadeFor, Reach
 from ephemera.prompt_loss import PromptLoss
-from ephemera.rates import Rate, Trains
+from ephemera.rates import FixedRate, Rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,25 +75,12 @@ class Prepared:
         return nll_after(self.backbone, self.batch, reading, answers, lora)
 
 
-@dataclass(frozen=True)
-class _Still:
-    """A rate of zero that looks at h(x), and keeps it."""
+class _Still(FixedRate):
+    """A rate of zero that looks at h(x)."""
 
-    objective: PromptLoss
-    seen: list[Tensor]
-    max_steps: int = 1
-    uses_representation: Literal["step"] = "step"
-    reach: Reach = "answer"
-    made_for: MadeFor | None = None
-    gate: None = None
-    trains: Trains = "both"
-
-    def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
-        assert h_BH is not None
-        self.seen.append(h_BH)
-        return like.new_zeros(like.shape[0], projections)
-
-    def check(self, backbone: FrozenLM) -> None: ...
+    @property
+    def uses_representation(self) -> Literal["step"]:
+        return "step"
 
 
 def prepare(
@@ -110,7 +96,7 @@ def prepare(
     `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
     """
     done: list[tuple[TokenBatch, Adaptation]] = []
-    still = _Still(objective, [])
+    still = _Still(0.0, objective, "answer")
     start = 0
     for ids in parts:
         batch = pad(ids, pad_id=backbone.pad_id).to(backbone.device)
@@ -118,7 +104,9 @@ def prepare(
         start += len(ids)
         trace = adapt(backbone, batch, lora, still, 1, keep_grads=True, keep_reading=True)
         done.append((batch, _whole(backbone, batch, trace)))
-    return Prepared(backbone, *_joined(backbone, done), torch.cat(still.seen))
+    return Prepared(
+        backbone, *_joined(backbone, done), torch.cat([made.h_BH for _, made in done if made.h_BH is not None])
+    )
 
 
 def bytes_of(backbone: FrozenLM, tokens: int, r: int) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import benchmarks.prepared
 import pytest
 
-from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.fast.fast_lm import FastLM
 from ephemera.llm.load import load_backbone
 
 
@@ -41,13 +41,13 @@ def test_prepared_prompts_are_read_once(llama_folder: Path, monkeypatch: pytest.
     backbone = load_backbone(str(llama_folder), dtype="float32", device="cpu")
     rows = benchmarks.prepared.rows_of(backbone, "squad", 3)
     longest, seen = max(len(row.prompt) for row in rows), []
-    original = FrozenLM.forward
+    original = FastLM.forward
 
     def forward(self, batch, *args, **kwargs):
         seen.append(batch.ids_BT.shape[1])
         return original(self, batch, *args, **kwargs)
 
-    monkeypatch.setattr(FrozenLM, "forward", forward)
+    monkeypatch.setattr(FastLM, "forward", forward)
     them = benchmarks.prepared.Contenders(backbone, rows, passes=4)
     them.prepared()
     assert seen.count(longest) == len(them.groups), "a prompt is read once, for four passes"

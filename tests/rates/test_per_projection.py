@@ -57,7 +57,7 @@ def test_steps_go_by_them(llama):
     trace = adapt(llama, left(prompts), start, rate, 1, keep_grads=True)
     rates_M = rate.log_rates_KM[0].exp().detach()
     moved = [(b - a) for a, b in zip(start.B, trace.lora.B, strict=True)]
-    close(moved, [-rates_M[m] * g for m, g in enumerate(trace.grads[0].lora.B)])
+    close(moved, [-rates_M[m] * g for m, g in enumerate(trace.grads[0].B)])
     close(trace.rates_BKM, rates_M.expand(2, 1, M))
 
 

@@ -218,7 +218,7 @@ def test_parts_are_the_whole(architecture, layers, exit_layer):
     whole = prepared(backbone, [rows], objective)
     prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
     rates_BM = 0.1 + torch.rand(5, len(backbone.projections), dtype=torch.float64)
-    lora = whole.step(rates_BM).lora
+    lora = whole.step(rates_BM)
     with torch.no_grad():
         slow = [Slow(backbone, ids, {}) for ids in prompts]
         base_B = torch.stack([s.nll(answer) / len(answer) for s, answer in zip(slow, answers, strict=True)])
@@ -232,7 +232,7 @@ def test_parts_are_the_whole(architecture, layers, exit_layer):
         close(part.made.initial_lora.tensors, whole.made.initial_lora.tensors, 0)
         close(part.made.grads[0].tensors, whole.made.grads[0].tensors)
         close(part.h_BH, whole.h_BH, 1e-5)
-        close(part.step(rates_BM).lora.tensors, lora.tensors)
+        close(part.step(rates_BM).tensors, lora.tensors)
         close(part.answer_nll(answers, None), base_B)
         close(part.answer_nll(answers, lora), after_B)
         close(part.read(None).answer_nll(answers), base_B)
@@ -255,7 +255,7 @@ def held_bytes(some: Prepared) -> int:
     trace = some.made
     assert trace.reading is not None
     tensors = [some.h_BH, some.batch.ids_BT, some.batch.mask_BT, trace.reading.hidden_BTD]
-    tensors += [*trace.lora.tensors, *trace.initial_lora.tensors, *trace.grads[0].tensors, *trace.grads[0].like.tensors]
+    tensors += [*trace.lora.tensors, *trace.initial_lora.tensors, *trace.grads[0].tensors]
     for layer in trace.reading.cache.layers:
         assert layer.keys is not None
         assert layer.values is not None

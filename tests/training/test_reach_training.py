@@ -68,7 +68,7 @@ def example(architecture: str, layers: str, start: str, K: int):
 def meta(backbone: FrozenLM, rows: Sequence[Encoded], lora: LoraBatch, table: Tensor, *, keeps: bool) -> Tensor:
     batch = left([row.prompt for row in rows])
     trace = adapt(backbone, batch, lora, TableRate(table), table.shape[1], keep_grads=True, keep_reading=keeps)
-    assert (trace.reading is not None) == keeps
+    assert (trace.reading is not None and trace.reading.layers == backbone.layers) == keeps
     reading = trace.reading
     nll_B, grads = answer_gradient(backbone, rows, trace.lora, reach="answer", reading=reading)
     want = [answer_loss(backbone, row, trace.lora, b) for b, row in enumerate(rows)]

@@ -35,9 +35,9 @@ class Init(ABC):
         """From a file or a name; `zero` are settings of the zero start."""
         raise NotImplementedError
 
-    def after(self, backbone: FrozenLM, batch: TokenBatch, reading: CachedLayers) -> LoraBatch | None:
-        """The same from the base model's reading of the prompts; None if it does not begin there."""
-        return None
+    def after(self, backbone: FrozenLM, batch: TokenBatch, reading: CachedLayers) -> LoraBatch:
+        """The same from the base model's reading of the prompts, if it begins there (`reads_prompts`)."""
+        raise NotImplementedError
 
     @property
     def reads_prompts(self) -> bool:

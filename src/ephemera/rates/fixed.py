@@ -41,7 +41,7 @@ class FixedRate:
         return None
 
     @property
-    def uses_representation(self) -> Literal["no"]:
+    def uses_representation(self) -> Literal["no", "step"]:
         return "no"
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
