@@ -87,8 +87,8 @@ class AdaptiveLM:
         prompts in the model's chat template. `special_tokens`: a special token that a prompt spells is one; else it
         is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them; BOS and the chat
         template's words stay, the beginning of the prompt's own text goes.
-        `checkpoint`: steps keep each layer's input alone and run the layer again in the backward pass: less memory,
-        more time, the same adapters. Further keywords go to transformers.
+        `checkpoint`: steps keep only each layer's input and run the layer again in the backward pass: less memory, more
+        time, the same adapters. `fast=False`: run the reference path. Further keywords go to transformers.
         ValueError names what is wrong and what is allowed.
         """
         reach, settings = None if reach is None else checked_reach(reach), dict(lora or {})

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
@@ -22,6 +21,8 @@ from ephemera.fast.llama_parts import (
     PassPlan,
     Place,
     linear_plus,
+    mlp_forward,
+    norm_heads_,
     parts,
     qkv,
     rms,
@@ -126,7 +127,7 @@ class _Layer(torch.autograd.Function):
         sin_1NC: Tensor,
         *factors: Tensor,
     ) -> Tensor:
-        attention, mlp, packing = layer.self_attn, layer.mlp, plan.packing
+        attention, packing = layer.self_attn, plan.packing
         unique, shared = plan.shared.unique, plan.shared
         assert shared.tokens_U is None or plan.flat, "rows with adapters of their own have nothing in common"
 
@@ -145,16 +146,7 @@ class _Layer(torch.autograd.Function):
         q_NO, k_NO, v_NO = qkv_NE.split_with_sizes([H * C, G * C, G * C], 1)
         adapters.add(h1_ND, {"self_attn.q_proj": q_NO, "self_attn.k_proj": k_NO, "self_attn.v_proj": v_NO})
         heads_NWC = qkv_NE.view(-1, H + 2 * G, C)
-        raw: list[Tensor] = []
-        if "q_norm" in dict(attention.named_children()):
-            for x_NHC, norm in (
-                (heads_NWC[:, :H], attention.q_norm),
-                (heads_NWC[:, H : H + G], attention.k_norm),
-            ):
-                raw.append(x_NHC.clone())
-                normed_NHC, r_NH1 = rms(raw[-1], norm)
-                raw.append(r_NH1)
-                x_NHC.copy_(normed_NHC)
+        raw = norm_heads_(heads_NWC, attention, H, G)
         cos_N1C, sin_N1C = cos_1NC[0][:, None], plan.signed_sin(sin_1NC)
         rotate_(heads_NWC[:, : H + G], cos_N1C, sin_N1C)
 
@@ -171,13 +163,7 @@ class _Layer(torch.autograd.Function):
 
         x2_ND = linear_plus(x1_ND, unique(y_NO), attention.o_proj)
         adapters.add(y_NO, {"self_attn.o_proj": x2_ND})
-        h2_ND, r2_N1 = rms(x2_ND, layer.post_attention_layernorm)
-        gate_NF, up_NF = (F.linear(h2_ND, m.weight, m.bias) for m in (mlp.gate_proj, mlp.up_proj))
-        adapters.add(h2_ND, {"mlp.gate_proj": gate_NF, "mlp.up_proj": up_NF})
-        silu_NF = F.silu(gate_NF)
-        a_NF = silu_NF * up_NF
-        out_ND = linear_plus(x2_ND, a_NF, mlp.down_proj)
-        adapters.add(a_NF, {"mlp.down_proj": out_ND})
+        out_ND, r2_N1, h2_ND, gate_NF, up_NF, silu_NF, a_NF = mlp_forward(x2_ND, layer, adapters)
         out_ND, x2_ND, r2_N1 = expand(out_ND, "out"), expand(x2_ND, "x2"), expand(r2_N1, "r2")
         gate_NF, up_NF, silu_NF = expand(gate_NF, "gate"), expand(up_NF, "up"), expand(silu_NF, "silu")
         needed = [any(place.path in paths for place in places) for paths in _INPUTS]

@@ -150,3 +150,28 @@ def rms_backward(dy: Tensor, x: Tensor, r: Tensor, norm: Any, residual: Tensor |
         return torch.addcmul(residual, u, r)
     dx = u.mul_(r).to(x.dtype)
     return dx if residual is None else dx.add_(residual)
+
+
+def norm_heads_(heads_NWC: Tensor, attention: Any, H: int, G: int) -> list[Tensor]:
+    """Norm queries and keys in place, where a model does; what each was before, and its 1 / rms, for the backward pass."""
+    raw: list[Tensor] = []
+    if "q_norm" in dict(attention.named_children()):
+        for x_NHC, norm in ((heads_NWC[:, :H], attention.q_norm), (heads_NWC[:, H : H + G], attention.k_norm)):
+            before_NHC = x_NHC.clone()
+            normed_NHC, r_NH1 = rms(before_NHC, norm)
+            x_NHC.copy_(normed_NHC)
+            raw += [before_NHC, r_NH1]
+    return raw
+
+
+def mlp_forward(x2_ND: Tensor, layer: Any, adapters: LayerAdapters) -> tuple[Tensor, ...]:
+    """The layer's output, and what its backward pass needs: 1 / rms, normed input, gate, up, silu(gate), their product."""
+    mlp = layer.mlp
+    h2_ND, r2_N1 = rms(x2_ND, layer.post_attention_layernorm)
+    gate_NF, up_NF = (F.linear(h2_ND, m.weight, m.bias) for m in (mlp.gate_proj, mlp.up_proj))
+    adapters.add(h2_ND, {"mlp.gate_proj": gate_NF, "mlp.up_proj": up_NF})
+    silu_NF = F.silu(gate_NF)
+    a_NF = silu_NF * up_NF
+    out_ND = linear_plus(x2_ND, a_NF, mlp.down_proj)
+    adapters.add(a_NF, {"mlp.down_proj": out_ND})
+    return out_ND, r2_N1, h2_ND, gate_NF, up_NF, silu_NF, a_NF

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ephemera.downloads import DEFAULT_MODEL, fetch_default_model
-from ephemera.fast.fast_lm import FastLM
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.gguf_header import read_header
 from ephemera.llm.model_files import (
@@ -91,6 +90,8 @@ def load_backbone(
         if checkpoint:
             raise ValueError("checkpoint is part of the fast path, which is off (EPHEMERA_FAST=0 or fast=False).")
         return FrozenLM(model, tokenizer, name=name, path=path, **sits)
+    from ephemera.fast.fast_lm import FastLM  # here, so that the reference path runs without fast/
+
     return FastLM(model, tokenizer, name=name, path=path, packs=packs, recompute=checkpoint, **sits)
 
 
