@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ephemera.artifact import shipped
 from ephemera.downloads import DEFAULT_MODEL, MODEL_WHEEL, home, readable_by_all
 from ephemera.inits import load_generator
+from ephemera.messages import EXTRAS
 from ephemera.rates import load_rate
 from ephemera.saving import reason, unreadable
 
@@ -39,6 +41,7 @@ def examine() -> int:
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         print(f"{package:<13} {_version(package)}")
+    print(f"extras        {', '.join(_extra(name) for name in EXTRAS)}")
     print(f"device        {_device()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print()
     checks: list[Callable[[], Check]] = [check_python, check_cache, check_disk, check_model, check_networks]
@@ -51,6 +54,12 @@ def examine() -> int:
             print(f"        fix: {result.fix}")
     print("\nall is well" if not failed else f"\n{failed} of {len(checks)} checks failed")
     return 1 if failed else 0
+
+
+def _extra(name: str) -> str:
+    """Whether all packages of an extra are installed."""
+    lacks = [module for module in EXTRAS[name] if importlib.util.find_spec(module) is None]
+    return f"{name} (not installed: pip install 'ephemera[{name}]')" if lacks else name
 
 
 def check_python() -> Check:

@@ -5,11 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What only some commands need: the modules of each extra (pyproject.toml)
+EXTRAS = {
+    "train": ("accelerate", "datasets", "peft"),
+    "eval": ("rouge_score", "matplotlib", "datasets", "peft"),
+    "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client"),
+    "lm-eval": ("lm_eval",),
+}
+
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """`Did you mean 'x'?` or the empty string."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """One line that names a package that is not installed and how to get it; None if no extra brings it."""
+    name = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if name in modules), None)
+    return None if extra is None else f"{name} is not installed. Get it by: pip install 'ephemera[{extra}]'"
 
 
 def check_unicode(text: str, what: str) -> None:

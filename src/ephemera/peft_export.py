@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from safetensors.torch import save_file
 
 from ephemera.lora import LoraBatch
-from ephemera.saving import whole_folder
+from ephemera.saving import json_text, whole_folder
 
 CONFIG = "adapter_config.json"
 ACTIVATED = "adapter_config.alora.json"
@@ -48,6 +47,7 @@ def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, las
     """
     factors, r, lora_alpha = lora.peft_factors(row)
     settings: dict[str, Any] = {
+        "peft_type": "LORA",
         "r": r,
         "lora_alpha": lora_alpha,
         "target_modules": sorted(factors),
@@ -59,11 +59,11 @@ def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, las
     }
     with whole_folder(folder) as scratch:
         if last_token is not None:
-            LoraConfig(**settings, alora_invocation_tokens=[last_token]).save_pretrained(str(scratch))
-            (scratch / CONFIG).replace(scratch / ACTIVATED)
+            activated = {**settings, "alora_invocation_tokens": [last_token]}
+            (scratch / ACTIVATED).write_text(json_text(activated, indent=2), encoding="utf-8")
             words = {"config": CONFIG, "activated": ACTIVATED, "folder": folder.name, "token": last_token}
             (scratch / "README.md").write_text(CARD.format(base_model=base_model, **words), encoding="utf-8")
-        LoraConfig(**settings).save_pretrained(str(scratch))
+        (scratch / CONFIG).write_text(json_text(settings, indent=2), encoding="utf-8")
         save_file(lora.peft_state_dict(row), scratch / "adapter_model.safetensors", metadata={"format": "pt"})
     if last_token is None and (folder / ACTIVATED).exists():  # of an earlier export of another adapter
         (folder / ACTIVATED).unlink()

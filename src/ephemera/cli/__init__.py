@@ -10,6 +10,7 @@ import typer
 from ephemera import __version__
 from ephemera.cli import about, answer, chat, evaluate, serve, train
 from ephemera.cli.options import app
+from ephemera.messages import missing_extra
 
 __all__ = ["about", "answer", "app", "chat", "evaluate", "main", "serve", "train"]
 
@@ -35,6 +36,11 @@ def main() -> NoReturn:
         app()
     except ValueError as error:
         print(f"ephemera: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        if (line := missing_extra(error)) is None:
+            raise
+        print(f"ephemera: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         place = f" {error.filename}" if error.filename else ""

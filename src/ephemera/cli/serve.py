@@ -82,13 +82,10 @@ def serve(
             f"--host {host} opens the server to others, and no API key is set. Give --api-key KEY (or "
             "EPHEMERA_API_KEYS), or --insecure if whoever reaches this address may use it."
         )
-    try:
-        import uvicorn
+    import uvicorn
 
-        from ephemera.serving.http.app import Settings, create_app
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; `pip install 'ephemera[serve]'` brings it.") from None
     from ephemera.made_for import FORMATS, checked_reach
+    from ephemera.serving.http.app import Settings, create_app
 
     everywhere = None if reach is None else checked_reach(reach)
     listening = _bind(host, port)

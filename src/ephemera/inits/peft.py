@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ephemera.batch import TokenBatch
+from ephemera.inits.peft_targets import PeftTargets
 from ephemera.inits.protocol import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.projections import ALL_LINEAR
@@ -25,7 +23,6 @@ from ephemera.llm.weights import check_finite, listed
 from ephemera.lora import LoraBatch
 
 WEIGHTS = "adapter_model.safetensors"
-SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 NEUTRAL = (None, False)
 # Keys of PEFT's configuration that a plain LoRA may set: how it was trained, what it is called, and which modules it is on
 HARMLESS = frozenset(
@@ -70,7 +67,7 @@ class PeftInit(Init):
     lora_alpha: float
     target_modules: str | list[str]
     folder: Path
-    selected: LoraConfig | None = None  # which modules PEFT puts it on; None: those of `factors`
+    selected: PeftTargets | None = None  # which modules PEFT puts it on; None: those of `factors`
 
     label = "peft"
 
@@ -98,8 +95,7 @@ class PeftInit(Init):
             special = not_plain(config)
             state = {} if special else load_file(folder / WEIGHTS)
             r, lora_alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))  # PEFT's own defaults
-            chosen = {k: config.get(k) for k in SELECTING}
-            selected = LoraConfig(**chosen) if chosen["target_modules"] and not special else None
+            selected = None if special else PeftTargets.of(config)
         except (AttributeError, OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             pickled = (folder / "adapter_model.bin").exists() and not (folder / WEIGHTS).exists()
             fix = " Save its adapter_model.bin again as safetensors, with PEFT's save_pretrained." if pickled else ""
@@ -153,7 +149,7 @@ class PeftInit(Init):
         ]
         if str(self.selected.target_modules).lower() == ALL_LINEAR:
             return linear
-        return [name for name in linear if _selects(self.selected, name)]
+        return [name for name in linear if self.selected.selects(name)]
 
     def __call__(self, backbone: FrozenLM, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
         A, B = [], []
@@ -163,11 +159,6 @@ class PeftInit(Init):
             A.append(A_RI.to(backbone.device).expand(len(seeds), -1, -1))
             B.append(B_OR.to(backbone.device).expand(len(seeds), -1, -1))
         return LoraBatch.of(backbone.projections, tuple(A), tuple(B), r=self.r, lora_alpha=self.lora_alpha)
-
-
-def _selects(config: LoraConfig, module: str) -> bool:
-    found = check_target_module_exists(config, module)  # True, a match of its pattern, or a mark of what it excludes
-    return found is True or isinstance(found, re.Match)
 
 
 def _factors(state: Mapping[str, Tensor], r: int, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
