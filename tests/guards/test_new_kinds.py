@@ -1,4 +1,4 @@
-"""A rate, an init and an architecture that are new need their own file and one entry: nothing else knows the kinds there are."""
+"""A rate, an init, an architecture and a task that are new need their own file and one entry: nothing else knows the kinds there are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ephemera import AdaptiveLM, artifact, inits, load_rate, rates
 from ephemera.adapt import adapt
 from ephemera.batch import TokenBatch
+from ephemera.config import DataSettings
 from ephemera.gate import Gate
 from ephemera.inits import Init, ZeroInit
 from ephemera.llm import architectures
@@ -21,7 +22,10 @@ from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
 from ephemera.prompt_loss import PROMPT, PromptLoss
 from ephemera.rates.protocol import NAME
+from ephemera.rows import load_tasks
 from ephemera.serving.engine import methods
+from ephemera.tasks import load
+from ephemera.tasks.base import Task
 from reference import close
 from tiny_models import left, random_ids, random_lora, tiny_backbone
 
@@ -124,3 +128,29 @@ def test_an_architecture(known: bool, monkeypatch: pytest.MonkeyPatch):
 def steps(backbone: FrozenLM) -> LoraBatch:
     batch = left(random_ids([9, 4]))
     return adapt(backbone, batch, ZeroInit(r=2)(backbone, batch, [0, 0]), load_rate(0.3), 2).lora
+
+
+def test_a_task(llama: FrozenLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its rows are read, encoded and refused like those of the others."""
+    capitals = Task(
+        name="capitals",
+        prompt=lambda row: f"Capital of {row['country']}?",
+        answer=lambda row: row["capital"],
+        max_new_tokens=4,
+        fields=("country", "capital"),
+        hub=None,
+        hub_splits={},
+        wheel={},
+    )
+    monkeypatch.setitem(load.TASKS, "capitals", capitals)
+    rows = tmp_path / "test.jsonl"
+    rows.write_text('{"country": "Norway", "capital": "Oslo"}\n{"country": "Chile", "capital": "Santiago"}\n')
+    settings = DataSettings(task="capitals", source=str(rows), limit=2)
+    (found,) = load_tasks(llama, settings)
+    assert {example.prompt for example in found.examples.values()} == {"Capital of Norway?", "Capital of Chile?"}
+    assert sorted(len(row.answer) > 0 for row in found.rows) == [True, True]
+    rows.write_text('{"country": "Norway"}\n')
+    with pytest.raises(ValueError, match="capital"):
+        load_tasks(llama, settings)
+    with pytest.raises(ValueError, match="Did you mean 'capitals'"):
+        load_tasks(llama, DataSettings(task="capitols", source=str(rows)))
