@@ -37,3 +37,26 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():  # real rows have licences of their own and are not in the repository
         pytest.skip(f"real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+SKIPPED: dict[str, int] = {}
+HOW = {
+    "real data sets": "put the real data sets beside the checkout",
+    "CUDA": "run on a machine with a CUDA device",
+    "browser": "install a browser: .venv/bin/playwright install chromium",
+    "default model": "fetch the default model: .venv/bin/ephemera try hello",
+}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        SKIPPED[reason] = SKIPPED.get(reason, 0) + 1
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last lines: what was skipped, why, and how to get it."""
+    for reason, count in sorted(SKIPPED.items()):
+        how = next((fix for word, fix in HOW.items() if word in reason), "")
+        print(f"SKIPPED {count}: {reason}{'; ' + how if how else ''}")

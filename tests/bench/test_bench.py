@@ -10,12 +10,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ephemera.bench import timing
+from ephemera.bench import quick, timing
 from ephemera.bench.contenders import PeftLoop, adapt_batched, initial_lora, max_relative_difference
 from ephemera.bench.quick import verdict
 from ephemera.bench.timing import machine, machine_lines, ratios, spread, turns
 from ephemera.cli import app
 from ephemera.llm.load import load_backbone
+from given_times import give
 from tiny_models import random_ids
 
 
@@ -104,16 +105,20 @@ def test_the_verdict_says_what_the_numbers_say():
     assert not any("PEFT" in line for line in busy)
 
 
-def test_a_short_run_on_a_tiny_model(llama_folder: Path):
+def test_a_short_run_on_a_tiny_model(llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    seconds = {"prefill": 1.0, "adapt": 2.0, "decode": 3.0, "adapted_decode": 4.0, "peft": 5.0, "floor": 1.6}
+    give(monkeypatch, quick, seconds)
     result = CliRunner().invoke(app, ["bench", "--model", str(llama_folder), "--minutes", "0", "--json"])
     assert result.exit_code == 0
     results = json.loads(result.stdout)
     assert set(results["dtypes"]) | set(results["left_out"]) == {"float32", "bfloat16"}
     for found in results["dtypes"].values():
         assert found["rounds"] == 2
-        assert found["vs_peft"] > 0
-        assert found["adapted_decode_vs_plain"] > 0
-    assert results["verdict"] == verdict(results)
+        assert found["vs_peft"] == 2.5
+        assert found["vs_floor"] == 1.25
+        assert found["adapted_decode_vs_plain"] == 0.75
+        assert found["first_token_vs_plain"] == 3.0
+    assert any("PEFT loop takes 2.5 times as long" in line for line in results["verdict"])
     shown = CliRunner().invoke(app, ["bench", "--model", str(llama_folder), "--minutes", "0"]).stdout
     assert "adapt to them, K=1 (s)" in shown
     assert "- Adapting 8 prompts" in shown

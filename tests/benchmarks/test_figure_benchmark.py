@@ -9,6 +9,7 @@ import benchmarks.figure
 import pytest
 from benchmarks.figure import measure, points
 
+from given_times import give
 from tiny_models import tiny_backbone
 
 
@@ -22,11 +23,12 @@ def test_points_cover_all_four_axes():
     assert all(p.projections == backbone.projections for p in found if p.axis in ("steps", "batch", "length"))
 
 
-def test_the_model_keeps_its_projections():
+def test_the_model_keeps_its_projections(monkeypatch: pytest.MonkeyPatch):
+    give(monkeypatch, benchmarks.figure, {"adapt": 5.0, "prefill": 2.0})
     backbone = tiny_backbone("llama")
     every = backbone.projections
     point = next(p for p in points(backbone) if p.axis == "last")
-    assert measure(backbone, point, 2)["cost"] > 0
+    assert measure(backbone, point, 2)["cost"] == 2.5, "5 s against 2 s"
     assert backbone.projections is every
 
 
