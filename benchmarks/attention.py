@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ephemera.bench.timing import machine, machine_lines
-from ephemera.fast import packing as packed
+from ephemera.fast import cpu_attention as packed
 from ephemera.fast.cpu_attention import attention
 from ephemera.fast.packing import Packing
 

@@ -58,8 +58,10 @@ class Schedule:
     objective: PromptLoss = PROMPT
     reach: Reach = "all"
     made_for: None = None
+    trained_for: None = None
     gate: None = None
     trains: Trains = "both"
+    label: str = "schedule"
 
     @property
     def max_steps(self) -> int:
