@@ -12,13 +12,15 @@ from torch import Tensor
 from ephemera.adapt import adapt
 from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
+from ephemera.begin import adapt_from
 from ephemera.config import TrainGate
 from ephemera.gate import SHARES, SIGNALS, load_gate
 from ephemera.guard import guard, log_p, read_with, signals, trusted
 from ephemera.inits import ZeroInit
+from ephemera.llm.frozen_lm import describe
 from ephemera.llm.prefill import prefill
 from ephemera.made_for import MadeFor
-from ephemera.rates import PerProjectionRate, load_rate
+from ephemera.rates import AveragedRate, PerProjectionRate, load_rate
 from ephemera.training.gate import Measured, auroc, calibrated, fit, out_of_fold, train_gate
 from reference import close, merged_model
 from tiny_models import left, length_gate, random_ids
@@ -163,9 +165,20 @@ def test_the_risk_finds_what_tells_harm_apart():
     assert state["weight_H"].abs().argmax() == 2
 
 
-def network_of(folder: Path, backbone, reach="answer") -> Path:
-    from ephemera.llm.frozen_lm import describe
+def test_averaged_rates_pass_a_gate_too(llama, tmp_path):
+    batch, trace, _ = adapted(llama, 3.0)
+    made_for = MadeFor(("own",), "plain", "answer", 1)
+    AveragedRate(trace.rates_BKM[:1].float(), describe(llama), made_for=made_for).save_pretrained(tmp_path)
+    length_gate(llama, 0.5).save(tmp_path)
+    made, _ = adapt_from(llama, batch, ZeroInit(init_std=0.3), [0] * 3, load_rate(tmp_path), 1, "answer")
+    want, _ = guard(length_gate(llama, 0.5), llama, batch, trace)
+    assert made.share_B is not None
+    assert want.share_B is not None
+    close(made.share_B, want.share_B, 1e-6)
+    close(made.lora.tensors, want.lora.tensors, 1e-6)
 
+
+def network_of(folder: Path, backbone, reach="answer") -> Path:
     rate = PerProjectionRate(
         projections=len(backbone.projections),
         base_rates=[3.0],

@@ -375,6 +375,8 @@ def test_unknown_settings(llama_folder):
         AdaptiveLM.from_pretrained(str(llama_folder), lora={"r": 3}, init=ZeroInit())
     with pytest.raises(ValueError, match=r"unknown dtype 'float23'. Did you mean 'float32'\?"):
         AdaptiveLM.from_pretrained(str(llama_folder), dtype="float23")
+    with pytest.raises(ValueError, match="init is a function; give an Init"):
+        AdaptiveLM.from_pretrained(str(llama_folder), init=lambda backbone, batch, seeds: None)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_rate_for_another_model(lm, llama_folder):

@@ -21,8 +21,8 @@ NETWORKS = Path(__file__).parent / "pretrained"
 Made = TypeVar("Made")
 
 
-class RetiredSetting(ValueError):
-    """A network's file asks for something that this version cannot do any more."""
+class Unsupported(ValueError):
+    """A network's file asks for something that this version does not have."""
 
 
 def shipped(name: str) -> list[str]:
@@ -47,10 +47,10 @@ def save(folder: Path, name: str, config: dict[str, Any], state: dict[str, Tenso
 
 
 def without_retired(config: dict[str, Any], neutral: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without the settings that are gone; RetiredSetting if one differs from its neutral value."""
+    """The configuration without the settings that are gone; Unsupported if one differs from its neutral value."""
     for key, value in neutral.items():
         if config.get(key) not in (None, value):
-            raise RetiredSetting(
+            raise Unsupported(
                 f"sets {key} to {config[key]!r}, which this version no longer supports (only {value!r}): "
                 "use an earlier version or train again without it."
             )
@@ -63,7 +63,7 @@ def load(folder: Path, name: str, make: Callable[[dict[str, Any], dict[str, Tens
         state = load_file(folder / f"{name}.safetensors")
         check_finite(f"{name}.safetensors", state.items())
         return make(json.loads((folder / f"{name}.json").read_text()), state)
-    except RetiredSetting as error:
+    except Unsupported as error:
         raise ValueError(f"the {name} in {folder} {error}") from error
     except PermissionError as error:
         raise ValueError(

@@ -11,7 +11,7 @@ from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.gate import Gate
 from ephemera.guard import guard
-from ephemera.inits import Init, ZeroInit
+from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, whole_reading
 from ephemera.made_for import Reach
@@ -27,7 +27,7 @@ def reach_of(init: Init | None, rule: Rate | None) -> Reach:
 
 def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
     """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
-    return rule.gate if rule is not None and reach == "answer" and isinstance(init, ZeroInit) else None
+    return rule.gate if rule is not None and reach == "answer" and init.zero else None
 
 
 def adapt_from(
@@ -53,7 +53,7 @@ def adapt_from(
             lora = init.after(backbone, batch, reading)
         else:
             lora = init(backbone, batch, seeds)
-    keeps = reach == "answer" and isinstance(init, ZeroInit)  # from another start the first pass has adapters
+    keeps = reach == "answer" and init.zero  # from another start the first pass has adapters
     made = adapt(backbone, batch, lora, rule, steps, keep_reading=keeps, after_step=after_step)
     if reading is not None:
         made = made.with_reading(reading)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,19 @@ class LoraBatch:
     """
 
     projections: tuple[Projection, ...]
-    A: tuple[Tensor, ...]
-    B: tuple[Tensor, ...]
     A_BN: Tensor
     B_BN: Tensor
     r: int
     lora_alpha: float
+    A: tuple[Tensor, ...] = field(init=False, repr=False)
+    B: tuple[Tensor, ...] = field(init=False, repr=False)
+
+    def __post_init__(self):
+        for_A, for_B = self._sizes
+        A = tuple(a.unflatten(1, (self.r, -1)) for a in self.A_BN.split_with_sizes(for_A, 1))
+        B = tuple(b.unflatten(1, (self.r, -1)).mT for b in self.B_BN.split_with_sizes(for_B, 1))
+        object.__setattr__(self, "A", A)
+        object.__setattr__(self, "B", B)
 
     @staticmethod
     def of(
@@ -67,16 +74,7 @@ class LoraBatch:
     ) -> LoraBatch:
         """From one A and one B per projection."""
         A_BN, B_BN = torch.cat([a.flatten(1) for a in A], 1), torch.cat([b.mT.flatten(1) for b in B], 1)
-        return LoraBatch.flat(projections, A_BN, B_BN, r=r, lora_alpha=lora_alpha)
-
-    @staticmethod
-    def flat(
-        projections: tuple[Projection, ...], A_BN: Tensor, B_BN: Tensor, *, r: int, lora_alpha: float
-    ) -> LoraBatch:
-        """From the two buffers."""
-        A = [a.unflatten(1, (r, -1)) for a in A_BN.split_with_sizes([r * p.in_features for p in projections], 1)]
-        B = [b.unflatten(1, (r, -1)).mT for b in B_BN.split_with_sizes([r * p.out_features for p in projections], 1)]
-        return LoraBatch(projections, tuple(A), tuple(B), A_BN, B_BN, r, lora_alpha)
+        return LoraBatch(projections, A_BN, B_BN, r, lora_alpha)
 
     @property
     def scaling(self) -> float:
@@ -105,10 +103,7 @@ class LoraBatch:
         return LoraBatch.of(self.projections, tensors[:M], tensors[M:], r=self.r, lora_alpha=self.lora_alpha)
 
     def with_buffers(self, A_BN: Tensor, B_BN: Tensor) -> LoraBatch:
-        return LoraBatch.flat(self.projections, A_BN, B_BN, r=self.r, lora_alpha=self.lora_alpha)
-
-    def detach(self) -> LoraBatch:
-        return self.with_buffers(self.A_BN.detach(), self.B_BN.detach())
+        return replace(self, A_BN=A_BN, B_BN=B_BN)
 
     @torch.enable_grad()
     def leaves(self) -> LoraBatch:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, reach_of
-from ephemera.inits import Init, ZeroInit, load_init
+from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
@@ -99,9 +99,8 @@ class AdaptiveLM:
         adapted = {key: settings.pop(key) for key in ("target_modules", "layers") if key in settings}
         if init is not None and init != "zero" and settings:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
-        if init is None or isinstance(init, str | Path):
-            init = load_init(init or "zero", **settings)
-        if rate is None and isinstance(init, ZeroInit) and not lora:
+        init = _opened(init, **settings)
+        if rate is None and init.zero and not lora:
             rate = default_rate(name, "chat" if chat else "plain")
         elif isinstance(rate, str | Path | float | int):
             rate = None if rate == "none" else load_rate(rate)
@@ -291,14 +290,24 @@ class AdaptiveLM:
         return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=most)
 
     def _init(self, init: InitLike) -> Init:
-        made = load_init(init) if isinstance(init, str | Path) else init or ZeroInit()
-        return made.placed(self.backbone)
+        return _opened(init).placed(self.backbone)
 
     def _rate(self, rate: RateLike) -> Rate | None:
         if rate == "none":
             return None
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
         return None if rule is None else place_rate(rule, self.backbone)
+
+
+def _opened(init: InitLike, **settings: Any) -> Init:
+    if init is None or isinstance(init, str | Path):
+        return load_init(init or "zero", **settings)
+    if not isinstance(init, Init):
+        raise ValueError(
+            f"init is a {type(init).__name__}; give an Init (ephemera.inits), "
+            '"zero", the name or folder of a generator, or the folder of a PEFT adapter.'
+        )
+    return init
 
 
 def _texts(texts: Sequence[str] | str) -> tuple[str, ...]:

@@ -108,7 +108,9 @@ def test_an_error_leaves_the_model_as_it_was(llama: FrozenLM, rows: int):
 
 def test_an_error_while_merging_leaves_the_model_as_it_was(llama: FrozenLM):
     lora = random_lora(llama, 1)
-    broken = replace(lora, B=(*lora.B[:-1], lora.B[-1][:, :-1]))  # the last pair does not fit
+    last = lora.projections[-1]
+    shorter = (*lora.projections[:-1], replace(last, module_out_features=last.module_out_features - 1))
+    broken = replace(lora, projections=shorter, B_BN=lora.B_BN[:, : -lora.r])  # the last pair does not fit
     before = modules_and_weights(llama.model)
     with pytest.raises(RuntimeError), replaced(merged(llama.model, broken)):
         pass

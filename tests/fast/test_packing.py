@@ -78,6 +78,12 @@ def test_the_fused_kernel_gives_the_same(monkeypatch):
     torch.testing.assert_close(ours, fused)
 
 
+def test_a_moved_packing_keeps_nothing_of_the_other_device():
+    packing = Packing((7, 5))
+    assert packing.later_TT.device.type == "cpu"
+    assert packing.to(torch.device("meta")).later_TT.device.type == "meta"
+
+
 def test_packing_there_and_back():
     packing = Packing(LENGTHS)
     x = torch.arange(2.0 * sum(LENGTHS)).view(-1, 2)

@@ -80,6 +80,28 @@ def test_asking_for_what_only_the_fast_path_has(llama_folder: Path):
         load_backbone(str(llama_folder), fast=False, checkpoint=True)
 
 
+@pytest.mark.parametrize("value", ["yes", ""])
+def test_the_environment_says_0_or_1(value: str, llama_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EPHEMERA_FAST", value)
+    with pytest.raises(ValueError, match=f"EPHEMERA_FAST is '{value}'; set it to 1"):
+        load_backbone(str(llama_folder))
+
+
+def test_norms_that_somebody_changed_stay_changed():
+    """A norm with a hook, and one that another module has replaced since the model was loaded."""
+    found = []
+    for make in (FrozenLM, FastLM):
+        backbone = make(tiny_model("llama"), tiny_tokenizer(), name="tiny", path=Path("tiny"))
+        unchanged = AdaptiveLM(backbone).answer_nll(PROMPTS, ANSWERS)
+        first, last = backbone.decoder.layers[0], backbone.decoder.layers[-1]
+        first.input_layernorm.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
+        last.post_attention_layernorm = torch.nn.Identity()
+        nll_B = AdaptiveLM(backbone).answer_nll(PROMPTS, ANSWERS)
+        assert (nll_B - unchanged).abs().min() > 1e-4
+        found.append(nll_B)
+    close(found[1], found[0], 1e-5)
+
+
 RUNS_MODELS = ("llm", "fast", "early_exit", "inits", "rates", "serving", "evaluation")
 FILES = [*SRC.glob("*.py"), *(path for part in RUNS_MODELS for path in sorted((SRC / part).rglob("*.py")))]
 

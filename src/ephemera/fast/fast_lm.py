@@ -11,7 +11,7 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ephemera.batch import ScoredTokens, TokenBatch
@@ -22,13 +22,18 @@ from ephemera.fast.llama_parts import PassPlan
 from ephemera.fast.lora_matmul import FastLoraLinear
 from ephemera.fast.packing import Layout
 from ephemera.fast.recompute import recomputed
-from ephemera.fast.rms_norm import FastNorm, fast_norms
+from ephemera.fast.rms_norm import FastNorm, NormPlace, fast_norms
 from ephemera.fast.shared_prefix import PrefixCache, Shared, of_scored, within_batch
 from ephemera.fast.vocab_loss import HEAD_GRADIENT, block_nll
 from ephemera.llm.cached_layers import CachedLayers, some_layers
 from ephemera.llm.frozen_lm import Forward, FrozenLM
-from ephemera.llm.replaced import Place, overheard, replaced
+from ephemera.llm.replaced import overheard, replaced
 from ephemera.lora import Adapted, LoraBatch, attach
+
+
+def _as_loaded(parent: nn.Module, name: str, stand_in: FastNorm) -> bool:
+    norm = stand_in.norm
+    return getattr(parent, name) is norm and not norm._forward_hooks and not norm._forward_pre_hooks
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,11 +146,9 @@ class FastLM(FrozenLM):
     def _can_pack(self, batch: TokenBatch) -> bool:
         return self.packs and can_pack(self.decoder.config, batch.ids_BT.shape[1])
 
-    def _norms(self) -> list[Place]:
-        """Stand-ins of the norms that nobody has hooks on; none if they stand in the model already."""
-        if self.norms and type(getattr(*self.norms[0][:2])) is FastNorm:
-            return []
-        return [place for place in self.norms if not place[2].norm._forward_hooks]
+    def _norms(self) -> list[NormPlace]:
+        """Stand-ins of the norms that are as they were at load, with no hooks on them."""
+        return [place for place in self.norms if _as_loaded(*place)]
 
     def _forward_packed(
         self,

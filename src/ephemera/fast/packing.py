@@ -45,6 +45,7 @@ class Packing:
         moved.device, moved._heads, moved._joints = device, {}, {}
         moved.token_of_P, moved.position_of_N = self.token_of_P.to(device), self.position_of_N.to(device)
         moved.padding_of_P, moved.positions_1N = self.padding_of_P.to(device), self.positions_1N.to(device)
+        moved.__dict__.pop("later_TT", None)
         return moved
 
     def rows(self, x_ND: Tensor) -> Tensor:

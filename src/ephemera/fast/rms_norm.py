@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ephemera.llm.architectures import ARCHITECTURES
 from ephemera.llm.precision import wide_of
-from ephemera.llm.replaced import Place, child
+from ephemera.llm.replaced import child
 
 # transformers' classes with one and the same forward: weight * (x / rms(x)) in float32, cast before the weight
 NORMS = {known.rms_norm for known in ARCHITECTURES.values()} - {None}
@@ -70,7 +70,10 @@ class FastNorm(nn.Module):
         return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
-def fast_norms(model: nn.Module) -> list[Place]:
+NormPlace = tuple[nn.Module, str, FastNorm]
+
+
+def fast_norms(model: nn.Module) -> list[NormPlace]:
     """A stand-in for every norm of a known class; values change in float64 only."""
     known = [(path, module) for path, module in model.named_modules() if type(module).__name__ in NORMS]
     return [(*child(model, path), FastNorm(norm)) for path, norm in known]

@@ -17,6 +17,6 @@ __all__ = ["INITS", "Init", "LoraGenerator", "PeftInit", "ZeroInit", "load_gener
 INITS: tuple[type[Init], ...] = (ZeroInit, PeftInit, LoraGenerator)
 
 
-def load_init(spec: str | Path, **zero: Any) -> Init:
+def load_init(spec: str | Path, **settings: Any) -> Init:
     """An init from "zero", a generator's folder or shipped name, or the folder of a PEFT adapter."""
-    return next(kind for kind in INITS if kind.opens(spec)).open(spec, **zero)
+    return next(init for kind in INITS if (init := kind.open(spec, **settings)) is not None)

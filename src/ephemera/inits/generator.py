@@ -144,12 +144,8 @@ class LoraGenerator(nn.Module, Init):
         return made
 
     @classmethod
-    def opens(cls, spec: str | Path) -> bool:
-        return True  # the last kind to be asked: a folder or a shipped name, or nothing that is known
-
-    @classmethod
-    def open(cls, spec: str | Path, **zero: Any) -> LoraGenerator:
-        return load_generator(spec)
+    def open(cls, spec: str | Path, **settings: Any) -> LoraGenerator:
+        return load_generator(spec)  # the last kind to be asked: ValueError names what is known
 
     @property
     def reads_prompts(self) -> bool:

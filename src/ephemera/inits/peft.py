@@ -72,12 +72,8 @@ class PeftInit(Init):
     label = "peft"
 
     @classmethod
-    def opens(cls, spec: str | Path) -> bool:
-        return (Path(spec).expanduser() / "adapter_config.json").exists()
-
-    @classmethod
-    def open(cls, spec: str | Path, **zero: Any) -> PeftInit:
-        return cls.load(spec)
+    def open(cls, spec: str | Path, **settings: Any) -> PeftInit | None:
+        return cls.load(spec) if (Path(spec).expanduser() / "adapter_config.json").exists() else None
 
     @property
     def lora_settings(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Init(ABC):
     """Where adapters start. What a kind does not say of itself is as here: it fits any model, and comes from no file."""
 
     label: ClassVar[str | None] = None  # what a server calls it: `MODEL:label`; None for the zero start
+    zero: ClassVar[bool] = False  # every B is zero: without a step the adapters change nothing
     reach: Reach = "all"  # where adapters act if no rate says
     format: Format | None = None  # the prompts that it was trained on; None: not trained
 
@@ -26,18 +27,13 @@ class Init(ABC):
         """The first adapters of a batch; a seed for each row."""
 
     @classmethod
-    def opens(cls, spec: str | Path) -> bool:
-        """Whether `--init SPEC` means this kind."""
-        return False
-
-    @classmethod
-    def open(cls, spec: str | Path, **zero: Any) -> Self:
-        """From a file or a name; `zero` are settings of the zero start."""
-        raise NotImplementedError
+    def open(cls, spec: str | Path, **settings: Any) -> Self | None:
+        """What `--init SPEC` means; None if that is another kind. `settings` are those of the zero start."""
+        return None
 
     def after(self, backbone: FrozenLM, batch: TokenBatch, reading: CachedLayers) -> LoraBatch:
-        """The same from the base model's reading of the prompts, if it begins there (`reads_prompts`)."""
-        raise NotImplementedError
+        """The same from the base model's reading of the prompts."""
+        raise NotImplementedError  # only asked of kinds that begin there (`reads_prompts`)
 
     @property
     def reads_prompts(self) -> bool:

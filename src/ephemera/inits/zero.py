@@ -27,13 +27,11 @@ class ZeroInit(Init):
     lora_alpha: float = 16.0
     init_std: float = 1e-2
 
-    @classmethod
-    def opens(cls, spec: str | Path) -> bool:
-        return spec == "zero"
+    zero = True
 
     @classmethod
-    def open(cls, spec: str | Path, **zero: Any) -> ZeroInit:
-        return cls(**zero)
+    def open(cls, spec: str | Path, **settings: Any) -> ZeroInit | None:
+        return cls(**settings) if spec == "zero" else None
 
     def __call__(self, backbone: FrozenLM, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
         projections = backbone.projections

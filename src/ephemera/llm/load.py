@@ -97,7 +97,10 @@ def load_backbone(
 
 def uses_fast() -> bool:
     """Whether models compute by fast/ unless they are told: not with EPHEMERA_FAST=0."""
-    return os.environ.get("EPHEMERA_FAST", "1") != "0"
+    asked = os.environ.get("EPHEMERA_FAST", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(f"EPHEMERA_FAST is {asked!r}; set it to 1 (the default) or 0, the reference path.")
+    return asked == "1"
 
 
 def _load_weights(name: str, path: Path, source: str, dtype: torch.dtype, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -96,12 +96,12 @@ def load_rate(spec: str | Path | float) -> Rate:
 def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rate:
     config = artifact.without_retired(config, RETIRED)
     kind = config.pop("kind")
+    if kind not in RATES:
+        raise artifact.Unsupported(f"is of an {unknown('kind', kind, RATES)} A later version may know it.")
     config["objective"] = load_objective(
         config.get("objective"), folder
     )  # files from before there was a choice lack it
     config["made_for"] = read_made_for(config.get("made_for"), folder)
-    if kind not in RATES:
-        raise unknown("kind of rate", kind, RATES)
     rate = RATES[kind].from_file(config, state)
     rate.gate = load_gate(folder)
     return rate

@@ -27,13 +27,13 @@ class AveragedRate(nn.Module):
         trained_for: dict[str, Any],
         objective: PromptLoss = PROMPT,
         made_for: MadeFor | None = None,
-        gate: Gate | None = None,
         trains: Trains = "both",
     ):
         super().__init__()
         self.table_KKM: Tensor
         self.register_buffer("table_KKM", table_KKM)
-        self.trained_for, self.objective, self.made_for, self.gate = trained_for, objective, made_for, gate
+        self.trained_for, self.objective, self.made_for = trained_for, objective, made_for
+        self.gate: Gate | None = None
         self.trains: Trains = trains
 
     @classmethod
@@ -53,8 +53,8 @@ class AveragedRate(nn.Module):
         return self.table_KKM.shape[0]
 
     @property
-    def uses_representation(self) -> Literal["no"]:
-        return "no"
+    def uses_representation(self) -> Literal["no", "step"]:
+        return "no" if self.gate is None else "step"  # which the gate looks at
 
     def rates_BM(self, h_BH: Tensor | None, k: int, K: int, *, like: Tensor, projections: int) -> Tensor:
         return self.table_KKM[K - 1, k - 1].to(like.device, like.dtype).expand(like.shape[0], projections)

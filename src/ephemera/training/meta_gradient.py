@@ -11,7 +11,7 @@ from ephemera.adapt import adapt, meta_gradient
 from ephemera.adaptation import Adaptation
 from ephemera.batch import last_tokens, pad
 from ephemera.early_exit.lens import Lens
-from ephemera.inits import Init, ZeroInit
+from ephemera.inits import Init
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import nll_after, whole_reading
@@ -71,7 +71,7 @@ def scalenet_backward(
     """
     batch = prompt_batch(backbone, rows)
     lora = init(backbone, batch, [seed] * len(rows))
-    keeps = network.reach == "answer" and isinstance(init, ZeroInit)  # else the first forward is not the base model's
+    keeps = network.reach == "answer" and init.zero  # else the first forward is not the base model's
     if through_gradients:
         trace = adapt_exactly(backbone, batch, lora, network, K)
     else:

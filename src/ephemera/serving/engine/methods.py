@@ -61,7 +61,7 @@ class Method:
 
     def adapts(self, steps: int) -> bool:
         """Whether an adapter is needed at all: LoRA's own start without a step changes nothing."""
-        return self.init is not None and (steps > 0 or not isinstance(self.init, ZeroInit))
+        return self.init is not None and (steps > 0 or not self.init.zero)
 
     def steps(self, asked: int | None) -> int:
         """As asked, else what the rate was validated at; never more than may be asked for."""

@@ -57,7 +57,7 @@ def reports(
             "steps": job.steps,
             "steps_taken": taken,
             "reach": method.reach if method.init is not None else None,
-            "abstained": alone,
+            "abstained": left is LeftAlone.ABSTAINED,
             "note": note,
             "prompt_nll": [_number(x) for x in nll_K],
             "adapt_seconds": times.adapting if made else 0.0,
