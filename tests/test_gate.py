@@ -21,7 +21,7 @@ from ephemera.llm.frozen_lm import describe
 from ephemera.llm.prefill import prefill
 from ephemera.made_for import MadeFor
 from ephemera.rates import AveragedRate, PerProjectionRate, load_rate
-from ephemera.training.gate import Measured, auroc, calibrated, fit, out_of_fold, train_gate
+from ephemera.training.gate import Measured, auroc, calibrated, fit, most_harmed, out_of_fold, train_gate
 from reference import close, merged_model
 from tiny_models import left, length_gate, random_ids
 
@@ -109,7 +109,8 @@ def measured(change_NS: Tensor, *, tasks: Sequence[str] | None = None, kl_NS: Te
 def test_the_threshold_by_hand():
     risk, change = torch.arange(40) / 40, torch.zeros(40)
     change[[10, 20, 30]] = 1.0
-    rows = measured(change[:, None].expand(-1, len(SHARES)))
+    few = [str(i // 10) for i in range(40)]  # of each task: only the total counts
+    rows = measured(change[:, None].expand(-1, len(SHARES)), tasks=few)
     at = lambda alpha: calibrated(rows, risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=alpha, tau=1.0))  # noqa: E731
     # (harmed + 1) / 41 <= 0.05 bears one harmed row: up to just before the second
     assert at(0.05) == pytest.approx(19 / 40)
@@ -124,9 +125,19 @@ def test_no_task_is_harmed_more_than_alpha():
     rows = measured(harmed.float()[:, None].expand(-1, len(SHARES)), tasks=["ab"[i % 2] for i in range(80)])
     threshold = calibrated(rows, risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=0.15, tau=1.0))
     adapted = risk <= threshold
-    assert (harmed & adapted).sum() == 6, "15 % of the task's 40 rows"
-    pooled = calibrated(measured(rows.nll_NS), risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=0.15))
+    assert (harmed & adapted).sum() == 3, "were 15 % of the task harmed, 3 of its 40 rows or fewer had a chance of 13 %"
+    alone = measured(rows.nll_NS, tasks=[str(i) for i in range(80)])
+    pooled = calibrated(alone, risk[:, None].expand(-1, len(SHARES)), TrainGate(alpha=0.15))
     assert pooled == pytest.approx(79 / 80)
+
+
+@pytest.mark.parametrize(
+    ("n", "alpha", "confidence"), [(40, 0.15, 0.8), (120, 0.05, 0.8), (60, 0.05, 0.9), (20, 0.05, 0.8)]
+)
+def test_the_most_harmed_rows_are_those_of_scipys_binomial(n, alpha, confidence):
+    binom = pytest.importorskip("scipy.stats").binom
+    want = max((k for k in range(n) if binom.cdf(k, n, alpha) <= 1 - confidence), default=-1)
+    assert most_harmed(n, alpha, confidence) == want
 
 
 def test_the_promise_holds_on_new_rows():

@@ -176,6 +176,9 @@ class TrainGate(Settings):
     alpha: float = Field(
         default=0.05, gt=0, lt=1, description="most of the prompts that may be harmed, over all rows and in each task"
     )
+    confidence: float = Field(
+        default=0.8, gt=0, lt=1, description="that each task's own harmed share is under alpha (Bates et al., 2021)"
+    )
     harm: float = Field(default=0.05, gt=0, description="nats per answer token that count as harm")
     most: float = Field(
         default=1.0, gt=0, le=1, description="share of an adapter that is kept at most: 1, 0.5, 0.25, ..."

@@ -151,19 +151,30 @@ def calibrated(rows: Measured, risk_NS: Tensor, config: TrainGate) -> float:
     """The largest threshold up to which the harmed share stays under alpha (conformal risk control, cross-validated).
 
     With n rows, (harmed + 1) / (n + 1) <= alpha: then a further row like them is harmed with a probability of about alpha at
-    most (Angelopoulos et al., 2024, Eq. 4; Cohen et al., 2024, for risks out of fold). No task's own share may exceed alpha
-    either, but one row of a task may always be harmed. -1 if no threshold does: every row is left alone.
+    most (Angelopoulos et al., 2024, Eq. 4; Cohen et al., 2024, for risks out of fold). And of each task so few are harmed that
+    its own share is under alpha at `confidence` (Bates et al., 2021, by the binomial's tail); a task with too few rows to
+    show it counts in the total only. -1 if no threshold does: every row is left alone.
     """
     n, threshold, counts = len(rows.ids), -1.0, Counter(rows.tasks)
+    bearable = {task: most_harmed(rows, config.alpha, config.confidence) for task, rows in counts.items()}
     for candidate in sorted(set(risk_NS.flatten().tolist())):
         harmed_N = rows.change_N(rows.kept_NS(risk_NS, candidate, config.tau, config.most)) > config.harm
         by_task = Counter(task for task, harmed in zip(rows.tasks, harmed_N.tolist(), strict=True) if harmed)
         if (by_task.total() + 1) / (n + 1) > config.alpha or any(
-            k > max(1, config.alpha * counts[task]) for task, k in by_task.items()
+            0 <= bearable[task] < k for task, k in by_task.items()
         ):
             break
         threshold = candidate
     return threshold
+
+
+def most_harmed(n: int, alpha: float, confidence: float) -> int:
+    """The most harmed rows of n that show a share under alpha: were it alpha, so few would have a chance of 1 - confidence
+    at most. -1 if not even none would show it."""
+    tail, k = 0.0, -1
+    while (tail := tail + math.comb(n, k + 1) * alpha ** (k + 1) * (1 - alpha) ** (n - k - 1)) <= 1 - confidence:
+        k += 1
+    return k
 
 
 def auroc(score_N: Tensor, positive_N: Tensor) -> float | None:
