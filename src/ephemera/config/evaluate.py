@@ -156,6 +156,6 @@ class Survey(Settings):
             raise ValueError("methods has constants: give their folder (constants=FOLDER), or leave the method out")
         if "lora" in self.methods and self.lora is None:
             raise ValueError("methods has lora: give the adapter's folder (lora=FOLDER), or leave the method out")
-        if "none" not in self.methods:
-            raise ValueError("methods needs none, the base model: everything is compared with it")
+        if not {"none", "network"} <= set(self.methods):
+            raise ValueError("methods needs none, the base model, and network, which is compared with it")
         return self

@@ -87,7 +87,8 @@ def test_what_changed():
 
 def test_wrong_settings(material, llama_folder, tmp_path):
     for wrong, words in (
-        ({"methods": ["network"]}, r"methods needs none"),
+        ({"methods": ["network"]}, r"methods needs none, the base model, and network"),
+        ({"methods": ["none", "uniform"]}, r"methods needs none, the base model, and network"),
         ({"methods": ["none", "lora"]}, r"give the adapter's folder \(lora=FOLDER\)"),
         ({"methods": ["none", "constants"]}, r"constants=FOLDER"),
     ):
