@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ephemera.cli.answer import _prompts
+from ephemera.cli.answer import prompts_of
 from ephemera.files import kind_of, read_rows, read_text
 from ephemera.tasks import load_dataset
 
@@ -20,7 +20,7 @@ def packed(name: str, data: bytes) -> bytes:
 
 def given(path):
     """What `answer --file` and what a command on data read from a file."""
-    return _prompts(None, path), [e.prompt for e in load_dataset("own", source=str(path)).examples]
+    return prompts_of(None, path), [e.prompt for e in load_dataset("own", source=str(path)).examples]
 
 
 @pytest.mark.parametrize("mark", [b"", MARK])
@@ -39,7 +39,7 @@ def test_rows_are_rows_for_every_command(name, data, mark, tmp_path):
 @pytest.mark.parametrize("name", ["p.csv", "p.CSV", "p.tsv", "p.parquet", "p.yaml", "p.csv.gz"])
 def test_other_names_are_refused_by_every_command(name, tmp_path):
     (tmp_path / name).write_bytes(packed(name, LINE))
-    for read in (lambda: _prompts(None, tmp_path / name), lambda: load_dataset("own", source=str(tmp_path / name))):
+    for read in (lambda: prompts_of(None, tmp_path / name), lambda: load_dataset("own", source=str(tmp_path / name))):
         with pytest.raises(
             ValueError, match=r"(?i)files that end in \.\w+ are not read\. Rows are in \.jsonl, .*\.txt"
         ):
@@ -50,7 +50,7 @@ def test_other_names_are_refused_by_every_command(name, tmp_path):
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
 def test_text_is_one_prompt_and_no_rows(name, end, tmp_path):
     (tmp_path / name).write_bytes(packed(name, MARK + LINE + b"caf\xc3\xa9" + end))
-    assert _prompts(None, tmp_path / name) == [LINE.decode() + "caf\u00e9"]
+    assert prompts_of(None, tmp_path / name) == [LINE.decode() + "caf\u00e9"]
     with pytest.raises(ValueError, match="its name says that it holds one text, and rows are needed"):
         load_dataset("own", source=str(tmp_path / name))
 
@@ -65,7 +65,7 @@ def test_marks_within_a_joined_file_are_read_past(tmp_path):
 )
 def test_standard_input_ends_before_the_newline_that_echo_adds(typed, want, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed, newline=""))
-    assert _prompts(None, None) == [want]
+    assert prompts_of(None, None) == [want]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_standard_input_ends_before_the_newline_that_echo_adds(typed, want, monk
 def test_unreadable_files_are_named(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        _prompts(None, tmp_path / name)
+        prompts_of(None, tmp_path / name)
 
 
 def test_a_folder_of_two_files_of_a_split_names_both(tmp_path):

@@ -25,7 +25,7 @@ from ephemera.serving.engine.logprobs import NamedToken, TokenLogprob
 from ephemera.serving.engine.messages import Finished, Text
 from ephemera.serving.http.answers import Answering
 from ephemera.training.card import read_metrics
-from ephemera.training.loop import _checkpoint
+from ephemera.training.loop import write_checkpoint
 from serving_fixtures import job_for, tiny_methods
 from tiny_models import save_tiny
 
@@ -85,7 +85,7 @@ def test_modes_are_the_umasks(mask, file, folder, lm, tmp_path):
         artifact.save(tmp_path / "network", "rate", {"a": 1}, {"w": torch.ones(2)})
         store._build(tmp_path / "model", lambda staging: save_file({"w": torch.ones(2)}, staging / "m.safetensors"))
         network = torch.nn.Linear(2, 1)
-        _checkpoint(tmp_path / "run", 1, network, torch.optim.AdamW(network.parameters()))
+        write_checkpoint(tmp_path / "run", 1, network, torch.optim.AdamW(network.parameters()))
     for name in ("adapter", "network", "model", "run"):
         found = modes(tmp_path / name)
         assert len(found) > 1
@@ -143,7 +143,7 @@ def test_networks_and_checkpoints_onto_a_full_disk(tmp_path):
     assert artifact.load(tmp_path / "network", "rate", lambda config, state: (config["a"], len(state["w"]))) == (1, 2)
     network = torch.nn.Linear(2000, 1)
     with small_disk(2048), pytest.raises(ValueError, match=r"cannot write checkpoint .*File too large"):
-        _checkpoint(tmp_path / "run", 1, network, torch.optim.AdamW(network.parameters()))
+        write_checkpoint(tmp_path / "run", 1, network, torch.optim.AdamW(network.parameters()))
     assert not [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
 
 

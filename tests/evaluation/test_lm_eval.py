@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 
 from ephemera import AdaptiveLM
 from ephemera.evaluation import lm_eval as harness
+from ephemera.evaluation.contexts import Contexts
 from ephemera.evaluation.lm_eval import EphemeraLM
 from ephemera.llm.prefill import prefill
 from reference import close, merged_model
@@ -196,7 +197,7 @@ def test_with_reach_answer_scores_and_texts_are_adaptive_lms(llama_folder, adapt
 
 def test_adapters_do_not_depend_on_continuations_and_contexts_share_them(adaptive, monkeypatch):
     made: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    real = EphemeraLM._adapt
+    real = Contexts.adapt
 
     def noted(self, contexts):
         adapters = real(self, contexts)
@@ -205,7 +206,7 @@ def test_adapters_do_not_depend_on_continuations_and_contexts_share_them(adaptiv
             made[context] = [t[row] for t in adapters[0].tensors]
         return adapters
 
-    monkeypatch.setattr(EphemeraLM, "_adapt", noted)
+    monkeypatch.setattr(Contexts, "adapt", noted)
     contexts = [PAIRS[0][0], "The mill", LONG.strip(), ""]
     rounds = []
     for continuations in (
@@ -322,8 +323,8 @@ def test_mistakes_are_named(llama_folder, base):
     for gen_kwargs in ({"max_gen_toks": 96}, {"max_length": 9}, {"num_return_sequences": 2}):
         with pytest.raises(ValueError, match="max_gen_toks"):
             base.generate_until(ask("generate_until", [("The mill", gen_kwargs)]))
-    assert make(rate=RATE).steps == 1
-    assert make().steps == 0
+    assert make(rate=RATE).contexts.steps == 1
+    assert make().contexts.steps == 0
 
 
 def test_the_entry_point_names_the_model():

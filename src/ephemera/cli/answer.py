@@ -74,7 +74,7 @@ def answer(
     device: Device = None,
 ) -> None:
     """Adapt to each prompt, answer it, forget."""
-    prompts = _prompts(prompt, file)
+    prompts = prompts_of(prompt, file)
     _check_steps(steps, rate, init)
     options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
@@ -100,7 +100,7 @@ def try_(
     device: Device = None,
 ) -> None:
     """Ask the model as in a chat, and see what adapting to the question changes: `answer --chat --compare`."""
-    prompts = _prompts(prompt, None)
+    prompts = prompts_of(prompt, None)
     lm = _load(model, init="zero", rate=rate, reach=reach, chat=True, device=device)
     _say_unshipped(lm, model, steps, rate, "zero")
     _answer(lm, prompts, steps=steps, seed=0, compare=True, as_json=False, max_new_tokens=max_new_tokens)
@@ -220,7 +220,7 @@ def _load(model: str, *, truncate: str | None = None, **options: Any) -> Any:
     return AdaptiveLM.from_pretrained(model, truncate=side, **options)
 
 
-def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+def prompts_of(prompt: str | None, file: Path | None) -> list[str]:
     if prompt is not None and file is not None:
         raise ValueError("give a prompt or --file, not both.")
     if prompt is not None and prompt != "-":

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ephemera.cli.options import Device, Dtype, Model, ReachOption, app, quiet, unshipped
 from ephemera.downloads import DEFAULT_MODEL
+from ephemera.made_for import FORMATS, checked_reach
+
+if TYPE_CHECKING:
+    from ephemera.serving.engine.methods import Method
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -74,17 +78,9 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, help="Seconds that a shutdown waits for answers under way.")] = 30,
 ) -> None:
     """Serve OpenAI's API, adapting to every request, and a page to try it."""
-    keys = [*(api_key or []), *filter(None, (k.strip() for k in os.environ.get("EPHEMERA_API_KEYS", "").split(",")))]
-    if any(not key.strip() for key in api_key or []):
-        raise ValueError("--api-key is empty; give a key of your own choice, e.g. --api-key $(openssl rand -hex 16).")
-    if host not in LOOPBACK and not keys and not insecure:
-        raise ValueError(
-            f"--host {host} opens the server to others, and no API key is set. Give --api-key KEY (or "
-            "EPHEMERA_API_KEYS), or --insecure if whoever reaches this address may use it."
-        )
+    keys = _keys(api_key or [], host, insecure=insecure)
     import uvicorn
 
-    from ephemera.made_for import FORMATS, checked_reach
     from ephemera.serving.http.app import Settings, create_app
 
     everywhere = None if reach is None else checked_reach(reach)
@@ -112,15 +108,35 @@ def serve(
     engine = Engine(lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics).start()
     reader = Reader(lm.backbone, known, limits=limits, steps=steps)
     web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
+    _announce(model, known, told=not rate and init == "zero")
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving {', '.join(dict.fromkeys(m.model_id for m in known))}", file=sys.stderr)
-    missing = [f for f in FORMATS if all(m.name != methods.DEFAULT or m.format != f for m in known)]
-    if missing and not rate and init == "zero":
-        served = "the model itself and a fixed rate are served" if missing == [*FORMATS] else "those are not adapted to"
-        print(unshipped(model, " and ".join(missing), served), file=sys.stderr)
     print(f"at http://{shown}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
     config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=drain, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _keys(given: list[str], host: str, *, insecure: bool) -> list[str]:
+    """The API keys of the options and of the environment; ValueError if others could reach a server that has none."""
+    keys = [*given, *filter(None, (k.strip() for k in os.environ.get("EPHEMERA_API_KEYS", "").split(",")))]
+    if any(not key.strip() for key in given):
+        raise ValueError("--api-key is empty; give a key of your own choice, e.g. --api-key $(openssl rand -hex 16).")
+    if host not in LOOPBACK and not keys and not insecure:
+        raise ValueError(
+            f"--host {host} opens the server to others, and no API key is set. Give --api-key KEY (or "
+            "EPHEMERA_API_KEYS), or --insecure if whoever reaches this address may use it."
+        )
+    return keys
+
+
+def _announce(model: str, known: list[Method], *, told: bool) -> None:
+    """The ids that are served; if `told`, also the prompts' formats for which no network ships."""
+    from ephemera.serving.engine.methods import DEFAULT
+
+    print(f"serving {', '.join(dict.fromkeys(m.model_id for m in known))}", file=sys.stderr)
+    missing = [f for f in FORMATS if all(m.name != DEFAULT or m.format != f for m in known)]
+    if missing and told:
+        served = "the model itself and a fixed rate are served" if missing == [*FORMATS] else "those are not adapted to"
+        print(unshipped(model, " and ".join(missing), served), file=sys.stderr)
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -24,11 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ephemera import __version__
-from ephemera.batch import length_batches, pad
-from ephemera.begin import adapt_from, reach_of
-from ephemera.inits import ZeroInit
-from ephemera.llm.prefill import Prefill, prefill
-from ephemera.lora import LoraBatch
+from ephemera.evaluation.contexts import Adapters, Contexts, Ids
 from ephemera.made_for import Reach
 from ephemera.messages import check_unicode, unknown
 from ephemera.model import AdaptiveLM
@@ -58,12 +54,9 @@ if __name__ == "__main__":  # as the module that the entry point names: two clas
     raise SystemExit(0)
 
 MAX_GEN_TOKS = 256  # HFLM's default
-TRIAL = "Question: what is this?\nAnswer:"
 
 K = TypeVar("K")
 V = TypeVar("V")
-Ids = tuple[int, ...]
-Adapters = tuple[LoraBatch, LoraBatch] | None  # after and before the steps; None: the model as it is
 
 logger = logging.getLogger(__name__)
 
@@ -97,21 +90,18 @@ class EphemeraLM(TemplateLM):
         super().__init__()
         for name in others:
             raise unknown("model argument", name, ["pretrained", *(type(self).__init__.__kwdefaults__ or {})])
-        self.seed = _whole("seed", seed)
-        self.batch_size = None if batch_size == "auto" else _whole("batch_size", batch_size, least=1)
+        seed = _whole("seed", seed)
+        together = None if batch_size == "auto" else _whole("batch_size", batch_size, least=1)
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         self.lm = AdaptiveLM.from_pretrained(str(pretrained), init=init, rate=rate, reach=reach, **where)
-        self.reach: Reach = self.lm.reach or reach_of(self.lm.init, self.lm.rate)
-        steps = default_steps(self.lm.rate) if steps is None else steps
-        self.steps = _whole("steps", steps)
-        self.lm.adapt(TRIAL, steps=self.steps, seed=self.seed)  # a wrong rate shows now, not after the tasks' download
+        steps = _whole("steps", default_steps(self.lm.rate) if steps is None else steps)
         self.backbone, self.tokenizer = self.lm.backbone, self.lm.backbone.tokenizer
         self.max_length = self.backbone.max_length if max_length is None else _whole("max_length", max_length, least=2)
         if self.max_length > self.backbone.max_length:
             raise ValueError(f"max_length is {max_length}; {pretrained}'s window is {self.backbone.max_length}.")
+        self.contexts = Contexts(self.lm, steps=steps, seed=seed, batch_size=together, max_length=self.max_length)
         self.settings = {"pretrained": pretrained, "init": init, "rate": rate, "steps": steps, "seed": seed}
-        self.settings["reach"] = self.reach
-        self.fell_back = 0  # contexts whose adapter was not finite, answered with their first one
+        self.settings["reach"] = self.contexts.reach
         self._device = self.backbone.device
 
     @classmethod
@@ -133,7 +123,7 @@ class EphemeraLM(TemplateLM):
         return {
             "model_num_parameters": self.backbone.model.num_parameters(),
             "model_dtype": str(self.backbone.dtype),
-            "ephemera": {"version": __version__, **self.settings, "contexts_fallen_back": self.fell_back},
+            "ephemera": {"version": __version__, **self.settings, "contexts_fallen_back": self.contexts.fell_back},
         }
 
     # Tokens, as HFLM makes them
@@ -197,15 +187,15 @@ class EphemeraLM(TemplateLM):
         of_context = _grouped((tuple(context), i) for i, (_, context, _) in enumerate(requests))
         out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self.backbone.lock, _bar(len(requests), "loglikelihood", disable_tqdm) as bar:
-            for contexts in self._batches(list(of_context)):
-                adapters = self._adapt(contexts)
+            for contexts in self.contexts.batches(list(of_context)):
+                adapters = self.contexts.adapt(contexts)
                 # A continuation that leaves no room cuts its context from the left, for reading; not for adapting
                 cut = _grouped(
-                    ((place, min(len(context), self._room(len(requests[i][2]) - 1))), i)
+                    ((place, min(len(context), self.contexts.room(len(requests[i][2]) - 1))), i)
                     for place, context in enumerate(contexts)
                     for i in of_context[context]
                 )
-                read = self._read(adapters, [p for p, _ in cut], [contexts[p][-kept:] for p, kept in cut])
+                read = self.contexts.read(adapters, [p for p, _ in cut], [contexts[p][-kept:] for p, kept in cut])
                 groups = list(cut.values())
                 for turn in range(max(map(len, groups))):  # one continuation of each context at a time
                     rows = [row for row, group in enumerate(groups) if len(group) > turn]
@@ -223,7 +213,7 @@ class EphemeraLM(TemplateLM):
 
         There is none: the text is all answer. The base model's perplexity under this model's name would mislead.
         """
-        if self.steps or self.lm.init.reads_prompts:
+        if self.contexts.steps or self.lm.init.reads_prompts:
             raise ValueError(
                 "perplexity of whole texts (loglikelihood_rolling) has no context to adapt to, and adapting to the text "
                 "would score a model on what it was trained on. Use steps=0 and no generator for the model's own "
@@ -251,8 +241,8 @@ class EphemeraLM(TemplateLM):
         )
         out = [""] * len(requests)
         with self.backbone.lock, _bar(len(requests), "generate_until", disable_tqdm) as bar:
-            for contexts in self._batches(list(of_context)):
-                adapters = self._adapt(contexts)
+            for contexts in self.contexts.batches(list(of_context)):
+                adapters = self.contexts.adapt(contexts)
                 alike = _grouped(
                     (json.dumps(requests[i].args[1], sort_keys=True, default=str), (place, i))
                     for place, context in enumerate(contexts)
@@ -279,59 +269,13 @@ class EphemeraLM(TemplateLM):
         max_new_tokens: int = kwargs.pop("max_gen_toks")
         if not kwargs["do_sample"]:
             kwargs.pop("temperature", None)
-        room = self._room(max_new_tokens)
-        read = self._read(adapters, places, [context[-room:] for context in contexts])
+        room = self.contexts.room(max_new_tokens)
+        read = self.contexts.read(adapters, places, [context[-room:] for context in contexts])
         width = read.batch.ids_BT.shape[1]
         stop = stop_sequences_criteria(self.tokenizer, until, width, len(contexts))
         new = read.generate(max_new_tokens=max_new_tokens, stopping_criteria=stop, **kwargs)
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [postprocess_generated_text(text, until, None) for text in texts]
-
-    # Adapting and reading
-
-    def _room(self, needed: int) -> int:
-        """Places of the window that a context may fill when `needed` more are read after it."""
-        if needed >= self.max_length:
-            raise ValueError(
-                f"an answer of {needed} tokens leaves no room for a context in a window of {self.max_length}; ask for "
-                "fewer (--gen_kwargs max_gen_toks=...) or use a model with a longer window."
-            )
-        return self.max_length - needed
-
-    def _batches(self, contexts: Sequence[Ids]) -> list[list[Ids]]:
-        """Contexts that adapt together, the longest first: if memory is short, that shows at once."""
-        lengths = [min(len(context), self.max_length) for context in contexts]
-        if self.batch_size is None:
-            rows = self.lm._batches([context[-self.max_length :] for context in contexts])
-        else:
-            rows = length_batches(lengths, batch_size=self.batch_size)
-        return [[contexts[i] for i in batch] for batch in reversed(rows)]
-
-    def _adapt(self, contexts: Sequence[Ids]) -> Adapters:
-        """One adapter per context, from as much of its end as the window holds, whatever is to be answered."""
-        if self.steps == 0 and isinstance(self.lm.init, ZeroInit):
-            return None
-        ids = [context[-self.max_length :] for context in contexts]
-        batch = pad(ids, pad_id=self.backbone.pad_id).to(self.backbone.device)
-        seeds = [self.seed] * len(ids)
-        trace, _ = adapt_from(self.backbone, batch, self.lm.init, seeds, self.lm.rate, self.steps, self.reach)
-        self._count(int(trace.fallback_B.sum()))
-        return trace.lora, trace.initial_lora
-
-    def _read(self, adapters: Adapters, places: Sequence[int], ids: Sequence[Ids]) -> Prefill:
-        """Read contexts `ids` with the adapters of `places`."""
-        batch = pad(ids, pad_id=self.backbone.pad_id).to(self.backbone.device)
-        if adapters is None:
-            return prefill(self.backbone, batch, None)
-        lora, start = (both.rows(list(places)) for both in adapters)
-        read = prefill(self.backbone, batch, lora, start, reach=self.reach)
-        self._count(int(read.fallback_B.sum()))
-        return read
-
-    def _count(self, fell_back: int) -> None:
-        if fell_back:
-            logger.warning("%d contexts: non-finite loss or update, answered unadapted", fell_back)
-            self.fell_back += fell_back
 
 
 def _whole(name: str, value: Any, *, least: int = 0) -> int:

@@ -96,33 +96,11 @@ def load_dataset(
         keys += [] if answered else [[key for key in given if key != task.fields[-1]]]
         if cut is not None and task.long_field is not None and len(row[task.long_field]) > cut:
             row = {**row, task.long_field: row[task.long_field][:cut].rpartition(" ")[0]}
-        try:
-            answer = task.answer(row)
-            if answer is None or (isinstance(answer, str) and not answer.strip()):
-                dropped += 1
-                continue
-            if not isinstance(answer, str):
-                raise ValueError(f"field {task.fields[-1]!r} should be a text; got {answer!r}.")
-            prompt = task.prompt(row)
-            choices = tuple(task.choices(row)) if task.choices else ()
-            tests = task.tests(row) if task.tests else ""
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{place}: a field is not of the kind that task {task.name!r} reads ({error}).") from error
-        if not isinstance(prompt, str):
-            raise ValueError(f"{place}: the prompt should be a text; got {prompt!r}.")
-        if not prompt.strip():
-            raise ValueError(f"{place}: the prompt is empty.")
-        if len(choices) == 1:
-            raise ValueError(
-                f"{place}: field {task.choices_field!r} has one choice alone ({answer!r}): nothing to choose."
-            )
-        for what, text in (("prompt", prompt), ("answer", answer), *(("choice", c) for c in choices), ("tests", tests)):
-            check_unicode(text, f"{place}: the {what}")
-        example = Example(_identity(prompt, answer), prompt, answer, choices, tests, place)
-        _check_answered(task, row, example)
-        examples.append(example)
+        example = _example(task, row, place)
+        if example is None:
+            dropped += 1
+        else:
+            examples.append(example)
     if not examples:
         lacking = (
             f" They have no field {task.fields[-1]!r}, but {', '.join(keys[0])}." if dropped == len(keys) > 0 else ""
@@ -134,6 +112,34 @@ def load_dataset(
         chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[i] for i in chosen]
     return Dataset(task, examples, where, dropped)
+
+
+def _example(task: Task, row: Row, place: str) -> Example | None:
+    """The example that a row is; None if it has no answer. ValueError names the place of what cannot be one."""
+    try:
+        answer = task.answer(row)
+        if answer is None or (isinstance(answer, str) and not answer.strip()):
+            return None
+        if not isinstance(answer, str):
+            raise ValueError(f"field {task.fields[-1]!r} should be a text; got {answer!r}.")
+        prompt = task.prompt(row)
+        choices = tuple(task.choices(row)) if task.choices else ()
+        tests = task.tests(row) if task.tests else ""
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{place}: a field is not of the kind that task {task.name!r} reads ({error}).") from error
+    if not isinstance(prompt, str):
+        raise ValueError(f"{place}: the prompt should be a text; got {prompt!r}.")
+    if not prompt.strip():
+        raise ValueError(f"{place}: the prompt is empty.")
+    if len(choices) == 1:
+        raise ValueError(f"{place}: field {task.choices_field!r} has one choice alone ({answer!r}): nothing to choose.")
+    for what, text in (("prompt", prompt), ("answer", answer), *(("choice", c) for c in choices), ("tests", tests)):
+        check_unicode(text, f"{place}: the {what}")
+    example = Example(_identity(prompt, answer), prompt, answer, choices, tests, place)
+    _check_answered(task, row, example)
+    return example
 
 
 def _check_answered(task: Task, row: Row, example: Example) -> None:

@@ -132,37 +132,18 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     """`ephemera train generator`: returns `<output>/network`; a ScaleNet trained with it lies in `<output>/scalenet`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    generator = None if config.start is None else load_generator(config.start).requires_grad_(True)
-    targets = config.model.lora.target_modules if generator is None else generator.target_modules
-    config = config.model_copy(deep=True)
-    if generator is not None:  # what it is made for goes with it
-        for settings in (config.model.lora, config.generator):
-            for key in type(settings).model_fields:
-                if key in generator.config:
-                    setattr(settings, key, generator.config[key])
-    accelerator, backbone = open_run(config, folder, targets)
+    start = None if config.start is None else load_generator(config.start).requires_grad_(True)
+    config = _with_start(config, start)
+    accelerator, backbone = open_run(config, folder, config.model.lora.target_modules)
     kept = kept_settings(config, folder) if resume else None
     config = kept or config
-    lora = config.model.lora
     by_task, validation = task_rows(backbone, config.train), task_rows(backbone, config.validation)
     rows = mix(by_task, config.train, config.optimizer.samples)
     if config.train.stop != "samples":
         config.optimizer.samples = len(rows)
     some = random.Random(config.optimizer.seed).sample(rows, min(NORMALIZATION_PROMPTS, len(rows)))
-    if generator is None:
-        generator = LoraGenerator(
-            projections=backbone.projections,
-            state_size=backbone.hidden_size,
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            init_std=lora.init_std,
-            target_modules=targets,
-            trained_for=describe(backbone),
-            **config.generator.model_dump(exclude={"save_dtype"}),
-        )
-        fit_states(backbone, generator, some)
-    else:
-        generator.check(backbone)
+    generator = start or _fresh(backbone, config, some)
+    generator.check(backbone)
     scalenet = _scalenet(backbone, config, some) if config.scalenet else None
     if kept is None:
         begin(config, folder, accelerator)
@@ -192,6 +173,29 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder / "network"
+
+
+def _with_start(config: TrainGenerator, start: LoraGenerator | None) -> TrainGenerator:
+    """A copy of the settings; those that a trained generator was made with go with it."""
+    config = config.model_copy(deep=True)
+    for settings in (config.model.lora, config.generator) if start is not None else ():
+        for key in type(settings).model_fields:
+            if key in start.config:
+                setattr(settings, key, start.config[key])
+    return config
+
+
+def _fresh(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded]) -> LoraGenerator:
+    """A new generator, which standardises h by these rows."""
+    generator = LoraGenerator(
+        projections=backbone.projections,
+        state_size=backbone.hidden_size,
+        trained_for=describe(backbone),
+        **config.model.lora.model_dump(exclude={"layers"}),
+        **config.generator.model_dump(exclude={"save_dtype"}),
+    )
+    fit_states(backbone, generator, rows)
+    return generator
 
 
 def _scalenet(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded]) -> ScaleNet:

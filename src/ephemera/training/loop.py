@@ -28,6 +28,11 @@ from ephemera.scoring import Encoded
 
 SKIPS = 10  # steps in a row without a finite gradient, after which training stops
 BUCKET = 50  # batches that are sorted by length together
+LOST = (
+    f"the gradient was not finite {SKIPS} steps in a row (up to step {{step}}); training stopped. The last good weights "
+    "are kept in {checkpoints}. Start anew with a lower optimizer.learning_rate or optimizer.clip_norm, or with "
+    "model.dtype=float32."
+)
 
 
 class Trainee(Protocol):
@@ -104,12 +109,7 @@ def train(
     `plan`: row indices of each optimiser step, whose batches the trainee takes whole; default: a shuffle an epoch.
     """
     network = trainee.network
-    factors = trainee.learning_rates
-    groups = [
-        {"params": [p for name, p in network.named_parameters() if name.startswith(start)], "factor": factor}
-        for start, factor in factors.items()
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = _optimizer(trainee, settings)
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     whole = plan is not None
     plan = plan or list(batches(lengths, batch_size=settings.batch_size, total=settings.samples, seed=settings.seed))
@@ -139,17 +139,21 @@ def train(
             metrics.log(step + 1, {**report, "seconds": round(time.perf_counter() - start, 3)})
         if skipped_in_a_row == SKIPS:
             if accelerator.is_main_process:  # the weights are those of the last good step
-                _checkpoint(folder, step + 1 - SKIPS, network, optimizer)
-            raise ValueError(
-                f"the gradient was not finite {SKIPS} steps in a row (up to step {step + 1}); training stopped. The last "
-                f"good weights are kept in {folder / 'checkpoints'}. Start anew with a lower "
-                "optimizer.learning_rate or optimizer.clip_norm, or with model.dtype=float32."
-            )
+                write_checkpoint(folder, step + 1 - SKIPS, network, optimizer)
+            raise ValueError(LOST.format(step=step + 1, checkpoints=folder / "checkpoints"))
         last = step + 1 == len(plan)
         if last or (step + 1) % schedule.validate_every == 0:
             metrics.log(step + 1, trainee.validate())
         if (last or (step + 1) % schedule.checkpoint_every == 0) and accelerator.is_main_process:
-            _checkpoint(folder, step + 1, network, optimizer)
+            write_checkpoint(folder, step + 1, network, optimizer)
+
+
+def _optimizer(trainee: Trainee, settings: OptimizerSettings) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for name, p in trainee.network.named_parameters() if name.startswith(start)], "factor": factor}
+        for start, factor in trainee.learning_rates.items()
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _backward(
@@ -224,7 +228,7 @@ def _average_gradients(network: nn.Module, accelerator: Accelerator, *, weight: 
             parameter.grad = accelerator.reduce(own, reduction="sum")  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _checkpoint(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def write_checkpoint(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write step-N whole, then drop the one before it: a kill at any moment leaves one that is whole."""
     state = {f"network.{key}": t.contiguous() for key, t in network.state_dict().items()}
     for name, parameter in network.named_parameters():

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -153,11 +154,11 @@ def _generate(
 
 
 def analyse(config: Analyse) -> Analysis:
-    """All the numbers of `ephemera analyse`; analysis_tables.py and analysis_figures.py write them down.
+    """All the numbers of `ephemera analyse`; tables.py and figures.py write them down.
 
     Resumes what the folder already holds. Ctrl-C keeps all finished prompts.
     """
-    config, folder = config.model_copy(deep=True), Path(config.output)
+    folder = Path(config.output)
     if (folder / RUN).exists() and json.loads((folder / RUN).read_text()).get("kind") != "analysis":
         raise ValueError(f"{folder} holds a run of another command. Give another output=.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,42 +166,21 @@ def analyse(config: Analyse) -> Analysis:
     if config.data.limit == 1:
         raise ValueError("an analysis compares prompts of a task: data.limit should be at least 2, or null.")
     generator = load_generator(config.generator)
-    own = {key: generator.config[key] for key in ("r", "lora_alpha", "init_std", "target_modules")}
-    for key, value in own.items():
-        if value != getattr(config.model.lora, key):
-            print(f"model.lora.{key}: the generator's own {value} is used.", file=sys.stderr)
-            setattr(config.model.lora, key, value)
-    loaded = [
-        load_dataset(
-            entry.task,
-            split=config.data.split,
-            source=source_of(entry, config.data.source),
-            limit=config.data.limit,
-            seed=config.data.seed,
-        ).once()  # a repeated row would be its own neighbour
-        for entry in config.data.tasks
-    ]
-    model = config.model
-    backbone = model.load()
-    print_of_it = _fingerprint(generator)
-    placed = generator.placed(backbone)
-    assert isinstance(placed, LoraGenerator)
-    generator = placed
+    config = _with_the_generators_lora(config, generator)
+    loaded = _load(config)
+    backbone = config.model.load()
+    weights = _fingerprint(generator)
+    generator = generator.placed(backbone)
     by_task, long = _rows(backbone, loaded, config)
-    rows, tasks, counts = (
-        [row for kept in by_task.values() for row in kept],
-        list(by_task),
-        [*map(len, by_task.values())],
-    )
-    max_tokens = config.data.max_tokens
-    task_N = torch.arange(len(tasks)).repeat_interleave(torch.tensor(counts))
+    rows = [row for kept in by_task.values() for row in kept]
+    names = [task for task, kept in by_task.items() for _ in kept]
+    task_N = torch.tensor([list(by_task).index(name) for name in names])
     records = RecordFile(folder, ControlRecord)
-    _open_run(folder, config, backbone, print_of_it, rows, fresh=not records.records)
+    _open_run(folder, config, backbone, weights, rows, fresh=not records.records)
     print(f"generating the adapters of {len(rows)} prompts ...", file=sys.stderr)
     try:
         h_NH, lora = _generate(backbone, generator, rows, config.batch_size)
         states = control_states(h_NH, task_N, seed=config.seed)
-        names = [tasks[s] for s in task_N.tolist()]
         nll = control_nll(backbone, generator, rows, states, names, records, batch_size=config.batch_size)
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
@@ -211,39 +191,19 @@ def analyse(config: Analyse) -> Analysis:
     places, shares, used = embed(gram_NN, seed=config.seed)
     by_key = {record.key: record for record in records.records}
     whole = [
-        by_key[task, row.id].model_copy(
-            update={
-                "norms": [float(f"{x:.4g}") for x in norms_NM[n].tolist()],
-                "places": {name: places_N2[n].tolist() for name, places_N2 in places.items()},
-            }
-        )
-        for n, (task, row) in enumerate(zip(names, rows, strict=True))
+        by_key[key].model_copy(update=_placed(norms_NM, places, n))
+        for n, key in enumerate(zip(names, (row.id for row in rows), strict=True))
     ]
     records.replace(whole)
     groups = {"all": list(range(len(rows)))} | {
-        name: (task_N == s).nonzero()[:, 0].tolist() for s, name in enumerate(tasks)
-    }
-    stated = {
-        "Model": f"{backbone.name} (weights {backbone.fingerprint()})",
-        "Number type": str(backbone.dtype).removeprefix("torch."),
-        "Generator": f"{config.generator} (weights {print_of_it})",
-        "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
-        "Prompts": f"{len(rows)} ({', '.join(f'{t} {n}' for t, n in zip(tasks, counts, strict=True))}), "
-        f"{config.data.split} rows, {config.data.format}; longer than {max_tokens} tokens and left out: {long}, "
-        f"equal to another and left out: {sum(data.repeated for data in loaded)}",
-        "Sources": ", ".join(dict.fromkeys(data.source for data in loaded)),
-        "Seed": f"{config.seed} (controls, shuffles, embeddings), {config.data.seed} (choice of rows)",
-        "Intervals": f"{LEVEL} %, percentile bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}",
-        "Versions": ", ".join(f"{name} {version}" for name, version in (versions() | used).items()),
-        "Commit": commit() or "not a checkout",
-        "Command": command(),
+        name: [n for n, mine in enumerate(names) if mine == name] for name in by_task
     }
     return Analysis(
         folder=folder,
         config=config,
-        conditions=stated,
+        conditions=_conditions(config, backbone, generator, weights, loaded, by_task, long, used),
         records=whole,
-        tasks=tasks,
+        tasks=list(by_task),
         task_N=task_N,
         norms_NM=norms_NM,
         projections=[(p.layer, p.kind) for p in backbone.projections],
@@ -253,6 +213,63 @@ def analyse(config: Analyse) -> Analysis:
         pca_shares=shares,
         controls={name: compare(nll, chosen) for name, chosen in groups.items()},
     )
+
+
+def _with_the_generators_lora(config: Analyse, generator: LoraGenerator) -> Analyse:
+    config = config.model_copy(deep=True)
+    for key in ("r", "lora_alpha", "init_std", "target_modules"):
+        if (own := generator.config[key]) != getattr(config.model.lora, key):
+            print(f"model.lora.{key}: the generator's own {own} is used.", file=sys.stderr)
+            setattr(config.model.lora, key, own)
+    return config
+
+
+def _placed(norms_NM: Tensor, places: Mapping[str, Tensor], n: int) -> dict[str, Any]:
+    """Where prompt n's adapter lies: what its record says besides the controls."""
+    return {
+        "norms": [float(f"{x:.4g}") for x in norms_NM[n].tolist()],
+        "places": {name: places_N2[n].tolist() for name, places_N2 in places.items()},
+    }
+
+
+def _conditions(
+    config: Analyse,
+    backbone: FrozenLM,
+    generator: LoraGenerator,
+    weights: str,
+    loaded: Sequence[Dataset],
+    by_task: Mapping[str, Sequence[Encoded]],
+    long: int,
+    used: Mapping[str, str],
+) -> dict[str, str]:
+    """What was run on what, as the report's last part says it."""
+    data, counts = config.data, {task: len(rows) for task, rows in by_task.items()}
+    return {
+        "Model": f"{backbone.name} (weights {backbone.fingerprint()})",
+        "Number type": str(backbone.dtype).removeprefix("torch."),
+        "Generator": f"{config.generator} (weights {weights})",
+        "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
+        "Prompts": f"{sum(counts.values())} ({', '.join(f'{t} {n}' for t, n in counts.items())}), "
+        f"{data.split} rows, {data.format}; longer than {data.max_tokens} tokens and left out: {long}, "
+        f"equal to another and left out: {sum(found.repeated for found in loaded)}",
+        "Sources": ", ".join(dict.fromkeys(found.source for found in loaded)),
+        "Seed": f"{config.seed} (controls, shuffles, embeddings), {data.seed} (choice of rows)",
+        "Intervals": f"{LEVEL} %, percentile bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in (versions() | used).items()),
+        "Commit": commit() or "not a checkout",
+        "Command": command(),
+    }
+
+
+def _load(config: Analyse) -> list[Dataset]:
+    """Each task's different rows: a repeated one would be its own neighbour."""
+    data = config.data
+    return [
+        load_dataset(
+            entry.task, split=data.split, source=source_of(entry, data.source), limit=data.limit, seed=data.seed
+        ).once()
+        for entry in data.tasks
+    ]
 
 
 def _rows(backbone: FrozenLM, loaded: Sequence[Dataset], config: Analyse) -> tuple[dict[str, list[Encoded]], int]:

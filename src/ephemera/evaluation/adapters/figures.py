@@ -14,7 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from ephemera.evaluation.adapters.analysis import CONTROLS, Analysis, Control
-from ephemera.evaluation.nll.figures import FIGURES, INK, SETTINGS, _save
+from ephemera.evaluation.nll.figures import FIGURES, INK, SETTINGS, save_figure
 from ephemera.evaluation.shared.statistics import LEVEL, Estimate
 
 # Okabe and Ito's palette, grey for its pale yellow; a marker of its own tells each task apart in grey, and beyond eight tasks.
@@ -37,17 +37,17 @@ def write_figures(analysis: Analysis) -> dict[str, Path]:
     written: dict[str, Path] = {}
     with plt.rc_context(SETTINGS):
         caption = "Frobenius norm of (alpha / r) B A by layer and module, mean over each task's prompts."
-        written[caption] = _save(folder, "norms", norms_heat_map(analysis))
+        written[caption] = save_figure(folder, "norms", norms_heat_map(analysis))
         caption = "Mean cosine between the updates of different prompts, as they are and without their common mean."
-        written[caption] = _save(folder, "cosines", cosine_matrices(analysis))
+        written[caption] = save_figure(folder, "cosines", cosine_matrices(analysis))
         if analysis.embeddings:
             caption = "Updates in two dimensions, one mark per prompt."
-            written[caption] = _save(folder, "embedding", embedding_scatter(analysis))
+            written[caption] = save_figure(folder, "embedding", embedding_scatter(analysis))
         caption = (
             f"Answer NLL with each prompt's own adapter and with others; whiskers are {LEVEL} % intervals, on the right "
             "of the paired difference to its own."
         )
-        written[caption] = _save(folder, "controls", control_bars(analysis.controls["all"]))
+        written[caption] = save_figure(folder, "controls", control_bars(analysis.controls["all"]))
     return written
 
 

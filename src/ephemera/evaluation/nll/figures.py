@@ -70,7 +70,7 @@ def write_figures(
             f"Answer NLL against the number of steps, and its paired difference to no TTA; bands are {LEVEL} % "
             "intervals over prompts (LDTTA Fig. 3)."
         )
-        written[caption] = _save(folder, "fig3", nll_against_steps(cells, method_names(run)))
+        written[caption] = save_figure(folder, "fig3", nll_against_steps(cells, method_names(run)))
         rates = layerwise_rates(records)
         if rates:
             longest = max(rates)
@@ -79,17 +79,17 @@ def write_figures(
                 "(LDTTA Fig. 4, there as multipliers)."
             )
             rates_KM = rates[longest].mean(0)
-            written[caption] = _save(folder, "fig4", rate_heat_map(rates_KM, run["projections"]))
+            written[caption] = save_figure(folder, "fig4", rate_heat_map(rates_KM, run["projections"]))
         if consistency and consistency.differences:  # one schedule alone has nothing to agree with
             caption = (
                 f"How far the rates of shorter schedules are from those of K = {consistency.longest} at the same step, "
                 f"and the mean rate of each step; whiskers are {LEVEL} % intervals over prompts (LDTTA Fig. 5)."
             )
-            written[caption] = _save(folder, "fig5", consistency_bars(consistency))
+            written[caption] = save_figure(folder, "fig5", consistency_bars(consistency))
     return written
 
 
-def _save(folder: Path, name: str, figure: Figure) -> Path:
+def save_figure(folder: Path, name: str, figure: Figure) -> Path:
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     plt.close(figure)
