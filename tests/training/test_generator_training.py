@@ -337,13 +337,13 @@ from ephemera.config import TrainGenerator, load_config
 from ephemera.training import loop
 from ephemera.training.generator import train_generator
 
-original = loop._checkpoint
+original = loop.write_checkpoint
 def slow_checkpoint(folder, step, *rest):  # time enough to be killed mid-way
     original(folder, step, *rest)
     print("saved", step, flush=True)
     time.sleep(0.5)
 if sys.argv[3] == "slow":
-    loop._checkpoint = slow_checkpoint
+    loop.write_checkpoint = slow_checkpoint
 train_generator(load_config(TrainGenerator, sys.argv[1]), resume=sys.argv[2] == "resume")
 """
 

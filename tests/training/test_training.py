@@ -341,13 +341,13 @@ from ephemera.config import TrainScaleNet, load_config
 from ephemera.training import loop
 from ephemera.training.scalenet import train_scalenet
 
-original = loop._checkpoint
+original = loop.write_checkpoint
 def slow_checkpoint(folder, step, *rest):  # time enough to be killed mid-way
     original(folder, step, *rest)
     print("saved", step, flush=True)
     time.sleep(0.5)
 if sys.argv[3] == "slow":
-    loop._checkpoint = slow_checkpoint
+    loop.write_checkpoint = slow_checkpoint
 train_scalenet(load_config(TrainScaleNet, sys.argv[1]), resume=sys.argv[2] == "resume")
 """
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ephemera.cli.options import ConfigFile, PrintConfig, SetOption, app, quiet
+from ephemera.cli.options import ConfigFile, PrintConfig, SetOption, app, settled
 
 
 @app.command(
@@ -20,22 +20,14 @@ from ephemera.cli.options import ConfigFile, PrintConfig, SetOption, app, quiet
 
     ephemera evaluate --print-config"""
 )
-def evaluate(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-) -> None:
+def evaluate(config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False) -> None:
     """Answer NLL and ROUGE-Lsum of every method at every K, with intervals; a stopped run goes on where it was."""
-    from ephemera.config import Evaluate, dump_yaml, load_config
+    from ephemera.config import Evaluate
 
-    settings = load_config(Evaluate, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(Evaluate, config, set_, print_config=print_config)
     from ephemera.evaluation.nll.grid import evaluate as run
     from ephemera.evaluation.nll.report import write_report
 
-    quiet()
     folder = run(settings)
     page = write_report(folder)
     print((folder / "table.md").read_text())
@@ -58,17 +50,13 @@ def benchmark(
     ] = False,
 ) -> None:
     """Accuracy of models and variants (base, task LoRA, generator, with steps) on tasks; a stopped run goes on."""
-    from ephemera.config import Benchmark, dump_yaml, load_config
+    from ephemera.config import Benchmark
 
-    settings = load_config(Benchmark, str(config) if config else None, set_)
-    settings.allow_code_execution |= allow_code_execution
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    allowed = ["allow_code_execution=true"] if allow_code_execution else []
+    settings = settled(Benchmark, config, [*(set_ or []), *allowed], print_config=print_config)
     from ephemera.evaluation.accuracy.run import benchmark as run
     from ephemera.evaluation.accuracy.tables import write_tables
 
-    quiet()
     print(write_tables(run(settings)).read_text())
 
 
@@ -81,25 +69,17 @@ def benchmark(
 
     ephemera analyse --print-config"""
 )
-def analyse(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-) -> None:
+def analyse(config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False) -> None:
     """What a generator's adapters depend on: norms, likeness within and between tasks, answers with others' adapters.
 
     A stopped run goes on where it was."""
-    from ephemera.config import Analyse, dump_yaml, load_config
+    from ephemera.config import Analyse
 
-    settings = load_config(Analyse, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(Analyse, config, set_, print_config=print_config)
     from ephemera.evaluation.adapters.analysis import analyse as run
     from ephemera.evaluation.adapters.figures import write_figures
     from ephemera.evaluation.adapters.tables import write_tables
 
-    quiet()
     analysis = run(settings)
     print(write_tables(analysis).read_text())
     for path in write_figures(analysis).values():
@@ -125,20 +105,12 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder that `ephemera 
 
     ephemera survey --set data.task=own --set data.source=mine.jsonl"""
 )
-def survey(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-) -> None:
+def survey(config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False) -> None:
     """What a network does to the answers of many tasks: NLL, harm, generated text, beside the base model and controls."""
-    from ephemera.config import Survey, dump_yaml, load_config
+    from ephemera.config import Survey
 
-    settings = load_config(Survey, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(Survey, config, set_, print_config=print_config)
     from ephemera.evaluation.survey.run import survey as run
 
-    quiet()
     folder = run(settings)
     print((folder / "table.md").read_text())

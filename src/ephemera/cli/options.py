@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
 import typer
 
 from ephemera.downloads import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from ephemera.config import Settings
+
+Config = TypeVar("Config", bound="Settings")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,6 +111,18 @@ def quiet() -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def settled(kind: type[Config], config: Path | None, overrides: list[str] | None, *, print_config: bool) -> Config:
+    """A command's settings, from its defaults, the file and `--set`. With `--print-config` prints them, and stops."""
+    from ephemera.config import dump_yaml, load_config
+
+    settings = load_config(kind, None if config is None else str(config), overrides)
+    if print_config:
+        print(dump_yaml(settings), end="")
+        raise typer.Exit
+    quiet()
+    return settings
 
 
 def unshipped(model: str, format: str, told: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ephemera.cli.options import ConfigFile, PrintConfig, Resume, SetOption, quiet, train_app
+from ephemera.cli.options import ConfigFile, PrintConfig, Resume, SetOption, settled, train_app
 
 
 @train_app.command(
@@ -18,25 +18,17 @@ from ephemera.cli.options import ConfigFile, PrintConfig, Resume, SetOption, qui
     accelerate launch -m ephemera train scalenet --config configs/scalenet-nq-open.yaml""",
 )
 def train_scalenet_command(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-    resume: Resume = False,
+    config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False, resume: Resume = False
 ) -> None:
     """Train ScaleNet, layer-wise or step-wise, by the first-order meta-gradient of the answers' NLL.
 
     Settings and their meaning: `--print-config`, and docs/method.md."""
-    from ephemera.config import TrainScaleNet, dump_yaml, load_config
+    from ephemera.config import TrainScaleNet
 
-    settings = load_config(TrainScaleNet, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(TrainScaleNet, config, set_, print_config=print_config)
     from ephemera.training.scalenet import train_scalenet
 
-    quiet()
-    folder = train_scalenet(settings, resume=resume)
-    print(folder)
+    print(train_scalenet(settings, resume=resume))
 
 
 @train_app.command(
@@ -50,21 +42,14 @@ def train_scalenet_command(
     ephemera train lens --config configs/lens.yaml --resume""",
 )
 def train_lens_command(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-    resume: Resume = False,
+    config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False, resume: Resume = False
 ) -> None:
     """Train a tuned lens: from earlier layers to the last one's next-token distribution, on unlabelled prompts."""
-    from ephemera.config import TrainLens, dump_yaml, load_config
+    from ephemera.config import TrainLens
 
-    settings = load_config(TrainLens, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(TrainLens, config, set_, print_config=print_config)
     from ephemera.training.lens import train_lens
 
-    quiet()
     print(train_lens(settings, resume=resume))
 
 
@@ -79,21 +64,14 @@ def train_lens_command(
     ephemera train generator --config configs/taskweaver.yaml --resume""",
 )
 def train_generator_command(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-    resume: Resume = False,
+    config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False, resume: Resume = False
 ) -> None:
     """Train a generator of adapters end to end through the frozen model; with `scalenet` settings, both together."""
-    from ephemera.config import TrainGenerator, dump_yaml, load_config
+    from ephemera.config import TrainGenerator
 
-    settings = load_config(TrainGenerator, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(TrainGenerator, config, set_, print_config=print_config)
     from ephemera.training.generator import train_generator
 
-    quiet()
     print(train_generator(settings, resume=resume))
 
 
@@ -106,21 +84,14 @@ def train_generator_command(
     ephemera train lora --set output=runs/task-lora/mixed --set optimizer.learning_rate=5e-4""",
 )
 def train_lora_command(
-    config: ConfigFile = None,
-    set_: SetOption = None,
-    print_config: PrintConfig = False,
-    resume: Resume = False,
+    config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False, resume: Resume = False
 ) -> None:
     """Train the baseline through PEFT: one adapter for a task, or for a mixture of tasks."""
-    from ephemera.config import TrainTaskLora, dump_yaml, load_config
+    from ephemera.config import TrainTaskLora
 
-    settings = load_config(TrainTaskLora, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(TrainTaskLora, config, set_, print_config=print_config)
     from ephemera.training.task_lora import train_task_lora
 
-    quiet()
     print(train_task_lora(settings, resume=resume))
 
 
@@ -134,13 +105,9 @@ def train_lora_command(
 )
 def train_gate_command(config: ConfigFile = None, set_: SetOption = None, print_config: PrintConfig = False) -> None:
     """Calibrate when a network leaves a prompt alone, so that at most a chosen share of prompts is harmed."""
-    from ephemera.config import TrainGate, dump_yaml, load_config
+    from ephemera.config import TrainGate
 
-    settings = load_config(TrainGate, str(config) if config else None, set_)
-    if print_config:
-        print(dump_yaml(settings), end="")
-        return
+    settings = settled(TrainGate, config, set_, print_config=print_config)
     from ephemera.training.gate import train_gate
 
-    quiet()
     print(train_gate(settings))
