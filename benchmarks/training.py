@@ -39,8 +39,8 @@ from ephemera.rates import FixedRate, ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.training.generator import GeneratorTrainee
 from ephemera.training.loop import Schedule, Trainee, batches, train
+from ephemera.training.many_steps import ScaleNetTrainee
 from ephemera.training.meta_gradient import answer_gradient
-from ephemera.training.scalenet import ScaleNetTrainee
 
 NETWORKS = ("scalenet", "generator", "joint")
 NEVER = Schedule(checkpoint_every=1 << 30, validate_every=1 << 30)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from ephemera.config import DataSettings, MixtureSettings, fill
+from ephemera.config import DataSettings, RowSettings, fill
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.scoring import Encoded, encode_examples
 from ephemera.tasks import Example, Task, load_dataset
@@ -40,7 +40,7 @@ def rows_of(
     backbone: FrozenLM,
     name: str,
     source: str | None,
-    settings: DataSettings | MixtureSettings,
+    settings: RowSettings,
     *,
     once: bool = False,
 ) -> TaskRows:

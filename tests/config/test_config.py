@@ -7,10 +7,13 @@ from ephemera.config import (
     Analyse,
     Benchmark,
     Evaluate,
+    LoraSettings,
     Settings,
     TrainGenerator,
+    TrainLens,
     TrainScaleNet,
     TrainTaskLora,
+    brought,
     check_config,
     dump_yaml,
     load_config,
@@ -143,6 +146,36 @@ def test_files_of_settings_with_a_mark_or_a_key_given_twice(tmp_path):
     (tmp_path / "b.yaml").write_text("data:\n  limit: 1\n  seed: 2\n  limit: 3\n")
     with pytest.raises(ValueError, match=r"b.yaml is not valid YAML: 'limit' is given twice .* line 4"):
         load_config(Evaluate, str(tmp_path / "b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "override"),
+    [
+        (TrainLens, "model.checkpoint=true"),
+        (TrainLens, "model.lora.r=2"),
+        (TrainLens, "optimizer.passes=2"),
+        (TrainGenerator, "optimizer.clip_prompt=2"),
+        (TrainGenerator, "model.lora.layers=first-1"),
+        (TrainGenerator, "validation.stop=samples"),
+        (TrainTaskLora, "model.lora.init_std=0.5"),
+        (TrainTaskLora, "optimizer.memory_gb=1"),
+        (Analyse, "model.lora.r=2"),
+        (Analyse, "data.stop=samples"),
+        (Benchmark, "data.stop=samples"),
+    ],
+)
+def test_a_setting_of_another_command_is_unknown(kind, override):
+
+    with pytest.raises(ValueError, match=r"unknown setting '.*Known here: "):
+        load_config(kind, None, [override])
+
+
+def test_what_a_trained_network_brings_is_not_set_otherwise():
+    own, plain = {"r": 8, "lora_alpha": 16.0, "folder": "x"}, LoraSettings()
+    assert brought(plain, own, default=plain, by="init=x").r == 8
+    assert brought(LoraSettings(r=8), own, default=plain, by="init=x").r == 8
+    with pytest.raises(ValueError, match=r"r=2 has no effect: init=x was made with r=8. Leave it out."):
+        brought(LoraSettings(r=2), own, default=plain, by="init=x")
 
 
 def test_all_mistakes_at_once():

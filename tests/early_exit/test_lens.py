@@ -1,6 +1,5 @@
 """The tuned lens, its files, and its training."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ from ephemera.early_exit.lens import Lens, load_lens
 from ephemera.scoring import Encoded
 from ephemera.training.lens import LensTrainee, chosen_tokens, divergence, fit_scale, train_lens
 from reference import close
-from tiny_models import SENTENCES, left, random_ids, save_tiny, tiny_backbone
+from tiny_models import left, random_ids, tiny_backbone
+from training_runs import common, write_material
 
 
 def rows(count: int, seed: int = 2) -> list[Encoded]:
@@ -106,34 +106,12 @@ def test_training_lowers_the_divergence_at_every_layer():
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lens")
-    save_tiny(folder / "model")
-    words = " ".join(SENTENCES).split()
-    lines = [{"prompt": " ".join(words[i : i + 3 + i % 5]), "answer": "x"} for i in range(16)]
-    for split, chosen in (("train", lines[:12]), ("validation", lines[12:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    return folder
+    return write_material(tmp_path_factory.mktemp("lens"), train=12, validation=4)
 
 
 def settings(material: Path, output: Path, *more: str) -> TrainLens:
-    data = [f"{split}.{key}" for split in ("train", "validation") for key in (f"source={material}", "task=own")]
-    return load_config(
-        TrainLens,
-        None,
-        [
-            *data,
-            f"output={output}",
-            f"model.name={material / 'model'}",
-            "model.device=cpu",
-            "exit_layers=[2, 1]",
-            "optimizer.samples=40",
-            "optimizer.batch_size=4",
-            "optimizer.warmup=1",
-            "checkpoint_every=2",
-            "validate_every=5",
-            *more,
-        ],
-    )
+    own = ["exit_layers=[2, 1]", "optimizer.samples=40", "optimizer.warmup=1", "optimizer.learning_rate=0.001"]
+    return load_config(TrainLens, None, [*common(material, output, "task=own"), *own, *more])
 
 
 def test_a_run_stops_and_resumes_to_the_same_lens(material, tmp_path, monkeypatch):

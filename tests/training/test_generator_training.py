@@ -1,12 +1,7 @@
 import json
 import math
-import os
 import random
-import signal
 import statistics
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -27,7 +22,8 @@ from ephemera.training.loop import Schedule, train
 from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.mixture import mix
 from reference import close, merged_weights, slow_nll, slow_representation
-from tiny_models import SENTENCES, random_ids, random_scalenet, save_tiny, tiny_backbone
+from tiny_models import random_ids, random_scalenet, tiny_backbone
+from training_runs import common, kill_and_resume, metrics, write_material
 
 M = 4  # projections of a tiny model
 
@@ -35,10 +31,6 @@ M = 4  # projections of a tiny model
 def encoded(prompts: list[int], answers: list[int]) -> list[Encoded]:
     pairs = zip(random_ids(prompts, seed=4), random_ids(answers, seed=5), strict=True)
     return [Encoded(str(i), prompt, answer) for i, (prompt, answer) in enumerate(pairs)]
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- the mixture ---
@@ -331,33 +323,10 @@ def test_ten_in_a_row_stop_and_keep_the_last_good_weights(tmp_path, checkpoint_e
 
 # --- whole runs: a tiny model, local data, killed and resumed ---
 
-SCRIPT = """
-import sys, time
-from ephemera.config import TrainGenerator, load_config
-from ephemera.training import loop
-from ephemera.training.generator import train_generator
-
-original = loop.write_checkpoint
-def slow_checkpoint(folder, step, *rest):  # time enough to be killed mid-way
-    original(folder, step, *rest)
-    print("saved", step, flush=True)
-    time.sleep(0.5)
-if sys.argv[3] == "slow":
-    loop.write_checkpoint = slow_checkpoint
-train_generator(load_config(TrainGenerator, sys.argv[1]), resume=sys.argv[2] == "resume")
-"""
-
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder and JSONL rows of {"prompt", "answer"}."""
-    folder = tmp_path_factory.mktemp("material")
-    save_tiny(folder / "model")
-    words = " ".join(SENTENCES).split()
-    rows = [{"prompt": " ".join(words[i : i + 3 + i % 5]), "answer": words[-i - 1]} for i in range(22)]
-    for split, chosen in (("train", rows[:16]), ("validation", rows[16:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def settings(material: Path, output: Path, *more: str) -> TrainGenerator:
@@ -365,23 +334,10 @@ def settings(material: Path, output: Path, *more: str) -> TrainGenerator:
         TrainGenerator,
         None,
         [
-            *[
-                f"{split}.{key}"
-                for split in ("train", "validation")
-                for key in (f"source={material}", "tasks=[{task: own}]")
-            ],
-            f"output={output}",
-            f"model.name={material / 'model'}",
-            "model.device=cpu",
+            *common(material, output, "tasks=[{task: own}]"),
             "generator.hidden_size=8",
             "generator.save_dtype=float32",
             "scalenet={max_steps: 3, base_rates: [0.5, 0.05, 0.05], mlp_size: 8, learning_rate_factor: 2.0}",
-            "optimizer.samples=48",
-            "optimizer.batch_size=4",
-            "optimizer.warmup=2",
-            "optimizer.learning_rate=0.01",
-            "checkpoint_every=2",
-            "validate_every=5",
             *more,
         ],
     )
@@ -420,30 +376,7 @@ def test_a_run_trains_both_networks(material, finished):
 
 def test_a_killed_run_resumes_to_the_same_weights(material, finished, tmp_path):
     folder = tmp_path / "run"
-    config = tmp_path / "config.json"  # JSON is YAML
-    config.write_text(settings(material, folder).model_dump_json())
-
-    def launch(*arguments: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", SCRIPT, str(config), *arguments]
-        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
-
-    process = launch("new", "slow")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.split() == ["saved", "6"]:
-            break
-    # Between checkpoints: a step or two after the sixth
-    deadline = time.monotonic() + 60
-    while max((m["step"] for m in metrics(folder)), default=0) < 7 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
-    assert not (folder / "network").exists()
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "nll": 1.')  # as a kill in the midst of a write leaves it
-
-    assert launch("resume", "fast").wait() == 0
+    kill_and_resume(train_generator, settings(material, folder), folder, tmp_path / "config.json")
     equal_runs(folder, finished)
 
 
@@ -459,18 +392,14 @@ def test_settings_that_cannot_be_read_again(material, finished, tmp_path):
         train_generator(settings(material, tmp_path / "run"), resume=True)
 
 
-def test_layers_are_not_silently_ignored(material, tmp_path):
-    with pytest.raises(ValueError, match=r"model.lora.layers=first-1 has no effect on this training"):
-        train_generator(settings(material, tmp_path, "model.lora.layers=first-1"))
-
-
 def test_a_run_goes_on_from_a_trained_generator(material, finished, tmp_path):
     more = [
         f"start={finished / 'network'}",
         "scalenet=null",
         "optimizer.learning_rate=1e-12",
-        "generator.hidden_size=99",
     ]
+    with pytest.raises(ValueError, match=r"hidden_size=99 has no effect: start=.* was made with hidden_size=8"):
+        train_generator(settings(material, tmp_path / "run", *more, "generator.hidden_size=99"))
     folder = train_generator(settings(material, tmp_path / "run", *more))
     have, want = load_generator(folder).state_dict(), load_generator(finished / "network").state_dict()
     assert have.keys() == want.keys()

@@ -1,11 +1,9 @@
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -27,10 +25,12 @@ from ephemera.scoring import Encoded
 from ephemera.second_order import adapt_exactly
 from ephemera.training import loop, run
 from ephemera.training.loop import batches, learning_rate
+from ephemera.training.many_steps import ScaleNetTrainee, averaged_rate
 from ephemera.training.meta_gradient import answer_gradient, scalenet_backward
-from ephemera.training.scalenet import ScaleNetTrainee, averaged_rate, train_scalenet
+from ephemera.training.scalenet import train_scalenet
 from reference import close, merged_model, merged_weights, slow_nll, slow_representation
-from tiny_models import SENTENCES, left, random_ids, random_lora, random_scalenet, save_tiny, tiny_backbone
+from tiny_models import left, random_ids, random_lora, random_scalenet, tiny_backbone
+from training_runs import common, kill_and_resume, metrics, write_material
 
 M = 4  # projections of a tiny model
 
@@ -335,58 +335,15 @@ def test_steps_are_drawn_from_one_to_kmax(llama):
 
 # --- whole runs: a tiny model, local data, killed and resumed ---
 
-SCRIPT = """
-import sys, time
-from ephemera.config import TrainScaleNet, load_config
-from ephemera.training import loop
-from ephemera.training.scalenet import train_scalenet
-
-original = loop.write_checkpoint
-def slow_checkpoint(folder, step, *rest):  # time enough to be killed mid-way
-    original(folder, step, *rest)
-    print("saved", step, flush=True)
-    time.sleep(0.5)
-if sys.argv[3] == "slow":
-    loop.write_checkpoint = slow_checkpoint
-train_scalenet(load_config(TrainScaleNet, sys.argv[1]), resume=sys.argv[2] == "resume")
-"""
-
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder and JSONL rows of {"prompt", "answer"}."""
-    folder = tmp_path_factory.mktemp("material")
-    save_tiny(folder / "model")
-    words = " ".join(SENTENCES).split()
-    rows = [{"prompt": " ".join(words[i : i + 3 + i % 5]), "answer": words[-i - 1]} for i in range(22)]
-    for split, chosen in (("train", rows[:16]), ("validation", rows[16:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
-    return folder
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def settings(material: Path, output: Path) -> TrainScaleNet:
-    data = [f"{split}.{key}" for split in ("train", "validation") for key in (f"source={material}", "task=own")]
-    return load_config(
-        TrainScaleNet,
-        None,
-        [
-            *data,
-            f"output={output}",
-            f"model.name={material / 'model'}",
-            "model.device=cpu",
-            "model.lora.r=2",
-            "scalenet.base_rates=[0.5, 0.05, 0.05]",
-            "scalenet.max_steps=3",
-            "scalenet.mlp_size=8",
-            "optimizer.samples=48",
-            "optimizer.batch_size=4",
-            "optimizer.warmup=2",
-            "optimizer.learning_rate=0.01",
-            "checkpoint_every=2",
-            "validate_every=5",
-            "validation_steps=[1, 2]",
-        ],
-    )
+    more = ["model.lora.r=2", "scalenet.base_rates=[0.5, 0.05, 0.05]", "scalenet.max_steps=3", "scalenet.mlp_size=8"]
+    return load_config(TrainScaleNet, None, [*common(material, output, "task=own"), *more, "validation_steps=[1, 2]"])
 
 
 @pytest.fixture(scope="module")
@@ -405,10 +362,6 @@ def equal_networks(a: Path, b: Path) -> None:
         assert all(torch.equal(first[key], second[key]) for key in first), part
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def check_metrics(folder: Path, finished: Path) -> None:
     def trained(run):
         return [(m["step"], m["nll"]) for m in metrics(run) if "nll" in m]
@@ -421,37 +374,9 @@ def check_metrics(folder: Path, finished: Path) -> None:
     assert [step for step, _ in validated(folder)] == [5, 10, 12]
 
 
-def launch(material: Path, folder: Path, tmp_path: Path, *, resume: bool, slow: bool) -> subprocess.Popen:
-    config = tmp_path / "config.json"  # JSON is YAML
-    config.write_text(settings(material, folder).model_dump_json())
-    arguments = [str(config), "resume" if resume else "new", "slow" if slow else "fast"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *arguments], env=environment, stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_a_killed_run_resumes_to_the_same_weights(material, finished, tmp_path):
     folder = tmp_path / "run"
-    process = launch(material, folder, tmp_path, resume=False, slow=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.split() == ["saved", "6"]:
-            break
-    # Between checkpoints: a step or two after the sixth
-    deadline = time.monotonic() + 60
-    while max((m["step"] for m in metrics(folder)), default=0) < 7 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL
-    assert not (folder / "network").exists()
-    assert max(m["step"] for m in metrics(folder)) > 6
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "nll": 1.')  # as a kill in the midst of a write leaves it
-
-    resumed = launch(material, folder, tmp_path, resume=True, slow=False)
-    assert resumed.wait() == 0
+    kill_and_resume(train_scalenet, settings(material, folder), folder, tmp_path / "config.json")
     equal_networks(folder, finished)
     check_metrics(folder, finished)
 

@@ -1,11 +1,16 @@
 """The one source of settings: YAML files, `--set`, `--help` and saved runs all derive from these models."""
 
 from ephemera.config.base import (
+    AdaptedModelSettings,
     DataSettings,
     LoraSettings,
     MixtureSettings,
     MixtureTask,
     ModelSettings,
+    RowSettings,
+    TaskSource,
+    TasksSettings,
+    brought,
     fill,
     source_of,
 )
@@ -17,6 +22,7 @@ from ephemera.config.train import (
     JointSettings,
     ObjectiveSettings,
     OptimizerSettings,
+    RateOptimizerSettings,
     ScaleNetSettings,
     TrainGate,
     TrainGenerator,
@@ -27,6 +33,7 @@ from ephemera.config.train import (
 
 __all__ = [
     "METHODS",
+    "AdaptedModelSettings",
     "AloneSettings",
     "Analyse",
     "Benchmark",
@@ -42,15 +49,20 @@ __all__ = [
     "ModelSettings",
     "ObjectiveSettings",
     "OptimizerSettings",
+    "RateOptimizerSettings",
+    "RowSettings",
     "ScaleNetSettings",
     "Settings",
     "Survey",
+    "TaskSource",
+    "TasksSettings",
     "TrainGate",
     "TrainGenerator",
     "TrainLens",
     "TrainScaleNet",
     "TrainTaskLora",
     "Variant",
+    "brought",
     "check_config",
     "dump_yaml",
     "fill",

@@ -1,27 +1,18 @@
-"""Settings that several commands share: the model, its adapters, data and mixtures."""
+"""Parts that settings of several commands are made of. A part holds what its commands read, and nothing else."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator
 
 from ephemera.config.settings import Settings
 
 if TYPE_CHECKING:
+    from ephemera.inits import Init
     from ephemera.llm.frozen_lm import FrozenLM
-
-
-class LoraSettings(Settings):
-    r: int = Field(default=4, ge=1, description="rank of each adapter (LDTTA 4.1)")
-    lora_alpha: float = Field(default=16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
-    init_std: float = Field(default=1e-2, ge=0, description="deviation of A at the start; B starts at zero")
-    target_modules: str | list[str] = Field(
-        default="qv", description='"qv", "attention", "all-linear", kinds ("q", [v], ...), or module names'
-    )
-    layers: str | list[int] = Field(
-        default="all", description='layers that are adapted: "all", "first-8", "last-8", "4-9", or numbers from 0'
-    )
 
 
 class ModelSettings(Settings):
@@ -34,41 +25,84 @@ class ModelSettings(Settings):
         default=None,
         description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own",
     )
-    checkpoint: bool = Field(
-        default=False, description="steps keep each layer's input alone and run it again: less memory, more time"
-    )
-    lora: LoraSettings = LoraSettings()
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "device": self.device, "attn_implementation": self.attn_implementation}
 
     def load(self, **instead: Any) -> FrozenLM:
         """The model as set here; `instead` stands in for some of `load_backbone`'s arguments."""
         from ephemera.llm.load import load_backbone
 
-        settings = {
-            "dtype": self.dtype,
-            "device": self.device,
-            "target_modules": self.lora.target_modules,
-            "layers": self.lora.layers,
-            "attn_implementation": self.attn_implementation,
-            "checkpoint": self.checkpoint,
-        }
-        return load_backbone(self.name, **{**settings, **instead})
+        return load_backbone(self.name, **{**self.loading, **instead})
 
 
-class DataSettings(Settings):
-    task: str = Field(
-        default="nq-open", description='nq-open, squad, snli, own, ...; in training also several: "snli+boolq"'
+class GradientModelSettings(ModelSettings):
+    """A model that gradients pass through."""
+
+    checkpoint: bool = Field(
+        default=False, description="steps keep each layer's input alone and run it again: less memory, more time"
     )
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {**super().loading, "checkpoint": self.checkpoint}
+
+
+class TaskLoraSettings(Settings):
+    r: int = Field(default=4, ge=1, description="rank of each adapter (LDTTA 4.1)")
+    lora_alpha: float = Field(default=16.0, gt=0, description="scaling is lora_alpha / r (LDTTA 4.1)")
+    target_modules: str | list[str] = Field(
+        default="qv", description='"qv", "attention", "all-linear", kinds ("q", [v], ...), or module names'
+    )
+
+
+class GeneratedLoraSettings(TaskLoraSettings):
+    init_std: float = Field(default=1e-2, ge=0, description="deviation of A at the start; B starts at zero")
+
+
+class LoraSettings(GeneratedLoraSettings):
+    layers: str | list[int] = Field(
+        default="all", description='layers that are adapted: "all", "first-8", "last-8", "4-9", or numbers from 0'
+    )
+
+    @property
+    def start(self) -> dict[str, Any]:
+        """What the zero start takes."""
+        return {"r": self.r, "lora_alpha": self.lora_alpha, "init_std": self.init_std}
+
+
+class AdaptedModelSettings(GradientModelSettings):
+    """A model with adapters that start as `lora` says, unless an init brings its own."""
+
+    lora: LoraSettings = LoraSettings()
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {**super().loading, "target_modules": self.lora.target_modules, "layers": self.lora.layers}
+
+    def started(self, init: str) -> tuple[Self, Init]:
+        """These settings with what the init brings, and the init."""
+        from ephemera.inits import load_init
+
+        found = load_init(init, **self.lora.start)
+        lora = brought(self.lora, found.lora_settings, default=LoraSettings(), by=f"init={init}")
+        return self.model_copy(update={"lora": lora}), found
+
+
+class RowSettings(Settings):
+    """Which rows, and as what they are read."""
+
     source: str | None = Field(
         default=None,
         description='file, folder, "a+b", hub id or "wheel"; {task} stands for the task\'s name; default: hub, else wheel',
     )
     split: str = Field(default="test", description="train, validation or test")
-    limit: int | None = Field(default=None, ge=1, description="draw this many rows at random")
+    limit: int | None = Field(default=None, ge=1, description="rows of each task, drawn at random")
     seed: int = Field(default=0, description="seed of that draw")
     format: Literal["plain", "chat"] = Field(
         default="plain", description="the prompt as it is, or in the chat template"
     )
-    sources: dict[str, str] = Field(default={}, description="source of a task that lies elsewhere than `source` says")
     cut: int | None = Field(
         default=None, ge=1, description="cut longer articles to so many characters (tasks that bear it: xsum)"
     )
@@ -76,58 +110,85 @@ class DataSettings(Settings):
         default=1024, ge=2, description="rows whose prompt and answer are longer are left out, and counted"
     )
     max_answer_tokens: int | None = Field(
-        default=None, ge=1, description="score only so many of an answer's first tokens; default: all"
+        default=None, ge=1, description="only so many of an answer's first tokens count; default: all"
     )
 
 
-class MixtureTask(Settings):
+class DataSettings(RowSettings):
+    task: str = Field(
+        default="nq-open", description='nq-open, squad, snli, own, ...; all but evaluate take several: "snli+boolq"'
+    )
+    sources: dict[str, str] = Field(default={}, description="source of a task that lies elsewhere than `source` says")
+
+
+class TaskSource(Settings):
     task: str = Field(description="name of a task")
-    source: str | None = Field(default=None, description="overrides data.source for this task")
+    source: str | None = Field(default=None, description="overrides `source` for this task")
+
+
+class MixtureTask(TaskSource):
     weight: float = Field(default=1.0, gt=0, description="its share of the mixture, against the other weights")
 
 
-class MixtureSettings(Settings):
+MIXTURE = ("gsm8k", "snli", "arc-easy", "arc-challenge", "boolq", "openbookqa", "hellaswag", "winogrande")
+
+
+class TasksSettings(RowSettings):
+    """Rows of several tasks, each of which counts alike."""
+
+    tasks: list[TaskSource] = Field(default=[TaskSource(task=name) for name in MIXTURE], min_length=1)
+    max_tokens: int = Field(default=512, ge=2, description="longer rows are left out, and counted")
+
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: list[TaskSource]) -> list[TaskSource]:
+        return each_once(tasks)
+
+
+class MixtureSettings(RowSettings):
+    """Rows of several tasks, in proportions."""
+
     tasks: list[MixtureTask] = Field(
-        default=[
-            MixtureTask(task=name)
-            for name in (
-                *("gsm8k", "snli", "arc-easy", "arc-challenge"),
-                *("boolq", "openbookqa", "hellaswag", "winogrande"),
-            )
-        ],
+        default=[MixtureTask(task=name) for name in MIXTURE],
         min_length=1,
         description="what is trained on, in what proportions",
     )
-    source: str | None = Field(
-        default=None, description="where rows lie; {task} stands for the task's name with _ for -; default: the hub"
-    )
     split: str = Field(default="train", description="train, validation or test")
-    limit: int | None = Field(default=None, ge=1, description="rows of each task, drawn at random")
     seed: int = Field(default=0, description="seed of that draw, and of the mixing")
     stop: Literal["samples", "first_exhausted", "all_exhausted"] = Field(
         default="samples",
         description="train on optimizer.samples rows; or until the first, or every, task has been used up once",
     )
-    format: Literal["plain", "chat"] = Field(default="plain", description="prompts as they are, or as chat messages")
-    cut: int | None = Field(
-        default=None, ge=1, description="cut longer articles to so many characters (tasks that bear it: xsum)"
-    )
     max_tokens: int = Field(default=512, ge=2, description="longer rows are left out, and counted")
-    max_answer_tokens: int | None = Field(
-        default=None, ge=1, description="learn only so many of an answer's first tokens; default: all"
-    )
 
     @field_validator("tasks")
     @classmethod
-    def _once(cls, tasks: list[MixtureTask]) -> list[MixtureTask]:
-        names = [entry.task for entry in tasks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f'task {name!r} is listed twice; join its sources instead ("source: a.jsonl+b.jsonl")')
-        return tasks
+    def _each_once(cls, tasks: list[MixtureTask]) -> list[MixtureTask]:
+        return each_once(tasks)
 
 
-def source_of(entry: MixtureTask, pattern: str | None) -> str | None:
+Entry = TypeVar("Entry", bound=TaskSource)
+Part = TypeVar("Part", bound=Settings)
+
+
+def each_once(tasks: list[Entry]) -> list[Entry]:
+    for name, count in Counter(entry.task for entry in tasks).items():
+        if count > 1:
+            raise ValueError(f'task {name!r} is listed twice; join its sources instead ("source: a.jsonl+b.jsonl")')
+    return tasks
+
+
+def brought(settings: Part, own: Mapping[str, Any], *, default: Part, by: str) -> Part:
+    """Settings with what a trained network brings. ValueError if another value was given, which would have no effect."""
+    own = {key: value for key, value in own.items() if key in type(settings).model_fields}
+    for key, value in own.items():
+        given = getattr(settings, key)
+        if given not in (value, getattr(default, key)):
+            raise ValueError(f"{key}={given} has no effect: {by} was made with {key}={value}. Leave it out.")
+    return settings.model_copy(update=own)
+
+
+def source_of(entry: TaskSource, pattern: str | None) -> str | None:
     """A task's own source, else the common one with {task} filled in."""
     return entry.source or fill(pattern, entry.task)
 

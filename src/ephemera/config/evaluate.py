@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ephemera.config.base import DataSettings, LoraSettings, MixtureSettings, ModelSettings
+from ephemera.config.base import AdaptedModelSettings, DataSettings, GradientModelSettings, ModelSettings, TasksSettings
 from ephemera.config.settings import Settings
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
 
@@ -18,7 +18,7 @@ class Evaluate(Settings):
     """`ephemera evaluate`"""
 
     output: str = Field(default="runs/evaluate", description="folder of records, tables and figures")
-    model: ModelSettings = ModelSettings()
+    model: AdaptedModelSettings = AdaptedModelSettings()
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a plain PEFT LoRA")
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
@@ -68,8 +68,7 @@ class Variant(Settings):
         return self
 
 
-class BenchmarkData(MixtureSettings):
-    split: str = Field(default="test", description="train, validation or test")
+class BenchmarkData(TasksSettings):
     limit: int | None = Field(default=100, ge=1, description="rows of each task, drawn at random")
     fraction: float | None = Field(default=None, gt=0, le=1, description="share of each task's rows, instead of limit")
     max_tokens: int = Field(default=1024, ge=2, description="longer rows are left out, and counted")
@@ -79,7 +78,9 @@ class Benchmark(Settings):
     """`ephemera benchmark`: accuracy of models x variants on tasks (TaskWeaver Table 2)"""
 
     output: str = Field(default="runs/benchmark", description="folder of records and tables")
-    models: list[ModelSettings] = Field(default=[ModelSettings()], min_length=1, description="rows of the table")
+    models: list[AdaptedModelSettings] = Field(
+        default=[AdaptedModelSettings()], min_length=1, description="rows of the table"
+    )
     variants: list[Variant] = Field(default=[Variant(name="Base")], min_length=1, description="of each model")
     against: list[str] = Field(default=[], description="variants to compare the others with; default: the first")
     data: BenchmarkData = BenchmarkData()
@@ -118,14 +119,9 @@ class Analyse(Settings):
     """`ephemera analyse`: what a generator's adapters depend on"""
 
     output: str = Field(default="runs/analysis", description="folder of records, tables and figures")
-    model: ModelSettings = Field(
-        default=ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0)),
-        description="lora is the generator's own; where this differs, that is said",
-    )
+    model: ModelSettings = ModelSettings()
     generator: str = Field(default="taskweaver", description="folder or shipped name")
-    data: MixtureSettings = Field(
-        default=MixtureSettings(split="test", limit=40), description="weight and stop are for training alone"
-    )
+    data: TasksSettings = TasksSettings(limit=40)
     batch_size: int = Field(default=8, ge=1, description="prompts at once")
     seed: int = Field(default=0, description="of controls, shuffled labels and embeddings")
 
@@ -137,7 +133,7 @@ class Survey(Settings):
     """`ephemera survey`: what one step does to the answers of many tasks, beside the base model and the controls"""
 
     output: str = Field(default="runs/survey", description="folder of records and tables")
-    model: ModelSettings = ModelSettings()
+    model: GradientModelSettings = GradientModelSettings()
     network: str = Field(default="universal", description="folder or shipped name of the rate, with its gate")
     constants: str | None = Field(default=None, description="folder of per-projection constants, for `constants`")
     uniform_rate: float = Field(default=3.0, ge=0, description="one rate for all projections, for `uniform`")

@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ephemera.config.base import DataSettings, LoraSettings, MixtureSettings, ModelSettings
+from ephemera.config.base import (
+    AdaptedModelSettings,
+    DataSettings,
+    GeneratedLoraSettings,
+    GradientModelSettings,
+    MixtureSettings,
+    ModelSettings,
+    TaskLoraSettings,
+    TasksSettings,
+)
 from ephemera.config.settings import Settings
 from ephemera.rates import MAX_STEPS
 
@@ -29,10 +38,6 @@ class ObjectiveSettings(Settings):
 
 
 class ScaleNetSettings(Settings):
-    granularity: Literal["layer", "step", "constant"] = Field(
-        default="layer",
-        description="a rate per projection, or one per step; or constants per projection, which see no prompt",
-    )
     base_rates: list[Annotated[float, Field(ge=0)]] | None = Field(
         default=None, description="eta of each step, where s = 1; default: searched on validation rows"
     )
@@ -45,6 +50,10 @@ class ScaleNetSettings(Settings):
 
 
 class AloneSettings(ScaleNetSettings):
+    granularity: Literal["layer", "step", "constant"] = Field(
+        default="layer",
+        description="a rate per projection, or one per step; or constants per projection, which see no prompt",
+    )
     reach: Literal["all", "answer"] = Field(
         default="all", description="adapters act on every token, or from the last prompt token on"
     )
@@ -68,39 +77,48 @@ class OptimizerSettings(Settings):
         ge=1,
         description="training prompts that a gradient is taken of, with repeats where the data is smaller (LDTTA 4.1)",
     )
-    passes: int = Field(
-        default=1, ge=1, description="passes over each chunk of prompts (reach answer with one step); 1: none is kept"
-    )
-    memory_gb: float = Field(default=4.0, gt=0, description="of a chunk of prompts that is kept for its passes")
     batch_size: int = Field(default=16, ge=1, description="prompts per optimiser step, over all processes")
     learning_rate: float = Field(default=1e-3, gt=0, description="AdamW; the paper has 1e-4")
     weight_decay: float = Field(default=0.01, ge=0)
     warmup: int = Field(default=50, ge=0, description="optimiser steps of linear warm-up; cosine decay follows")
-    clip_prompt: float = Field(
-        default=1.0, gt=0, description="one prompt's meta-gradient by log-rates is clipped to this norm"
-    )
     clip_norm: float = Field(default=1.0, gt=0, description="the batch's gradient is clipped to this norm")
     seed: int = 0
 
 
-class TrainScaleNet(Settings):
+class RateOptimizerSettings(OptimizerSettings):
+    passes: int = Field(
+        default=1, ge=1, description="passes over each chunk of prompts (reach answer with one step); 1: none is kept"
+    )
+    memory_gb: float = Field(default=4.0, gt=0, description="of a chunk of prompts that is kept for its passes")
+    clip_prompt: float = Field(
+        default=1.0, gt=0, description="one prompt's meta-gradient by log-rates is clipped to this norm"
+    )
+
+
+class TrainSettings(Settings):
+    """Every training that `loop.train` runs"""
+
+    output: str = Field(default="runs/train", description="folder of checkpoints, metrics and what is trained")
+    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
+    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
+
+
+class TrainScaleNet(TrainSettings):
     """`ephemera train scalenet`"""
 
     output: str = Field(default="runs/scalenet", description="folder of checkpoints, metrics and the trained network")
-    model: ModelSettings = ModelSettings()
+    model: AdaptedModelSettings = AdaptedModelSettings()
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a plain PEFT LoRA")
     train: DataSettings = DataSettings(split="train")
     validation: DataSettings = DataSettings(split="validation", limit=200)
     objective: ObjectiveSettings = ObjectiveSettings()
     scalenet: AloneSettings = AloneSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
-    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
+    optimizer: RateOptimizerSettings = RateOptimizerSettings()
     validation_steps: list[int] = Field(default=[1, 3, 5], description="K at which validation NLL is taken")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
-class TrainLens(Settings):
+class TrainLens(TrainSettings):
     """`ephemera train lens`: what the last layer would say, read off earlier ones"""
 
     output: str = Field(default="runs/lens", description="folder of checkpoints, metrics and the trained lens")
@@ -112,9 +130,7 @@ class TrainLens(Settings):
     validation: DataSettings = DataSettings(split="validation", limit=100)
     token_share: float = Field(default=0.5, gt=0, le=1, description="of a batch's tokens, drawn at random")
     optimizer: OptimizerSettings = OptimizerSettings(samples=4000, batch_size=8, learning_rate=1e-3)
-    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
     validate_every: int = Field(default=100, ge=1, description="optimiser steps")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
 class GeneratorSettings(Settings):
@@ -126,39 +142,43 @@ class GeneratorSettings(Settings):
 
 
 class JointSettings(ScaleNetSettings):
+    granularity: Literal["layer", "step"] = Field(default="layer", description="a rate per projection, or one per step")
     learning_rate_factor: float = Field(default=1.0, gt=0, description="ScaleNet's learning rate, times the other's")
     clip_prompt: float = Field(default=1.0, gt=0, description="as in ScaleNet's own training")
 
 
-class TrainGenerator(Settings):
+class GeneratorModelSettings(GradientModelSettings):
+    lora: GeneratedLoraSettings = GeneratedLoraSettings(r=2, lora_alpha=8.0)
+
+
+class TrainGenerator(TrainSettings):
     """`ephemera train generator`"""
 
     output: str = Field(default="runs/generator", description="folder of checkpoints, metrics and the trained network")
-    model: ModelSettings = ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0))
+    model: GeneratorModelSettings = GeneratorModelSettings()
     train: MixtureSettings = MixtureSettings()
-    validation: MixtureSettings = MixtureSettings(split="validation", limit=32)
+    validation: TasksSettings = TasksSettings(split="validation", limit=32)
     generator: GeneratorSettings = GeneratorSettings()
     start: str | None = Field(default=None, description="a trained generator to go on from; default: a fresh one")
     scalenet: JointSettings | None = Field(
         default=None, description="settings of a ScaleNet to train jointly; default: the generator alone"
     )
     optimizer: OptimizerSettings = OptimizerSettings(samples=30_000, batch_size=8, learning_rate=3e-5)
-    checkpoint_every: int = Field(default=50, ge=1, description="optimiser steps")
-    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
-class TrainTaskLora(Settings):
+class TaskLoraModelSettings(GradientModelSettings):
+    lora: TaskLoraSettings = TaskLoraSettings(r=2, lora_alpha=8.0)
+
+
+class TrainTaskLora(TrainSettings):
     """`ephemera train lora`: the baseline, one adapter for a task or a mixture, through PEFT (TaskWeaver 4.1)"""
 
     output: str = Field(default="runs/task-lora", description="folder of checkpoints, metrics and the adapter")
-    model: ModelSettings = ModelSettings(lora=LoraSettings(r=2, lora_alpha=8.0))
+    model: TaskLoraModelSettings = TaskLoraModelSettings()
     train: MixtureSettings = MixtureSettings()
-    validation: MixtureSettings = MixtureSettings(split="validation", limit=32)
+    validation: TasksSettings = TasksSettings(split="validation", limit=32)
     optimizer: OptimizerSettings = OptimizerSettings(samples=2000, batch_size=4, learning_rate=5e-5, warmup=0)
     checkpoint_every: int = Field(default=100, ge=1, description="optimiser steps")
-    validate_every: int = Field(default=250, ge=1, description="optimiser steps")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="besides metrics.jsonl")
 
 
 class TrainGate(Settings):
@@ -168,7 +188,7 @@ class TrainGate(Settings):
     network: str = Field(
         default="universal", description="folder or shipped name of the network; the gate is put beside it"
     )
-    model: ModelSettings = ModelSettings()
+    model: GradientModelSettings = GradientModelSettings()
     data: DataSettings = DataSettings(split="validation", limit=40, format="chat")
     unseen: DataSettings | None = Field(
         default=None, description="tasks that are only reported, never fitted or calibrated on"

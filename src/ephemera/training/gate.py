@@ -21,7 +21,6 @@ from ephemera.gate import SHARES, SIGNALS, Gate
 from ephemera.guard import kl, log_p, read_with, signals
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
-from ephemera.llm.load import load_backbone
 from ephemera.prepared import prepare
 from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate, place_rate
 from ephemera.rates.protocol import NAME as RATE
@@ -193,9 +192,7 @@ def train_gate(config: TrainGate) -> Path:
         raise ValueError(
             f"network={config.network}: a gate is for a trained network with reach answer; this one has reach {network.reach}."
         )
-    backbone = load_backbone(
-        config.model.name, dtype=config.model.dtype, device=config.model.device, **adapted_by(network)
-    )
+    backbone = config.model.load(**adapted_by(network))
     place_rate(network, backbone)
     rows = load_rows(backbone, config.data)
     if len(rows) < 20:

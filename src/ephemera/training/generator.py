@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ephemera.adapt import adapt
 from ephemera.batch import TokenBatch
-from ephemera.config import JointSettings, TrainGenerator
+from ephemera.config import JointSettings, TrainGenerator, brought
 from ephemera.inits import LoraGenerator, load_generator
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM, describe
@@ -134,7 +134,7 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     folder = Path(config.output)
     start = None if config.start is None else load_generator(config.start).requires_grad_(True)
     config = _with_start(config, start)
-    accelerator, backbone = open_run(config, folder, config.model.lora.target_modules)
+    accelerator, backbone = open_run(config, folder, target_modules=config.model.lora.target_modules)
     kept = kept_settings(config, folder) if resume else None
     config = kept or config
     by_task, validation = task_rows(backbone, config.train), task_rows(backbone, config.validation)
@@ -178,21 +178,26 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
 def _with_start(config: TrainGenerator, start: LoraGenerator | None) -> TrainGenerator:
     """A copy of the settings; those that a trained generator was made with go with it."""
     config = config.model_copy(deep=True)
-    for settings in (config.model.lora, config.generator) if start is not None else ():
-        for key in type(settings).model_fields:
-            if key in start.config:
-                setattr(settings, key, start.config[key])
+    if start is not None:
+        own, plain, by = start.config, TrainGenerator(), f"start={config.start}"
+        config.model.lora = brought(config.model.lora, own, default=plain.model.lora, by=by)
+        config.generator = brought(config.generator, own, default=plain.generator, by=by)
     return config
 
 
 def _fresh(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded]) -> LoraGenerator:
     """A new generator, which standardises h by these rows."""
+    lora = config.model.lora
     generator = LoraGenerator(
         projections=backbone.projections,
         state_size=backbone.hidden_size,
         trained_for=describe(backbone),
-        **config.model.lora.model_dump(exclude={"layers"}),
-        **config.generator.model_dump(exclude={"save_dtype"}),
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        init_std=lora.init_std,
+        target_modules=lora.target_modules,
+        hidden_size=config.generator.hidden_size,
+        reach=config.generator.reach,
     )
     fit_states(backbone, generator, rows)
     return generator
@@ -210,8 +215,11 @@ def _scalenet(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded
         hidden_size=backbone.hidden_size,
         projections=len(backbone.projections),
         trained_for=describe(backbone),
-        **settings.model_dump(exclude={"max_steps", "base_rates", "learning_rate_factor", "clip_prompt"}),
+        granularity=settings.granularity,
         base_rates=settings.base_rates,
+        mlp_size=settings.mlp_size,
+        max_log_scale=settings.max_log_scale,
+        trains=settings.trains,
     )
     network.fit_normalization(training_representations(backbone, rows).cpu())
     return network.to(backbone.device)

@@ -113,7 +113,7 @@ def train_lens(config: TrainLens, *, resume: bool = False) -> Path:
     """`ephemera train lens`: returns the folder of the trained lens, `<output>/network`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    accelerator, backbone = open_run(config, folder, config.model.lora.target_modules)
+    accelerator, backbone = open_run(config, folder)
     for layer in config.exit_layers:
         if layer > backbone.layers:
             raise ValueError(f"exit_layers names layer {layer}; {backbone.name} has {backbone.layers}.")

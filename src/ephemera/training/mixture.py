@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ephemera.config import MixtureSettings, source_of
+from ephemera.config import MixtureSettings, TasksSettings, source_of
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.rows import rows_of
 from ephemera.scoring import Encoded
 
 
-def task_rows(backbone: FrozenLM, settings: MixtureSettings) -> dict[str, list[Encoded]]:
+def task_rows(backbone: FrozenLM, settings: MixtureSettings | TasksSettings) -> dict[str, list[Encoded]]:
     """Each task's rows as token ids; what was left out is said."""
     return {
         entry.task: rows_of(backbone, entry.task, source_of(entry, settings.source), settings).rows

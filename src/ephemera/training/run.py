@@ -9,41 +9,17 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from ephemera.config import (
-    LoraSettings,
-    OptimizerSettings,
-    TrainGenerator,
-    TrainLens,
-    TrainScaleNet,
-    TrainTaskLora,
-    check_config,
-    dump_yaml,
-)
+from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.saving import json_text
 from ephemera.training.loop import clear
 
+Run = TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens
 Settings = TypeVar("Settings", TrainScaleNet, TrainGenerator, TrainTaskLora, TrainLens)
 
 
-def open_run(
-    config: TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens,
-    folder: Path,
-    targets: str | list[str],
-    layers: str | list[int] = "all",
-) -> tuple[Accelerator, FrozenLM]:
-    """The accelerator, with its trackers, and the frozen model on its device."""
-    if not isinstance(config, TrainScaleNet):  # no setting is silently ignored
-        unused: dict[str, tuple[Any, Any]] = {
-            "optimizer.clip_prompt": (config.optimizer.clip_prompt, OptimizerSettings().clip_prompt)
-        }
-        if isinstance(config, TrainTaskLora):  # PEFT starts A in its own way
-            unused["model.lora.init_std"] = (config.model.lora.init_std, LoraSettings().init_std)
-        if not isinstance(config, TrainLens):  # generators and task LoRAs sit on all layers
-            unused["model.lora.layers"] = (config.model.lora.layers, LoraSettings().layers)
-        for key, (given, default) in unused.items():
-            if given != default:
-                raise ValueError(f"{key}={given} has no effect on this training; leave it at {default}.")
+def open_run(config: Run, folder: Path, **sits: Any) -> tuple[Accelerator, FrozenLM]:
+    """The accelerator, with its trackers, and the frozen model on its device; `sits`: where its adapters are."""
     available = {"tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
     for tracker in config.trackers:
         if not available[tracker]:
@@ -53,10 +29,7 @@ def open_run(
     )
     if config.trackers:
         accelerator.init_trackers("ephemera", config=_flat(config.model_dump(mode="json")))
-    backbone = config.model.load(
-        device=config.model.device or accelerator.device, target_modules=targets, layers=layers
-    )
-    return accelerator, backbone
+    return accelerator, config.model.load(device=config.model.device or accelerator.device, **sits)
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
@@ -94,13 +67,7 @@ def kept_settings(config: Settings, folder: Path) -> Settings | None:
     return kept
 
 
-def begin(
-    config: TrainScaleNet | TrainGenerator | TrainTaskLora | TrainLens,
-    folder: Path,
-    accelerator: Accelerator,
-    *,
-    beside: dict[str, Any] | None = None,
-) -> None:
+def begin(config: Run, folder: Path, accelerator: Accelerator, *, beside: dict[str, Any] | None = None) -> None:
     """Make way for a new run, and keep its whole configuration (and what stands `beside` it) in its folder."""
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

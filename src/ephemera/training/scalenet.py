@@ -11,29 +11,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from ephemera.adapt import adapt
 from ephemera.config import ObjectiveSettings, OptimizerSettings, TrainScaleNet
-from ephemera.early_exit.lens import Lens, load_lens
-from ephemera.inits import Init, ZeroInit, load_init
+from ephemera.early_exit.lens import load_lens
+from ephemera.inits import Init, ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.made_for import MadeFor
 from ephemera.prepared import bytes_of
 from ephemera.prompt_loss import PromptLoss
-from ephemera.rates import AveragedRate, PerProjectionRate, ScaleNet, load_rate, place_rate
+from ephemera.rates import PerProjectionRate, ScaleNet, load_rate, place_rate
 from ephemera.rows import load_rows
 from ephemera.scoring import (
     Encoded,
-    answer_nll,
-    batches_of,
-    prompt_batch,
     search_base_rates,
     training_representations,
 )
 from ephemera.training.card import read_metrics, write_card
 from ephemera.training.loop import Schedule, Trainee, train
-from ephemera.training.meta_gradient import scalenet_backward
+from ephemera.training.many_steps import ScaleNetTrainee, averaged_rate
 from ephemera.training.one_step import OneStepTrainee, plan_of
 from ephemera.training.run import begin, kept_settings, open_run
 
@@ -41,110 +36,13 @@ NORMALIZATION_PROMPTS = 128
 AVERAGED_PROMPTS = 64
 
 
-class WithLens(nn.Module):
-    """What is trained where the lens is trained too."""
-
-    def __init__(self, rates: ScaleNet, lens: Lens):
-        super().__init__()
-        self.rates = rates
-        self.lens = lens.requires_grad_()
-
-
-class ScaleNetTrainee:
-    """Rates under `loop.train`: K is drawn anew for each batch from 1 to Kmax. K = 0 has no gradient, so it is no sample.
-
-    With `tune_lens` the exit objective's lens learns with it, at that share of the learning rate.
-    """
-
-    def __init__(
-        self,
-        backbone: FrozenLM,
-        init: Init,
-        network: ScaleNet | PerProjectionRate,
-        *,
-        validation: Sequence[Encoded],
-        validation_steps: Sequence[int],
-        batch_size: int,
-        clip_prompt: float,
-        seed: int,
-        tune_lens: float = 0.0,
-    ):
-        self.backbone = backbone
-        self.init = init
-        self.rates = network
-        self.tune_lens = tune_lens
-        lens = network.objective.lens
-        self.network: nn.Module = network
-        if tune_lens and lens is not None and isinstance(network, ScaleNet):
-            self.network = WithLens(network, lens)
-        self.validation = validation
-        self.validation_steps = validation_steps
-        self.batch_size = batch_size
-        self.clip_prompt = clip_prompt
-        self.seed = seed
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        return {"rates.": 1.0, "lens.": self.tune_lens} if isinstance(self.network, WithLens) else {"": 1.0}
-
-    def backward(self, rows: Sequence[Encoded], step: int) -> dict[str, float] | None:
-        K = random.Random(f"{self.seed}:{step}").randint(1, self.rates.max_steps)
-        # A fresh A for each prompt and pass over the data (LDTTA 4.1)
-        return scalenet_backward(
-            self.backbone,
-            self.init,
-            self.rates,
-            rows,
-            K,
-            seed=self.seed * 1_000_003 + step,
-            clip=self.clip_prompt,
-            through_gradients=isinstance(self.network, WithLens),
-        )
-
-    @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Mean answer NLL per K, and the deviation of log rates over prompts: has ScaleNet collapsed?"""
-        report = {}
-        for K in self.validation_steps:
-            nlls, rates = [], []
-            for rows in batches_of(self.backbone, self.validation, self.batch_size):
-                batch = prompt_batch(self.backbone, rows)
-                lora = self.init(self.backbone, batch, [0] * len(rows))
-                trace = adapt(self.backbone, batch, lora, self.rates, K)
-                nlls.append(answer_nll(self.backbone, rows, trace.lora, reach=self.rates.reach))
-                rates.append(trace.rates_BKM)
-            log_rates_NKM = torch.cat(rates).clamp(min=1e-12).log()
-            report[f"validation_nll_{K}"] = torch.cat(nlls).mean().item()
-            report[f"validation_spread_prompts_{K}"] = log_rates_NKM.std(0).mean().item()
-            report[f"validation_spread_projections_{K}"] = log_rates_NKM.mean(0).std(-1, correction=0).mean().item()
-        return report
-
-
-def averaged_rate(
-    backbone: FrozenLM, init: Init, network: ScaleNet, rows: Sequence[Encoded], *, batch_size: int
-) -> AveragedRate:
-    """Replace s(x, k, K) by its mean over training prompts, per (k, K) (LDTTA 4.3)."""
-    Kmax, M = network.max_steps, len(backbone.projections)
-    table_KKM = torch.zeros(Kmax, Kmax, M)
-    for K in range(1, Kmax + 1):
-        rates = []
-        for batch_rows in batches_of(backbone, rows, batch_size):
-            batch = prompt_batch(backbone, batch_rows)
-            trace = adapt(backbone, batch, init(backbone, batch, [0] * len(batch_rows)), network, K)
-            rates.append(trace.rates_BKM[~trace.fallback_B])
-        table_KKM[K - 1, :K] = torch.cat(rates).mean(0).cpu()
-    return AveragedRate(table_KKM, describe(backbone), network.objective, network.made_for, trains=network.trains)
-
-
 def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
     """`ephemera train scalenet`: returns the folder of the trained network, `<output>/network`."""
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
-    lora = config.model.lora
-    init = load_init(config.init, **lora.model_dump(exclude={"target_modules", "layers"}))
-    accelerator, backbone = open_run(
-        config, folder, init.lora_settings.get("target_modules") or lora.target_modules, lora.layers
-    )
+    model, init = config.model.started(config.init)
+    config = config.model_copy(update={"model": model})
+    accelerator, backbone = open_run(config, folder)
     init = init.placed(backbone)
     objective = settled_objective(config.objective)
     objective.check(backbone)
@@ -216,10 +114,13 @@ def _network(config: TrainScaleNet, backbone: FrozenLM, objective: PromptLoss) -
     }
     if settings.granularity == "constant":
         return PerProjectionRate(**common)
-    own = settings.model_dump(
-        exclude={"max_steps", "base_rates", "trains", "reach", "start", "constants", "harm_weight"}
+    network = ScaleNet(
+        hidden_size=backbone.hidden_size,
+        granularity=settings.granularity,
+        mlp_size=settings.mlp_size,
+        max_log_scale=settings.max_log_scale,
+        **common,
     )
-    network = ScaleNet(hidden_size=backbone.hidden_size, **common, **own)
     if settings.start is not None:
         constants = place_rate(load_rate(settings.start), backbone)
         if not isinstance(constants, PerProjectionRate):
@@ -266,6 +167,8 @@ def _trainee(
         return trainee, None
     if config.objective.tune_lens:
         raise ValueError("objective.tune_lens is not for one step with reach answer; leave it out.")
+    if config.validation_steps not in ([1], TrainScaleNet().validation_steps):
+        raise ValueError(f"validation_steps={config.validation_steps}: one step is validated at K = 1; leave it out.")
     assert isinstance(init, ZeroInit)
     plan = plan_of(
         rows,

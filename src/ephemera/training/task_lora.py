@@ -70,7 +70,7 @@ def train_task_lora(config: TrainTaskLora, *, resume: bool = False) -> Path:
     torch.manual_seed(config.optimizer.seed)
     folder = Path(config.output)
     lora = config.model.lora
-    accelerator, backbone = open_run(config, folder, lora.target_modules)
+    accelerator, backbone = open_run(config, folder, target_modules=lora.target_modules)
     kept = kept_settings(config, folder) if resume else None
     config = kept or config.model_copy(deep=True)
     by_task, validation = task_rows(backbone, config.train), task_rows(backbone, config.validation)

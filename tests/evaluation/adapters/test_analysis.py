@@ -229,8 +229,7 @@ def test_mistakes_are_one_clear_error(long_folder, two_tasks):
         analyse(config_for(long_folder, two_tasks))
 
 
-def test_the_generators_own_lora_is_used_and_said(long_folder, two_tasks, capsys):
+def test_the_generators_own_lora_is_used_and_said(long_folder, two_tasks):
     make_generator(load_backbone(str(long_folder), device="cpu"), reads_h=True).save_pretrained(two_tasks / "network")
-    found = analyse(config_for(long_folder, two_tasks, "model.lora.r=7"))
-    assert found.config.model.lora.r == 2
-    assert "model.lora.r: the generator's own 2 is used" in capsys.readouterr().err
+    found = analyse(config_for(long_folder, two_tasks))
+    assert found.conditions["LoRA"] == "r 2, alpha 8, on qv"

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ephemera import scoring
+from ephemera.adaptation import Adaptation
 from ephemera.config import Evaluate
-from ephemera.evaluation.nll import grid
-from ephemera.evaluation.nll.grid import Adapted, evaluate, score
+from ephemera.evaluation.nll.grid import adapted, evaluate, score
 from ephemera.evaluation.nll.report import write_report
 from ephemera.evaluation.shared.records import RECORDS, RUN, Record, RecordFile, read_records, write_json
 from ephemera.inits import ZeroInit
@@ -204,11 +204,10 @@ def test_swapped_answers_with_the_neighbours_adapter(setting, tmp_path):
     backbone = load_backbone(setting["model"]["name"], dtype="float32", device="cpu")
     data = load_dataset("own", source=setting["data"]["source"])
     rows, _ = encode_examples(backbone, data.examples, chat=False, max_tokens=1024)
-    runs = grid.Grid(backbone, ZeroInit(), {"layerwise": network}, {}, seed=0)
     batches = scoring.at_least_two(batches_of(backbone, rows, 3))
     assert sorted(len(batch) for batch in batches) == [3, 4]
     for batch in batches:
-        alone = [runs.adapt([row], "layerwise", 2).lora for row in batch]
+        alone = [adapted(backbone, ZeroInit(), [row], network, 2, seed=0).lora for row in batch]
         for b, row in enumerate(batch):
             own, neighbours = (
                 slow_nll(setting["model"]["name"], alone[i], 0, row.prompt, row.answer) for i in (b, b - 1)
@@ -228,9 +227,10 @@ def test_a_prompt_that_diverges_is_answered_by_the_base_model(setting, tmp_path)
     rows = encode_examples(backbone, data.examples[:2], chat=False, max_tokens=1024)[0]
     start = ZeroInit()(backbone, prompt_batch(backbone, rows), [0, 0])
     broken = start.with_tensors([t.clone().index_fill_(0, torch.tensor([1]), float("nan")) for t in start.tensors])
-    adapted = Adapted(broken, start, [[], []], None, [False, False], 1.0, "all")
+    nothing_BK, fell_back_B = torch.zeros(2, 0), torch.zeros(2, dtype=torch.bool)
+    made = Adaptation(broken, start, nothing_BK, nothing_BK[..., None], fell_back_B, seconds=1.0)
     answers = {e.id: e.answer for e in data.examples}
-    records = score(backbone, rows, adapted, "fixed", 1, answers=answers, generate=False, max_new_tokens=1)
+    records = score(backbone, rows, made, "fixed", 1, answers=answers, generate=False, max_new_tokens=1)
     assert [r.fallback for r in records] == [False, True]
     want = slow_nll(setting["model"]["name"], start, 1, rows[1].prompt, rows[1].answer)
     assert records[1].nll == pytest.approx(want, abs=1e-5)

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.progress import track
 
 from ephemera.artifact import NETWORKS
 from ephemera.begin import adapt_from, reach_of
-from ephemera.config import Benchmark, MixtureSettings, ModelSettings, Variant, fill, source_of
+from ephemera.config import AdaptedModelSettings, Benchmark, TaskSource, Variant, fill, source_of
 from ephemera.evaluation.shared.execute import run_program
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, AnswerRecord, RecordFile, write_json
@@ -48,7 +49,12 @@ class Rows:
         for example in data.examples:
             self._check_room(example, 0, backbone)
         self.rows, self.long = encode_examples(
-            backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=system
+            backbone,
+            data.examples,
+            chat=chat,
+            max_tokens=config.data.max_tokens,
+            system=system,
+            max_answer_tokens=config.data.max_answer_tokens,
         )
         for row in self.rows:
             self._check_room(self.examples[row.id], len(row.prompt), backbone)
@@ -70,12 +76,11 @@ class Rows:
 
 def benchmark(config: Benchmark) -> Path:
     """Fill the table, resuming what the folder already holds. Ctrl-C keeps all finished records."""
-    check_mixture(config.data)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     data = {entry.task: _load(config, entry) for entry in config.data.tasks}
     for name, found in data.items():
-        if found.task.tests and "generate" in config.scoring and not config.allow_code_execution:
+        if not config.allow_code_execution and found.task.tests and "generate" in config.scoring:
             raise ValueError(
                 f"task {name!r} is judged by running generated code. Allow it with --allow-code-execution (it runs in a "
                 "limited subprocess; a container is safer), or leave the task out."
@@ -102,19 +107,20 @@ def benchmark(config: Benchmark) -> Path:
     return folder
 
 
-def check_mixture(data: MixtureSettings) -> None:
-    """ValueError where a setting of training mixtures is given: here it would be ignored."""
-    if data.stop != "samples" or any(entry.weight != 1 for entry in data.tasks):
-        raise ValueError("data.stop and the tasks' weight are for training mixtures; every row counts alike here.")
-
-
-def _load(config: Benchmark, entry: Any) -> Dataset:
-    where = source_of(entry, config.data.source)
-    data = load_dataset(entry.task, split=config.data.split, source=where, limit=None)
-    limit = config.data.limit
-    if config.data.fraction is not None:
-        limit = max(1, round(config.data.fraction * len(data.examples)))
-    return load_dataset(entry.task, split=config.data.split, source=where, limit=limit, seed=config.data.seed).once()
+def _load(config: Benchmark, entry: TaskSource) -> Dataset:
+    drawn = config.data
+    load = partial(
+        load_dataset,
+        entry.task,
+        split=drawn.split,
+        source=source_of(entry, drawn.source),
+        seed=drawn.seed,
+        cut=drawn.cut,
+    )
+    limit = drawn.limit
+    if drawn.fraction is not None:
+        limit = max(1, round(drawn.fraction * len(load().examples)))
+    return load(limit=limit).once()
 
 
 def _open_run(folder: Path, config: Benchmark, data: dict[str, Dataset], *, fresh: bool) -> dict[str, Any]:
@@ -171,7 +177,7 @@ def _identity(variant: Variant, task: str) -> dict[str, Any]:
     return {"init": init, "rate": variant.rate, "steps": variant.steps, "files": digests}
 
 
-def _by_targets(settings: ModelSettings, config: Benchmark) -> dict[str, list[Variant]]:
+def _by_targets(settings: AdaptedModelSettings, config: Benchmark) -> dict[str, list[Variant]]:
     """Variants by the modules that they adapt: each group is one loading of the model."""
     groups: dict[str, list[Variant]] = {}
     for variant in config.variants:
@@ -185,14 +191,13 @@ def _by_targets(settings: ModelSettings, config: Benchmark) -> dict[str, list[Va
 
 def _fill(
     backbone: FrozenLM,
-    settings: ModelSettings,
+    settings: AdaptedModelSettings,
     variant: Variant,
     rows: Rows,
     config: Benchmark,
     records: RecordFile[AnswerRecord],
 ) -> None:
-    zero = settings.lora.model_dump(exclude={"target_modules", "layers"})
-    init = load_init(str(fill(variant.init, rows.task.name)) if variant.init else "zero", **zero)
+    init = load_init(fill(variant.init, rows.task.name) or "zero", **settings.lora.start)
     init = init.placed(backbone)
     rule = place_rate(load_rate(variant.rate), backbone) if variant.rate is not None and variant.steps else None
     if rule is not None and rule.max_steps is not None and variant.steps > rule.max_steps:
@@ -208,7 +213,7 @@ def _fill(
 
 def _answer(
     backbone: FrozenLM,
-    settings: ModelSettings,
+    settings: AdaptedModelSettings,
     variant: Variant,
     init: Init,
     rule: Rate | None,

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ephemera.batch import length_batches
 from ephemera.config import Analyse, source_of
-from ephemera.evaluation.accuracy.run import check_mixture
 from ephemera.evaluation.adapters.grouping import Grouping, embed, grouping, update_products
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, ControlRecord, RecordFile, write_json
@@ -29,9 +28,9 @@ from ephemera.evaluation.shared.statistics import LEVEL, RESAMPLES, SEED, Estima
 from ephemera.inits import LoraGenerator, load_generator
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
+from ephemera.rows import TaskRows, rows_of
 from ephemera.run_info import command, commit, versions
-from ephemera.scoring import Encoded, answer_nll, encode_examples, prompt_batch
-from ephemera.tasks import Dataset, load_dataset
+from ephemera.scoring import Encoded, answer_nll, prompt_batch
 
 CONTROLS = {
     "base": "no adapter",
@@ -162,19 +161,16 @@ def analyse(config: Analyse) -> Analysis:
     if (folder / RUN).exists() and json.loads((folder / RUN).read_text()).get("kind") != "analysis":
         raise ValueError(f"{folder} holds a run of another command. Give another output=.")
     folder.mkdir(parents=True, exist_ok=True)
-    check_mixture(config.data)
     if config.data.limit == 1:
         raise ValueError("an analysis compares prompts of a task: data.limit should be at least 2, or null.")
     generator = load_generator(config.generator)
-    config = _with_the_generators_lora(config, generator)
-    loaded = _load(config)
-    backbone = config.model.load()
+    backbone = config.model.load(target_modules=generator.target_modules)
     weights = _fingerprint(generator)
     generator = generator.placed(backbone)
-    by_task, long = _rows(backbone, loaded, config)
-    rows = [row for kept in by_task.values() for row in kept]
-    names = [task for task, kept in by_task.items() for _ in kept]
-    task_N = torch.tensor([list(by_task).index(name) for name in names])
+    loaded = _load(backbone, config)
+    tasks, rows = [task.task.name for task in loaded], [row for task in loaded for row in task.rows]
+    names = [row.task for row in rows]
+    task_N = torch.tensor([tasks.index(name) for name in names])
     records = RecordFile(folder, ControlRecord)
     _open_run(folder, config, backbone, weights, rows, fresh=not records.records)
     print(f"generating the adapters of {len(rows)} prompts ...", file=sys.stderr)
@@ -196,14 +192,14 @@ def analyse(config: Analyse) -> Analysis:
     ]
     records.replace(whole)
     groups = {"all": list(range(len(rows)))} | {
-        name: [n for n, mine in enumerate(names) if mine == name] for name in by_task
+        name: [n for n, mine in enumerate(names) if mine == name] for name in tasks
     }
     return Analysis(
         folder=folder,
         config=config,
-        conditions=_conditions(config, backbone, generator, weights, loaded, by_task, long, used),
+        conditions=_conditions(config, backbone, generator, weights, loaded, used),
         records=whole,
-        tasks=list(by_task),
+        tasks=tasks,
         task_N=task_N,
         norms_NM=norms_NM,
         projections=[(p.layer, p.kind) for p in backbone.projections],
@@ -213,15 +209,6 @@ def analyse(config: Analyse) -> Analysis:
         pca_shares=shares,
         controls={name: compare(nll, chosen) for name, chosen in groups.items()},
     )
-
-
-def _with_the_generators_lora(config: Analyse, generator: LoraGenerator) -> Analyse:
-    config = config.model_copy(deep=True)
-    for key in ("r", "lora_alpha", "init_std", "target_modules"):
-        if (own := generator.config[key]) != getattr(config.model.lora, key):
-            print(f"model.lora.{key}: the generator's own {own} is used.", file=sys.stderr)
-            setattr(config.model.lora, key, own)
-    return config
 
 
 def _placed(norms_NM: Tensor, places: Mapping[str, Tensor], n: int) -> dict[str, Any]:
@@ -237,22 +224,20 @@ def _conditions(
     backbone: FrozenLM,
     generator: LoraGenerator,
     weights: str,
-    loaded: Sequence[Dataset],
-    by_task: Mapping[str, Sequence[Encoded]],
-    long: int,
-    used: Mapping[str, str],
+    loaded: Sequence[TaskRows],
+    used: dict[str, str],
 ) -> dict[str, str]:
     """What was run on what, as the report's last part says it."""
-    data, counts = config.data, {task: len(rows) for task, rows in by_task.items()}
+    data, counts = config.data, {task.task.name: len(task.rows) for task in loaded}
     return {
         "Model": f"{backbone.name} (weights {backbone.fingerprint()})",
         "Number type": str(backbone.dtype).removeprefix("torch."),
         "Generator": f"{config.generator} (weights {weights})",
         "LoRA": f"r {generator.r}, alpha {generator.lora_alpha:g}, on {generator.target_modules}",
         "Prompts": f"{sum(counts.values())} ({', '.join(f'{t} {n}' for t, n in counts.items())}), "
-        f"{data.split} rows, {data.format}; longer than {data.max_tokens} tokens and left out: {long}, "
-        f"equal to another and left out: {sum(found.repeated for found in loaded)}",
-        "Sources": ", ".join(dict.fromkeys(found.source for found in loaded)),
+        f"{data.split} rows, {data.format}; longer than {data.max_tokens} tokens and left out: {sum(task.long for task in loaded)}, "
+        f"equal to another and left out: {sum(task.repeated for task in loaded)}",
+        "Sources": ", ".join(dict.fromkeys(task.source for task in loaded)),
         "Seed": f"{config.seed} (controls, shuffles, embeddings), {data.seed} (choice of rows)",
         "Intervals": f"{LEVEL} %, percentile bootstrap over prompts, {RESAMPLES:,} resamples, seed {SEED}",
         "Versions": ", ".join(f"{name} {version}" for name, version in (versions() | used).items()),
@@ -261,35 +246,16 @@ def _conditions(
     }
 
 
-def _load(config: Analyse) -> list[Dataset]:
+def _load(backbone: FrozenLM, config: Analyse) -> list[TaskRows]:
     """Each task's different rows: a repeated one would be its own neighbour."""
     data = config.data
-    return [
-        load_dataset(
-            entry.task, split=data.split, source=source_of(entry, data.source), limit=data.limit, seed=data.seed
-        ).once()
-        for entry in data.tasks
-    ]
-
-
-def _rows(backbone: FrozenLM, loaded: Sequence[Dataset], config: Analyse) -> tuple[dict[str, list[Encoded]], int]:
-    """Each task's different rows, and how many were left out as too long."""
-    by_task: dict[str, list[Encoded]] = {}
-    long = 0
-    for data in loaded:
-        kept, left_out = encode_examples(
-            backbone,
-            data.examples,
-            chat=config.data.format == "chat",
-            max_tokens=config.data.max_tokens,
-            system=data.task.system,
-        )
-        if len(kept) < 2:
+    loaded = [rows_of(backbone, e.task, source_of(e, data.source), data, once=True) for e in data.tasks]
+    for task in loaded:
+        if len(task.rows) < 2:
             raise ValueError(
-                f"an analysis needs at least 2 rows of each task; {data.task.name} has {len(kept)} ({data.source})."
+                f"an analysis needs at least 2 rows of each task; {task.task.name} has {len(task.rows)} ({task.source})."
             )
-        by_task[data.task.name], long = kept, long + left_out
-    return by_task, long
+    return loaded
 
 
 def _open_run(

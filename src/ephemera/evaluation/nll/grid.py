@@ -6,120 +6,78 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
 
+from ephemera.adaptation import Adaptation
 from ephemera.artifact import NETWORKS
 from ephemera.begin import adapt_from, reach_of
-from ephemera.config import Evaluate, fill
+from ephemera.config import Evaluate
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, Record, RecordFile, write_json
 from ephemera.evaluation.shared.rouge import rouge_lsum
-from ephemera.inits import Init, load_init
+from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
-from ephemera.lora import LoraBatch
-from ephemera.made_for import Reach
 from ephemera.rates import FixedRate, Rate, load_rate, place_rate
+from ephemera.rows import TaskRows, load_rows, load_tasks
 from ephemera.run_info import command, commit, peak_memory, versions
 from ephemera.scoring import (
     Encoded,
     at_least_two,
     batches_of,
     best,
-    encode_examples,
     parts_of,
     prompt_batch,
     search_uniform,
 )
-from ephemera.tasks import Dataset, load_dataset
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """One batch under one method: adapters, and what the records say about how they came about."""
-
-    lora: LoraBatch
-    initial_lora: LoraBatch
-    prompt_nll: list[list[float]]
-    rates: list[list[list[float]]] | None
-    fallback: list[bool]
-    seconds: float
-    reach: Reach
-
-    @staticmethod
-    def joined(parts: Sequence[Adapted]) -> Adapted:
-        rates = [part.rates for part in parts]
-        return Adapted(
-            lora=LoraBatch.cat([part.lora for part in parts]),
-            initial_lora=LoraBatch.cat([part.initial_lora for part in parts]),
-            prompt_nll=[row for part in parts for row in part.prompt_nll],
-            rates=None if None in rates else [row for some in rates for row in some or []],
-            fallback=[row for part in parts for row in part.fallback],
-            seconds=sum(part.seconds for part in parts),
-            reach=parts[0].reach,
-        )
+def adapted(
+    backbone: FrozenLM, init: Init, rows: Sequence[Encoded], rule: Rate | None, K: int, *, seed: int
+) -> Adaptation:
+    """One batch of rows after K steps at this rate, the parts of it that pass through the model at once joined."""
+    start, reach = time.perf_counter(), reach_of(init, rule)
+    parts, places = [], parts_of(backbone, rows)
+    for place in places:
+        batch = prompt_batch(backbone, rows[place])
+        part, _ = adapt_from(backbone, batch, init, [seed] * len(batch.ids_BT), rule, K, reach)
+        parts.append(replace(part, cached={}))  # each method reads its prompts anew
+    whole = Adaptation.joined(parts, [range(len(rows))[place] for place in places])
+    return replace(whole, seconds=time.perf_counter() - start, reach=reach)
 
 
-class Grid:
-    """Every (method, K) of a batch, each adapted once; `swapped` reuses what `layerwise` adapted."""
+def swapped(own: Adaptation) -> Adaptation:
+    """The control: each prompt is answered with its neighbour's adapter."""
+    index = torch.arange(len(own.fallback_B)).roll(1)
+    return replace(
+        own, lora=own.lora.rows(index), fallback_B=own.fallback_B[index], prompt_nll_BK=own.prompt_nll_BK[:, :0]
+    )
 
-    def __init__(self, backbone: FrozenLM, init: Init, rules: dict[str, Rate], uniform: dict[int, float], seed: int):
-        self.backbone = backbone
-        self.init = init
-        self.rules = rules
-        self.uniform = uniform
-        self.seed = seed
 
-    def adapt(self, rows: Sequence[Encoded], method: str, K: int) -> Adapted:
-        parts = [self._adapt(rows[part], method, K) for part in parts_of(self.backbone, rows)]
-        return parts[0] if len(parts) == 1 else Adapted.joined(parts)
-
-    def _adapt(self, rows: Sequence[Encoded], method: str, K: int) -> Adapted:
-        start = time.perf_counter()
-        batch = prompt_batch(self.backbone, rows)
-        rule = self._rule(method, K)
-        reach = reach_of(self.init, rule)
-        trace, _ = adapt_from(self.backbone, batch, self.init, [self.seed] * len(rows), rule, K if rule else 0, reach)
-        return Adapted(
-            lora=trace.lora,
-            initial_lora=trace.initial_lora,
-            prompt_nll=trace.prompt_nll_BK.tolist(),
-            rates=trace.rates_BKM.tolist() if method == "layerwise" else None,
-            fallback=trace.fallback_B.tolist(),
-            seconds=time.perf_counter() - start,
-            reach=reach,
-        )
-
-    def swap(self, adapted: Adapted) -> Adapted:
-        """The control: each prompt is answered with its neighbour's adapter."""
-        index = torch.arange(len(adapted.fallback)).roll(1)
-        return Adapted(
-            lora=adapted.lora.rows(index),
-            initial_lora=adapted.initial_lora,
-            prompt_nll=[[] for _ in index],
-            rates=None,
-            fallback=[adapted.fallback[i] for i in index.tolist()],
-            seconds=adapted.seconds,
-            reach=adapted.reach,
-        )
-
-    def _rule(self, method: str, K: int) -> Rate | None:
-        if method == "none" or K == 0:
-            return None
-        if method == "uniform":
-            return FixedRate(self.uniform[K], reach=self.rules["fixed"].reach)
-        return self.rules[method]
+def cells_of(config: Evaluate, rules: dict[str, Rate], uniform: dict[int, float]) -> dict[int, dict[str, Rate | None]]:
+    """The methods of each K with their rates, `swapped` last. At K = 0 each is the base model, and `none` is nothing else."""
+    cells: dict[int, dict[str, Rate | None]] = {}
+    for K in sorted(set(config.steps)):
+        if K == 0:
+            cells[K] = {"none": None} if "none" in config.methods else {}
+            continue
+        known = rules | {"uniform": FixedRate(uniform[K], reach=config.reach)} if K in uniform else rules
+        wanted = sorted(dict.fromkeys(config.methods), key=lambda method: method == "swapped")
+        cells[K] = {
+            method: known["layerwise" if method == "swapped" else method] for method in wanted if method != "none"
+        }
+    return cells
 
 
 def score(
     backbone: FrozenLM,
     rows: Sequence[Encoded],
-    adapted: Adapted,
+    made: Adaptation,
     method: str,
     K: int,
     *,
@@ -135,13 +93,14 @@ def score(
     for part in parts_of(backbone, rows):
         some, places = rows[part], range(len(rows))[part]
         start = time.perf_counter()
-        lora, initial_lora = adapted.lora.rows(places), adapted.initial_lora.rows(places)
-        read = prefill(backbone, prompt_batch(backbone, some), lora, initial_lora, reach=adapted.reach)
+        lora, initial_lora = made.lora.rows(places), made.initial_lora.rows(places)
+        read = prefill(backbone, prompt_batch(backbone, some), lora, initial_lora, reach=made.reach)
         prefill_seconds += time.perf_counter() - start
         nlls += read.answer_nll([row.answer for row in some]).tolist()
         fallback += read.fallback_B.tolist()
         ids = read.generate(max_new_tokens=max_new_tokens) if generate else None
         texts += [None] * len(some) if ids is None else backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    prompt_nll, rates, fell_back = (t.tolist() for t in (made.prompt_nll_BK, made.rates_BKM, made.fallback_B))
     return [
         Record(
             method=method,
@@ -149,10 +108,10 @@ def score(
             id=row.id,
             nll=nlls[b],
             tokens=len(row.answer),
-            prompt_nll=[round(x, 5) for x in adapted.prompt_nll[b]],
-            seconds=(adapted.seconds + prefill_seconds) / len(rows),
-            fallback=adapted.fallback[b] or fallback[b],
-            rates=[[float(f"{x:.4g}") for x in step] for step in adapted.rates[b]] if adapted.rates else None,
+            prompt_nll=[round(x, 5) for x in prompt_nll[b]],
+            seconds=(made.seconds + prefill_seconds) / len(rows),
+            fallback=fell_back[b] or fallback[b],
+            rates=[[float(f"{x:.4g}") for x in step] for step in rates[b]] if method == "layerwise" else None,
             prompt=None if text is None else _prompt_end(backbone, row),
             answer=None if text is None else answers[row.id],
             text=text,
@@ -172,40 +131,30 @@ def evaluate(config: Evaluate) -> Path:
     """Fill the grid, resuming what the folder already holds. Ctrl-C keeps all finished records."""
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    init = load_init(config.init, **config.model.lora.model_dump(exclude={"target_modules", "layers"}))
-    brought = config.model.lora.model_copy(update=init.lora_settings)  # what is adapted is the init's to say
-    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": brought})})
+    model, init = config.model.started(config.init)
+    config = config.model_copy(update={"model": model})
     backbone = config.model.load()
     init = init.placed(backbone)
     rules = load_rules(config, backbone)
-    data = load_dataset(
-        config.data.task,
-        split=config.data.split,
-        source=fill(config.data.source, config.data.task),
-        limit=config.data.limit,
-        seed=config.data.seed,
-    ).once()
-    chat = config.data.format == "chat"
-    rows, long = encode_examples(
-        backbone, data.examples, chat=chat, max_tokens=config.data.max_tokens, system=data.task.system
-    )
-    if len(rows) < 2:
+    if "+" in config.data.task:
+        raise ValueError(f"data.task={config.data.task}: an evaluation is of one task. Run one for each.")
+    (data,) = load_tasks(backbone, config.data, once=True)
+    if len(data.rows) < 2:
         equal = f" (and {data.repeated} equal to another)" if data.repeated else ""
-        raise ValueError(f"an evaluation needs at least 2 different rows; {data.source} gave {len(rows)}{equal}.")
+        raise ValueError(f"an evaluation needs at least 2 different rows; {data.source} gave {len(data.rows)}{equal}.")
     records = RecordFile(folder, Record)
-    run = _open_run(folder, config, data, rows=len(rows), long=long, backbone=backbone, fresh=not records.records)
+    run = _open_run(folder, config, data, backbone, fresh=not records.records)
     if "uniform" in config.methods and any(config.steps):
         run = _settle_uniform(folder, run, config, backbone, init)
     uniform = {int(k): v for k, v in (run["uniform_rates"] or {}).items()}
     missing = [K for K in config.steps if K and K not in uniform]
     if "uniform" in config.methods and missing:
         raise ValueError(f"uniform_rates has no rate for K = {missing[0]}; give one for each of steps, or none at all.")
-    grid = Grid(backbone, init, rules, uniform, config.seed)
-    answers = {e.id: e.answer for e in data.examples}
-    batches = at_least_two(batches_of(backbone, rows, config.batch_size))
+    cells = cells_of(config, rules, uniform)
+    batches = at_least_two(batches_of(backbone, data.rows, config.batch_size))
     try:
         for batch_rows in track(batches, "evaluating", console=console(), disable=not sys.stderr.isatty()):
-            _fill(grid, batch_rows, config, records, answers, data.task.max_new_tokens)
+            _fill(backbone, init, cells, batch_rows, config, records, data)
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
         raise SystemExit(130) from None
@@ -215,37 +164,31 @@ def evaluate(config: Evaluate) -> Path:
 
 
 def _fill(
-    grid: Grid,
+    backbone: FrozenLM,
+    init: Init,
+    cells: dict[int, dict[str, Rate | None]],
     rows: Sequence[Encoded],
     config: Evaluate,
     records: RecordFile[Record],
-    answers: dict[str, str],
-    max_new_tokens: int,
+    data: TaskRows,
 ) -> None:
-    ids = [row.id for row in rows]
-    for K in sorted(set(config.steps)):
-        layerwise: Adapted | None = None
-        for method in sorted(config.methods, key=lambda m: m == "swapped"):
-            if (
-                records.has((method, K, i) for i in ids)
-                or (method == "none" and K > 0)
-                or (method != "none" and K == 0)
-            ):
-                continue  # every method is the base model at K = 0, and "none" is nothing else
-            if method == "swapped":
-                adapted = grid.swap(layerwise or grid.adapt(rows, "layerwise", K))
-            else:
-                adapted = grid.adapt(rows, method, K)
-                layerwise = adapted if method == "layerwise" else layerwise
+    for K, rules in cells.items():
+        layerwise: Adaptation | None = None
+        for method, rule in rules.items():
+            if records.has((method, K, row.id) for row in rows):
+                continue
+            reused = layerwise if method == "swapped" else None
+            made = reused or adapted(backbone, init, rows, rule, K, seed=config.seed)
+            layerwise = made if method == "layerwise" else layerwise
             new = score(
-                grid.backbone,
+                backbone,
                 rows,
-                adapted,
+                swapped(made) if method == "swapped" else made,
                 method,
                 K,
-                answers=answers,
+                answers={row.id: data.examples[row.id].answer for row in rows},
                 generate=K in config.generate and method in config.generate_methods,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=data.task.max_new_tokens,
             )
             records.add(new)
 
@@ -271,9 +214,7 @@ def load_rules(config: Evaluate, backbone: FrozenLM) -> dict[str, Rate]:
     return rules
 
 
-def _open_run(
-    folder: Path, config: Evaluate, data: Dataset, *, rows: int, long: int, backbone: FrozenLM, fresh: bool
-) -> dict[str, Any]:
+def _open_run(folder: Path, config: Evaluate, data: TaskRows, backbone: FrozenLM, *, fresh: bool) -> dict[str, Any]:
     """run.json: what was run, on what. A folder holds one run; another configuration is refused."""
     settings = config.model_dump(mode="json")
     path = folder / RUN
@@ -290,9 +231,9 @@ def _open_run(
     run = {
         "config": settings,
         "source": data.source,
-        "rows": rows,
+        "rows": len(data.rows),
         "dropped_without_answer": data.dropped,
-        "left_out_as_too_long": long,
+        "left_out_as_too_long": data.long,
         "left_out_as_equal": data.repeated,
         "uniform_rates": config.uniform_rates,
         "uniform_search": None,
@@ -312,20 +253,7 @@ def _settle_uniform(
     """The best uniform rate of each K, on validation rows, kept in run.json."""
     if run["uniform_rates"]:
         return run
-    data = load_dataset(
-        config.validation.task,
-        split=config.validation.split,
-        source=fill(config.validation.source, config.validation.task),
-        limit=config.validation.limit,
-        seed=config.validation.seed,
-    )
-    rows, _ = encode_examples(
-        backbone,
-        data.examples,
-        chat=config.validation.format == "chat",
-        max_tokens=config.validation.max_tokens,
-        system=data.task.system,
-    )
+    rows = load_rows(backbone, config.validation)
     print(f"searching the best uniform rate of each K on {len(rows)} validation rows ...", file=sys.stderr)
     table = search_uniform(
         backbone,

@@ -26,7 +26,6 @@ from ephemera.evaluation.survey.tables import write_tables
 from ephemera.guard import guard
 from ephemera.inits import PeftInit, ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
-from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.prepared import Prepared, prepare
 from ephemera.rates import FixedRate, PerProjectionRate, Rate, ScaleNet, adapted_by, load_rate, place_rate
@@ -99,8 +98,7 @@ def survey(config: Survey) -> Path:
     network = load_rate(config.network)
     if not isinstance(network, ScaleNet | PerProjectionRate) or network.reach != "answer":
         raise ValueError(f"network={config.network}: a survey is of one trained network with reach answer.")
-    model = config.model
-    backbone = load_backbone(model.name, dtype=model.dtype, device=model.device, **adapted_by(network))
+    backbone = config.model.load(**adapted_by(network))
     place_rate(network, backbone)
     methods = Methods(config, backbone, network)
     tasks = load_tasks(backbone, config.data, once=True)
