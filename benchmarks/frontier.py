@@ -40,8 +40,9 @@ from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.made_for import Reach
 from ephemera.prompt_loss import PROMPT, PromptLoss
+from ephemera.rate_search import LATER_GRID
 from ephemera.rates import FixedRate, Rate, Trains, adapted_by, load_rate
-from ephemera.scoring import LATER_GRID, Encoded, batches_of, encode_examples, prompt_batch
+from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import load_dataset
 
 INIT = ZeroInit()

@@ -1,27 +1,19 @@
-"""Examples as token ids, their answer NLL under adapters, and the best uniform rate on validation rows."""
+"""Examples as token ids, the batches that they pass through a model in, and their answers' NLL under adapters."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ephemera.adapt import adapt
 from ephemera.batch import TokenBatch, batch_tokens, length_batches, pad
-from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
 from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
-from ephemera.prompt_loss import PROMPT, PromptLoss
-from ephemera.rates import UNIFORM_GRID, FixedRate
 from ephemera.tasks import Example
-
-LATER_GRID = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -112,100 +104,3 @@ def answer_nll(backbone: FrozenLM, rows: Sequence[Encoded], lora: LoraBatch | No
     """Mean NLL [B] over each row's answer tokens under the given adapters."""
     read = prefill(backbone, prompt_batch(backbone, rows), lora, reach=reach)
     return read.answer_nll([row.answer for row in rows])
-
-
-def search_uniform(
-    backbone: FrozenLM,
-    init: Init,
-    rows: Sequence[Encoded],
-    *,
-    steps: int,
-    batch_size: int = 16,
-    grid: Sequence[float] = UNIFORM_GRID,
-    seed: int = 0,
-    objective: PromptLoss = PROMPT,
-    reach: Reach = "all",
-) -> dict[int, dict[float, float]]:
-    """Mean answer NLL of every rate in `grid` after K = 1..steps uniform steps: {K: {rate: NLL}}."""
-    table: dict[int, dict[float, float]] = {K: {} for K in range(1, steps + 1)}
-    for rate in grid:
-        sums = dict.fromkeys(table, 0.0)
-        for batch_rows in batches_of(backbone, rows, batch_size):
-            batch = prompt_batch(backbone, batch_rows)
-            lora = init(backbone, batch, [seed] * len(batch_rows))
-            for K in table:
-                lora = adapt(backbone, batch, lora, FixedRate(rate, objective), 1).lora
-                sums[K] += answer_nll(backbone, batch_rows, lora, reach=reach).double().sum().item()
-        for K, by_rate in table.items():
-            by_rate[rate] = sums[K] / len(rows)
-    return table
-
-
-def best(table: dict[float, float]) -> float:
-    """The rate of the lowest finite NLL."""
-    return min(table, key=lambda rate: table[rate] if math.isfinite(table[rate]) else math.inf)
-
-
-def search_base_rates(
-    backbone: FrozenLM,
-    init: Init,
-    rows: Sequence[Encoded],
-    *,
-    steps: int,
-    batch_size: int = 16,
-    seed: int = 0,
-    objective: PromptLoss = PROMPT,
-    reach: Reach = "all",
-) -> tuple[list[float], dict[str, dict[float, float]]]:
-    """A schedule to start ScaleNet from: the best first step, then one rate for all later ones.
-
-    Found greedily: the best uniform rate for K = 1; after it, the share of it that does best for K = 2.
-    The share is kept above zero, so that training can enlarge it.
-    """
-    first_table = search_uniform(
-        backbone,
-        init,
-        rows,
-        steps=1,
-        batch_size=batch_size,
-        seed=seed,
-        objective=objective,
-        reach=reach,
-    )[1]
-    first = _refined(first_table)
-    later_table = {}
-    for share in LATER_GRID:
-        total = 0.0
-        for batch_rows in batches_of(backbone, rows, batch_size):
-            batch = prompt_batch(backbone, batch_rows)
-            lora = init(backbone, batch, [seed] * len(batch_rows))
-            for rate in (first, first * share):
-                lora = adapt(backbone, batch, lora, FixedRate(rate, objective), 1).lora
-            total += answer_nll(backbone, batch_rows, lora, reach=reach).double().sum().item()
-        later_table[share] = total / len(rows)
-    share = max(best(later_table), min(s for s in LATER_GRID if s > 0))
-    return [first] + [first * share] * (steps - 1), {"first": first_table, "later_share": later_table}
-
-
-def _refined(table: dict[float, float]) -> float:
-    """The vertex of the parabola through the grid's best and its neighbours, in log rate."""
-    rates = sorted(table)
-    i = rates.index(best(table))
-    if not 0 < i < len(rates) - 1 or not all(math.isfinite(table[r]) for r in rates[i - 1 : i + 2]):
-        return rates[i]
-    x0, x1, x2 = (math.log(r) for r in rates[i - 1 : i + 2])
-    y0, y1, y2 = (table[r] for r in rates[i - 1 : i + 2])
-    above, below = (
-        (x1 - x0) ** 2 * (y1 - y2) - (x1 - x2) ** 2 * (y1 - y0),
-        (x1 - x0) * (y1 - y2) - (x1 - x2) * (y1 - y0),
-    )
-    return rates[i] if below == 0 else round(math.exp(x1 - 0.5 * above / below), 4)
-
-
-@torch.no_grad()
-def training_representations(
-    backbone: FrozenLM, rows: Sequence[Encoded], *, batch_size: int = 16, exit_layer: int | None = None
-) -> Tensor:
-    """h(x) [N,2D] of unadapted prompts, for ScaleNet's normalisation."""
-    batches = (prompt_batch(backbone, b) for b in batches_of(backbone, rows, batch_size))
-    return torch.cat([backbone.forward(b, embedded=True, stop=exit_layer).representation_BH(b) for b in batches])

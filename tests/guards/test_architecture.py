@@ -16,7 +16,7 @@ LAYERS = (
     *("fast", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
     *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin"),
-    *("scoring", "config", "rows", "model", "run_info"),
+    *("scoring", "rate_search", "config", "rows", "model", "run_info"),
     *("training", "evaluation", "serving"),
     *("bench", "doctor", "demo", "cli", "__main__"),
 )

@@ -96,6 +96,15 @@ class ScaleNetTrainee:
         return report
 
 
+@torch.no_grad()
+def fit_normalization(backbone: FrozenLM, network: ScaleNet, rows: Sequence[Encoded]) -> None:
+    """Let the network standardise h(x) by that of these prompts, unadapted."""
+    stop = network.objective.exit_layer
+    batches = [prompt_batch(backbone, some) for some in batches_of(backbone, rows, 16)]
+    h = [backbone.forward(batch, embedded=True, stop=stop).representation_BH(batch) for batch in batches]
+    network.fit_normalization(torch.cat(h).cpu())
+
+
 def averaged_rate(
     backbone: FrozenLM, init: Init, network: ScaleNet, rows: Sequence[Encoded], *, batch_size: int
 ) -> AveragedRate:

@@ -19,16 +19,15 @@ from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.made_for import MadeFor
 from ephemera.prepared import bytes_of
 from ephemera.prompt_loss import PromptLoss
+from ephemera.rate_search import RateSearch
 from ephemera.rates import PerProjectionRate, ScaleNet, load_rate, place_rate
 from ephemera.rows import load_rows
 from ephemera.scoring import (
     Encoded,
-    search_base_rates,
-    training_representations,
 )
 from ephemera.training.card import read_metrics, write_card
 from ephemera.training.loop import Schedule, Trainee, train
-from ephemera.training.many_steps import ScaleNetTrainee, averaged_rate
+from ephemera.training.many_steps import ScaleNetTrainee, averaged_rate, fit_normalization
 from ephemera.training.one_step import OneStepTrainee, plan_of
 from ephemera.training.run import begin, kept_settings, open_run
 
@@ -63,7 +62,7 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         network.start_from(first.network.log_rates_KM.detach().exp().cpu())
         trainee.take_over(first)
     if isinstance(network, ScaleNet):
-        network.fit_normalization(training_representations(backbone, sample, exit_layer=objective.exit_layer).cpu())
+        fit_normalization(backbone, network, sample)
     network.to(backbone.device)
     train(trainee, rows, config.optimizer, schedule, folder, accelerator, resume=resume, plan=plan)
     if objective.lens is not None:
@@ -233,15 +232,9 @@ def _settle(
         return kept
     tables = {}
     if config.scalenet.base_rates is None:
-        rates, tables = search_base_rates(
-            backbone,
-            init,
-            validation[:100],
-            steps=config.scalenet.max_steps,
-            batch_size=config.optimizer.batch_size,
-            objective=objective,
-            reach=config.scalenet.reach,
-        )
+        batch_size, reach = config.optimizer.batch_size, config.scalenet.reach
+        search = RateSearch(backbone, init, validation[:100], batch_size, objective=objective, reach=reach)
+        rates, tables = search.schedule(config.scalenet.max_steps)
         config = config.model_copy(update={"scalenet": config.scalenet.model_copy(update={"base_rates": rates})})
         print(f"base rates from {len(validation[:100])} validation rows: {rates}", file=sys.stderr)
     elif len(config.scalenet.base_rates) != config.scalenet.max_steps:

@@ -23,6 +23,7 @@ from ephemera.evaluation.shared.rouge import rouge_lsum
 from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
+from ephemera.rate_search import RateSearch, best
 from ephemera.rates import FixedRate, Rate, load_rate, place_rate
 from ephemera.rows import TaskRows, load_rows, load_tasks
 from ephemera.run_info import command, commit, peak_memory, versions
@@ -30,10 +31,8 @@ from ephemera.scoring import (
     Encoded,
     at_least_two,
     batches_of,
-    best,
     parts_of,
     prompt_batch,
-    search_uniform,
 )
 
 
@@ -255,16 +254,8 @@ def _settle_uniform(
         return run
     rows = load_rows(backbone, config.validation)
     print(f"searching the best uniform rate of each K on {len(rows)} validation rows ...", file=sys.stderr)
-    table = search_uniform(
-        backbone,
-        init,
-        rows,
-        steps=max(config.steps),
-        batch_size=config.batch_size,
-        grid=config.uniform_grid,
-        seed=config.seed,
-        reach=config.reach,
-    )
+    search = RateSearch(backbone, init, rows, config.batch_size, config.seed, reach=config.reach)
+    table = search.uniform(max(config.steps), config.uniform_grid)
     run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
     write_json(folder / RUN, run)
     return run
