@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch.nn.functional as F
+from torch import Tensor
 
 from ephemera.fast import llama_layer as llama
-from ephemera.fast import vocab_loss as head
 from ephemera.llm.frozen_lm import FrozenLM
 
 
@@ -27,9 +28,18 @@ def count_layers(backbone: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> Counter
     return counts
 
 
-def count_head(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each walk over the vocabulary from now on."""
+def count_head(backbone: FrozenLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each walk over the vocabulary from now on: it begins with a product with the first rows of the head.
+
+    The head itself, which decoding calls, gives its whole weight.
+    """
     seen: list[int] = []
-    walk = head._walk
-    monkeypatch.setattr(head, "_walk", lambda h_ND, *rest: seen.append(len(h_ND)) or walk(h_ND, *rest))
+    weight, linear = backbone.head.get_parameter("weight"), F.linear
+
+    def counted(x: Tensor, rows: Tensor, *bias: Tensor | None) -> Tensor:
+        if rows is not weight and rows.data_ptr() == weight.data_ptr():
+            seen.append(len(x))
+        return linear(x, rows, *bias)
+
+    monkeypatch.setattr(F, "linear", counted)
     return seen

@@ -115,7 +115,7 @@ def test_a_depends_on_seed_and_prompt_not_on_place(llama):
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_cost_is_one_forward_a_step(llama, steps, monkeypatch):
-    passes, scored = [], count_head(monkeypatch)
+    passes, scored = [], count_head(llama, monkeypatch)
     llama.decoder.register_forward_hook(lambda *_: passes.append(1))
     prompts = random_ids(LENGTHS)
     adapt(llama, left(prompts), random_lora(llama, 3), random_scalenet(llama), steps)

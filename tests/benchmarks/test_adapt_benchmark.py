@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import benchmarks.adapt
+import benchmarks.memory
 import benchmarks.peers
 import pytest
 import torch
-from benchmarks.memory import run
 
-from ephemera.bench import timing
+from ephemera.bench import floor, timing
 from ephemera.bench.contenders import PeftLoop, adapt_batched, encoded, initial_lora, max_relative_difference
 from ephemera.bench.floor import Floor, count
 from ephemera.bench.prompts import examples
@@ -107,7 +107,7 @@ def test_rows_keep_their_order_and_move_as_in_peft(llama_folder: Path):
     assert max_relative_difference(initial, want) > 0.1
 
 
-def test_operations_are_counted_as_by_hand():
+def test_operations_are_counted_as_by_hand(monkeypatch: pytest.MonkeyPatch):
     """A Llama with D=32, 4 heads of 8, 2 key-value heads, MLP 40, 2 layers, 320 words."""
     lengths = [7, 4, 9]
     backbone = tiny_backbone("llama", dtype=torch.float32)
@@ -121,7 +121,11 @@ def test_operations_are_counted_as_by_hand():
     pair_sums = sum(t for n in lengths for t in range(1, n + 1))
     assert work.attention_flops == 2 * pair_sums * D * (2 * 2 + 4 + 3)
     assert work.flops == work.linear_flops + work.attention_flops
-    assert Floor(work, 3, torch.float32).seconds() > 0
+    # Products of two seconds each: attention takes as long for an operation as they do
+    monkeypatch.setattr(floor, "timed", lambda product: 2.0)
+    products = sum(work.forward.values()) + sum(work.backward.values())
+    seconds = 3 * 2.0 * products * work.flops / work.linear_flops
+    assert Floor(work, 3, torch.float32).seconds() == pytest.approx(seconds)
 
 
 def test_prompts_are_the_same_every_time_and_differ():
@@ -134,10 +138,17 @@ def test_prompts_are_the_same_every_time_and_differ():
 
 @pytest.mark.parametrize("who", ["ephemera", "peft", "step", "scalenet"])
 @pytest.mark.usefixtures("one_thread")
-def test_peak_memory_is_found(who: str, llama_folder: Path):
+def test_peak_memory_is_what_the_system_says(
+    who: str, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t 1500 kB\nVmRSS:\t 1000 kB\n")
+    (tmp_path / "clear_refs").touch()
+    monkeypatch.setattr(benchmarks.memory, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(benchmarks.memory, "CLEAR_REFS", tmp_path / "clear_refs")
     sizes = {"model": str(llama_folder), "dtype": "float32", "length": "short", "batch": 2, "steps": 2, "threads": 1}
-    found = run(who=who, **sizes)
-    assert found["peak_bytes"] >= 0
+    found = benchmarks.memory.run(who=who, **sizes)
+    assert (found["loaded_bytes"], found["peak_bytes"]) == (1000 * 1024, 500 * 1024)
+    assert (tmp_path / "clear_refs").read_text() == "5", "the peak starts anew when the model is loaded"
     backbone = load_backbone(str(llama_folder), dtype="float32", device="cpu")
     prompts = [row.prompt for row in encoded(backbone, "short", 2)]
     assert found["gradient_bytes"] == sum(4 * t.numel() for t in initial_lora(backbone, prompts).tensors)

@@ -142,7 +142,7 @@ def test_a_shared_beginning_is_run_once_and_changes_nothing(architecture, side, 
         backbone.decoder.config.sliding_window = 32  # longer prompts are not packed
     batch = pad(starting(lengths, 12), side=side)
     lora = ZeroInit(r=2)(backbone, batch, [0] * 3)  # B = 0: adapters do nothing yet
-    scored = count_head(monkeypatch)
+    scored = count_head(backbone, monkeypatch)
     written, own, shared = passes(backbone, batch, lora)
     assert shared == 12
     assert scored == [sum(lengths) - 3 - 2 * 11, sum(lengths) - 3]
@@ -199,7 +199,7 @@ def test_a_known_beginning_is_run_once_for_all_that_come(architecture, target_mo
     first = starting((12,), 12)[0]
     batches = [starting(lengths, 12) for lengths in ((15,), (16,), (20, 14, 13), (17, 17))]
     others = [[5, *first], first[:11]]  # begin otherwise, or end too soon
-    network, scored = random_scalenet(backbone), count_head(monkeypatch)
+    network, scored = random_scalenet(backbone), count_head(backbone, monkeypatch)
 
     def steps(prompts):
         start = ZeroInit(r=2)(backbone, pad(prompts), [0] * len(prompts))

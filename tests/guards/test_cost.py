@@ -127,8 +127,8 @@ def test_a_step_takes_no_more_operations_than_it_did(dtype: str):
 
 @pytest.mark.parametrize("K", [0, 1, 3])
 def test_passes_are_k_steps_one_prefill_and_the_tokens(K: int, monkeypatch: pytest.MonkeyPatch):
-    scored = count_head(monkeypatch)
     backbone = tiny_backbone("llama", dtype=torch.float32)
+    scored = count_head(backbone, monkeypatch)
     lm = AdaptiveLM(backbone, rate=0.1)
     prompts, new = ["The river runs past the old mill.", "Give a short answer."], 4
     lengths = [len(lm.encode(p)) for p in prompts]

@@ -128,7 +128,7 @@ def test_the_chat_templates_words_are_run_once(llama, monkeypatch):
     assert len(beginning) >= 5
     assert all(chat[: len(beginning)] == beginning for chat in chats)
     want = [solo(llama, method, prompt, steps=1, tokens=6, chat=True) for prompt in PROMPTS[:3]]
-    scored = count_head(monkeypatch)
+    scored = count_head(llama, monkeypatch)
     jobs = [Job(ids, method, 1, lambda event: None, sampling=Sampling(max_tokens=6)) for ids in chats]
     with running(Engine(llama)) as engine:
         found = [text_of(collect([job], engine)[0]) for job in jobs]
@@ -144,7 +144,7 @@ def test_nothing_is_computed_twice_or_unasked(llama, monkeypatch):
     lay_out = fast_lm.decoding
     monkeypatch.setattr(fast_lm, "decoding", lambda *args, **kw: laid_out.append(1) or lay_out(*args, **kw))
     engine = Engine(llama)
-    scored = count_head(monkeypatch)
+    scored = count_head(llama, monkeypatch)
     hook = llama.head.register_forward_hook(lambda _m, _x, logits: through.append(logits.shape[:-1].numel()))
     try:
         with running(engine):

@@ -13,20 +13,11 @@ from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 from tokenizers import normalizers
 
-from ephemera.serving.http.requests import Limits
 from serving_fixtures import PROMPTS, live, solo, tiny_methods
 from tiny_models import tiny_backbone
 
 CHAT = [{"role": "user", "content": PROMPTS[0]}]
 HALF = "Good \ud83d"
-
-
-@pytest.fixture(scope="module")
-def served():
-    backbone = tiny_backbone("llama")
-    known = tiny_methods(backbone)
-    with live(backbone, known, limits=Limits(90, 16, 8, 60)) as (url, engine):
-        yield url, backbone, {m.name: m for m in known}, engine
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
-from ephemera.serving.http.requests import Limits
-from serving_fixtures import PROMPTS, live, solo, tiny_methods
-from tiny_models import save_tiny, tiny_backbone
-
-
-@pytest.fixture(scope="module")
-def served():
-    backbone = tiny_backbone("llama")
-    known = tiny_methods(backbone)
-    with live(backbone, known, limits=Limits(90, 16, 8, 60)) as (url, engine):
-        yield url, backbone, {m.name: m for m in known}, engine
+from serving_fixtures import PROMPTS, solo
+from tiny_models import save_tiny
 
 
 @pytest.fixture(scope="module")
