@@ -25,7 +25,7 @@ def train_scalenet_command(
 ) -> None:
     """Train ScaleNet, layer-wise or step-wise, by the first-order meta-gradient of the answers' NLL.
 
-    Settings and their meaning: `--print-config`, and docs/method.md."""
+    Settings and their meaning: `--print-config`, and docs/reference/configuration.md."""
     from ephemera.config import TrainScaleNet, dump_yaml, load_config
 
     settings = load_config(TrainScaleNet, str(config) if config else None, set_)
