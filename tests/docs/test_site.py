@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -91,3 +92,25 @@ def test_prose_fits_in_130_columns(page: Path):
 def test_links_of_pages_outside_the_site_lead_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert (ROOT / link).exists(), f"{page.name} links to {link}"
+
+
+def keys(value: dict, *within: str) -> set[str]:
+    """The keys of a JSON object, and of some objects within."""
+    return set(value) | {key for part in within for key in value[part]}
+
+
+def test_file_formats_name_every_key():
+    """The page on file formats is written by hand; the files that ship hold nothing that it leaves out."""
+    from ephemera.inits.generator import RETIRED as OF_GENERATORS
+    from ephemera.rates.protocol import RETIRED
+
+    shipped, told = ROOT / "src" / "ephemera" / "pretrained", (ROOT / "docs" / "reference" / "files.md").read_text()
+    network = json.loads((shipped / "universal" / "rate.json").read_text())
+    gate = json.loads((shipped / "universal" / "gate.json").read_text())
+    generator = json.loads((shipped / "taskweaver" / "generator.json").read_text())
+    results = json.loads((ROOT / "docs" / "results" / "nq-open" / "results.json").read_text())
+    found = keys(network, "trained_for", "made_for") - set(RETIRED)
+    found |= keys(gate, "calibration") | set(gate["calibration"]["calibration"])
+    found |= set(generator) - set(OF_GENERATORS)
+    found |= set(results) | {key for cell in results["cells"] for key in cell}
+    assert {key for key in found if key not in told} == set()
