@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format bench setup clean help
+.PHONY: demo test lint docs format bench setup clean help
 
 help:
 	@echo "make demo    set up, then adapt to real questions and report (browser: demo/report.html)"
-	@echo "make test    set up, then lint, types and every test"
+	@echo "make test    set up, then lint, types, docs and every test"
+	@echo "make docs    write the reference anew, and build the site into site/ (warnings are errors)"
 	@echo "make bench   compare adaptation with a PEFT loop and with the arithmetic's floor"
 	@echo "make format  format the code"
 
@@ -23,13 +24,17 @@ setup: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m ephemera demo --output demo
 
-test: lint
+test: lint # the docs are built by tests/docs
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.adapt
@@ -39,4 +44,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo runs
+	rm -rf $(VENV) demo runs site

@@ -30,7 +30,7 @@ from ephemera.inits import LoraGenerator
 from ephemera.llm.load import load_backbone
 
 ROOT = Path(__file__).parents[2]
-OURS = re.compile(r"(?:^|\| |-m )ephemera ")  # not another program's argument
+OURS = re.compile(r"(?:^|\| |-m |^[A-Z_]+=\S+ )ephemera ")  # not another program's argument
 SETTINGS = {
     "train scalenet": TrainScaleNet,
     "train generator": TrainGenerator,
@@ -65,7 +65,7 @@ def documented() -> list[str]:
     lines = []
     for command in commands().values():
         lines += [line.strip() for line in (command.epilog or "").splitlines() if "ephemera " in line]
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", page.read_text(), flags=re.S)
         lines += [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if OURS.search(line)]
     return lines

@@ -22,7 +22,7 @@ def train_scalenet_command(
 ) -> None:
     """Train ScaleNet, layer-wise or step-wise, by the first-order meta-gradient of the answers' NLL.
 
-    Settings and their meaning: `--print-config`, and docs/method.md."""
+    Settings and their meaning: `--print-config`, and docs/reference/configuration.md."""
     from ephemera.config import TrainScaleNet
 
     settings = settled(TrainScaleNet, config, set_, print_config=print_config)

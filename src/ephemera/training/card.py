@@ -56,7 +56,7 @@ def write_card(
         + "\n".join(lines)
         + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
         f"```yaml\n{dump_yaml(portable)}```\n\n"
-        "Intended for prompts in the form it was trained on (docs/method.md); on others it may do harm, which\n"
+        "Intended for prompts in the form it was trained on (docs/concepts/limits.md); on others it may do harm, which\n"
         "`ephemera evaluate` shows. Test results with intervals: docs/results.\n"
     )
 
