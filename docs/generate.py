@@ -167,6 +167,10 @@ def configuration_page() -> Iterator[str]:
     )
     kinds = [getattr(config, name) for name in config.__all__]
     kinds = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, Settings) and kind is not Settings]
+    for kind in kinds:  # the list grows: what a setting holds has a section too
+        for annotation in (field.annotation for field in kind.model_fields.values()):
+            held = [inner for inner in (annotation, *get_args(annotation)) if inspect.isclass(inner)]
+            kinds += [inner for inner in held if issubclass(inner, Settings) and inner not in kinds]
     top = [kind for kind in kinds if (kind.__doc__ or "").startswith("`ephemera")]
     for kind in [*top, *(kind for kind in kinds if kind not in top)]:
         yield f"## {kind.__name__}"
