@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test reaches a hub
 
+import contextlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     for reason, count in sorted(SKIPPED.items()):
         how = next((fix for word, fix in HOW.items() if word in reason), "")
         print(f"SKIPPED {count}: {reason}{'; ' + how if how else ''}")
+
+
+# rouge_score loads absl, whose handler closes the stream it was made with once uvicorn configures logging: not pytest's
+with contextlib.suppress(ModuleNotFoundError):
+    from absl import logging as absl_logging
+
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__  # pyright: ignore[reportAttributeAccessIssue]
