@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from ephemera.adapt import adapt
 from ephemera.batch import ScoredTokens, TokenBatch, pad, scored_tokens
-from ephemera.config import TrainGate
+from ephemera.config import TrainGate, load_config
 from ephemera.gate import SHARES, SIGNALS
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
@@ -122,7 +121,7 @@ def report(measured: Measured, rows: list[int], told_NC: Tensor, config: TrainGa
 
 
 def measure(folder: Path, limit: int) -> dict[str, Any]:
-    config = TrainGate(**yaml.safe_load((folder / "config.yaml").read_text()))
+    config = load_config(TrainGate, str(folder / "config.yaml"))
     rate = load_rate(config.network)
     backbone = load_backbone(config.model.name, dtype=config.model.dtype, device="cpu", **adapted_by(rate))
     place_rate(rate, backbone)

@@ -189,6 +189,30 @@ def test_averaged_rates_pass_a_gate_too(llama, tmp_path):
     close(made.lora.tensors, want.lora.tensors, 1e-6)
 
 
+def test_joined_rows_keep_their_shares_and_distances(llama):
+    """Two batches whose rows are told out of order: each row has the share and the KL of its own batch."""
+    rule = PerProjectionRate(
+        projections=len(llama.projections), base_rates=(3.0,), made_for=MadeFor(("own",), "plain", "answer", 1)
+    ).double()
+    rule.gate = length_gate(llama, 0.5)
+    places = [[2, 0], [1]]
+    parts = [
+        adapt_from(llama, left([PROMPTS[i] for i in rows]), ZeroInit(init_std=0.3), rows, rule, 1, "answer")[0]
+        for rows in places
+    ]
+    whole = Adaptation.joined(parts, places)
+    for part, rows in zip(parts, places, strict=True):
+        for own, all_B in ((part.share_B, whole.share_B), (part.kl_B, whole.kl_B)):
+            assert own is not None
+            assert all_B is not None
+            assert own.tolist() == all_B[rows].tolist()
+    assert whole.kl_B is not None
+    assert len(set(whole.kl_B.tolist())) > 1
+    ungated = replace(parts[1], share_B=None, kl_B=None)
+    apart = Adaptation.joined([parts[0], ungated], places)
+    assert apart.share_B is apart.kl_B is None
+
+
 def network_of(folder: Path, backbone, reach="answer") -> Path:
     rate = PerProjectionRate(
         projections=len(backbone.projections),

@@ -121,14 +121,14 @@ class Adaptation:
     def joined(parts: Sequence[Adaptation], batches: Sequence[Sequence[int]]) -> Adaptation:
         """One of all rows, on the host but for the adapters: the rows of part n are those that `batches[n]` names."""
         back = torch.tensor([i for rows in batches for i in rows]).argsort()
-        shares = [part.share_B for part in parts if part.share_B is not None]
         return Adaptation(
             lora=LoraBatch.cat([part.lora for part in parts]).rows(back),
             initial_lora=LoraBatch.cat([part.initial_lora for part in parts]).rows(back),
             prompt_nll_BK=torch.cat([part.prompt_nll_BK for part in parts]).cpu()[back],
             rates_BKM=torch.cat([part.rates_BKM.detach() for part in parts]).cpu()[back],
             fallback_B=torch.cat([part.fallback_B for part in parts]).cpu()[back],
-            share_B=torch.cat(shares).cpu()[back] if len(shares) == len(parts) else None,
+            share_B=_of_all([part.share_B for part in parts], back),
+            kl_B=_of_all([part.kl_B for part in parts], back),
             cached={
                 tuple(rows): part.reading for part, rows in zip(parts, batches, strict=True) if part.reading is not None
             },
@@ -206,3 +206,9 @@ class Adaptation:
             found = [(rows.index(row), reading) for rows, reading in self.cached.items() if row in rows]
             last = next((int(reading.ids_BT[place, -1]) for place, reading in found), None)
         return export_peft(self.lora, row, Path(folder), base_model=self.base_model, last_token=last)
+
+
+def _of_all(parts: Sequence[Tensor | None], back: Tensor) -> Tensor | None:
+    """What every part has, joined on the host; None unless all have it."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).cpu()[back] if len(known) == len(parts) else None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, reach_of
-from ephemera.inits import ZeroInit
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -49,7 +48,7 @@ class Contexts:
 
     def adapt(self, contexts: Sequence[Ids]) -> Adapters:
         """One adapter per context, from as much of its end as the window holds, whatever is to be answered."""
-        if self.steps == 0 and isinstance(self.lm.init, ZeroInit):
+        if self.steps == 0 and self.lm.init.zero:
             return None
         ids = [context[-self.max_length :] for context in contexts]
         batch = pad(ids, pad_id=self.backbone.pad_id).to(self.backbone.device)

@@ -237,7 +237,7 @@ def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[
         return _figures(rows, rows.kept_NS(risk_NS, **limits), config.harm)
 
     report: dict[str, Any] = {
-        **config.model_dump(include={"alpha", "harm", "tau", "most"}),
+        **config.model_dump(include={"alpha", "confidence", "harm", "tau", "most"}),
         "threshold": threshold,
         "rows": len(seen.ids),
         "trust_region": {str(tau): figures(seen, None, tau=tau) for tau in TAUS},
@@ -252,7 +252,7 @@ def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[
         report["unseen"] = figures(unseen, risk)
         report["unseen_curve"] = _curve(unseen, risk, config)
         report["unseen_tasks"] = _by_task(unseen, risk, figures)
-    kept = {key: report[key] for key in ("alpha", "harm", "rows", "calibration")}
+    kept = {key: report[key] for key in ("alpha", "confidence", "harm", "rows", "calibration")}
     return replace(gate, calibration=kept), report
 
 

@@ -22,9 +22,7 @@ from ephemera.prompt_loss import PromptLoss
 from ephemera.rate_search import RateSearch
 from ephemera.rates import PerProjectionRate, ScaleNet, load_rate, place_rate
 from ephemera.rows import load_rows
-from ephemera.scoring import (
-    Encoded,
-)
+from ephemera.scoring import Encoded
 from ephemera.training.card import read_metrics, write_card
 from ephemera.training.loop import Schedule, Trainee, train
 from ephemera.training.many_steps import ScaleNetTrainee, averaged_rate, fit_normalization
