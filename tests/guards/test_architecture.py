@@ -16,9 +16,9 @@ LAYERS = (
     *("fast", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
     *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin"),
-    *("scoring", "rate_search", "config", "rows", "model", "run_info"),
+    *("scoring", "rate_search", "config", "rows", "model", "run_info", "cost"),
     *("training", "evaluation", "serving"),
-    *("bench", "doctor", "demo", "cli", "__main__"),
+    *("bench", "doctor", "demo", "reproduce", "cli", "__main__"),
 )
 SPLIT = {"llm"}  # a package whose modules have places of their own
 SIBLINGS = {"training", "evaluation", "serving"}

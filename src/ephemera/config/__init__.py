@@ -15,6 +15,7 @@ from ephemera.config.base import (
     source_of,
 )
 from ephemera.config.evaluate import METHODS, Analyse, Benchmark, BenchmarkData, Evaluate, Method, Survey, Variant
+from ephemera.config.reproduce import LdttaRecipe, Lengths, Recipe, TaskWeaverRecipe
 from ephemera.config.settings import Settings, check_config, dump_yaml, load_config
 from ephemera.config.train import (
     AloneSettings,
@@ -42,6 +43,8 @@ __all__ = [
     "Evaluate",
     "GeneratorSettings",
     "JointSettings",
+    "LdttaRecipe",
+    "Lengths",
     "LoraSettings",
     "Method",
     "MixtureSettings",
@@ -50,11 +53,13 @@ __all__ = [
     "ObjectiveSettings",
     "OptimizerSettings",
     "RateOptimizerSettings",
+    "Recipe",
     "RowSettings",
     "ScaleNetSettings",
     "Settings",
     "Survey",
     "TaskSource",
+    "TaskWeaverRecipe",
     "TasksSettings",
     "TrainGate",
     "TrainGenerator",

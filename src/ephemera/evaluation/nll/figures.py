@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,8 @@ def write_figures(
     consistency: Consistency | None,
 ) -> dict[str, Path]:
     """{caption: PNG}: fig3.png always, fig4.png where there are layer-wise records, fig5.png where of several K."""
-    (folder / FIGURES).mkdir(exist_ok=True)
     written: dict[str, Path] = {}
-    with plt.rc_context(SETTINGS):
+    with styled():
         caption = (
             f"Answer NLL against the number of steps, and its paired difference to no TTA; bands are {LEVEL} % "
             "intervals over prompts (LDTTA Fig. 3)."
@@ -89,7 +89,14 @@ def write_figures(
     return written
 
 
+def styled() -> AbstractContextManager[None]:
+    """The figures' style, for as long as a block runs."""
+    return plt.rc_context(SETTINGS)
+
+
 def save_figure(folder: Path, name: str, figure: Figure) -> Path:
+    """FOLDER/figures/NAME.png."""
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     plt.close(figure)
