@@ -121,14 +121,27 @@ def shipped_shapes() -> dict[str, dict[str, Any]]:
 
 
 def shape_of(model: str) -> ModelShape:
-    """By a name in shapes.yaml, or by a folder's config.json; ValueError names what is known."""
+    """By a name in shapes.yaml, a config.json or its folder, or a hub id; ValueError names what is known."""
     known = shipped_shapes()
     if model in known:
         return ModelShape(name=model, **{key: value for key, value in known[model].items() if key != "hub"})
-    path = Path(model).expanduser() / "config.json"
-    if not path.exists():
-        raise unknown("model", model, [*known, "the folder of a model"])
-    return from_config(model, yaml.safe_load(path.read_text()))
+    path = Path(model).expanduser()
+    path = path if path.is_file() else path / "config.json"
+    if path.is_file():
+        return from_config(model, yaml.safe_load(path.read_text()))
+    if (config := _of_hub(model)) is None:
+        raise unknown("model", model, [*known, "the folder of a model", "a hub id that can be reached"])
+    return from_config(model, config)
+
+
+def _of_hub(model: str) -> dict[str, Any] | None:
+    """A hub id's configuration; None if there is none, or no hub."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).to_dict() if model.count("/") == 1 else None
+    except (OSError, ValueError):
+        return None
 
 
 def from_config(name: str, config: Mapping[str, Any]) -> ModelShape:

@@ -16,7 +16,7 @@ LAYERS = (
     *("fast", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
     *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin"),
-    *("scoring", "rate_search", "config", "rows", "model", "run_info", "cost"),
+    *("scoring", "rate_search", "config", "rows", "model", "run_info", "cost", "plan"),
     *("training", "evaluation", "serving"),
     *("bench", "doctor", "demo", "reproduce", "cli", "__main__"),
 )
