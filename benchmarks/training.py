@@ -36,11 +36,10 @@ from ephemera.inits import LoraGenerator
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.rates import FixedRate, ScaleNet
-from ephemera.scoring import Encoded, prompt_batch
+from ephemera.scoring import Encoded, answer_gradient, prompt_batch
 from ephemera.training.generator import GeneratorTrainee
 from ephemera.training.loop import Schedule, Trainee, batches, train
 from ephemera.training.many_steps import ScaleNetTrainee
-from ephemera.training.meta_gradient import answer_gradient
 
 NETWORKS = ("scalenet", "generator", "joint")
 NEVER = Schedule(checkpoint_every=1 << 30, validate_every=1 << 30)

@@ -1,15 +1,17 @@
-"""Examples as token ids, the batches that they pass through a model in, and their answers' NLL under adapters."""
+"""Examples as token ids, the batches that they pass through a model in, and their answers' NLL under adapters, and its gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ephemera.batch import TokenBatch, batch_tokens, length_batches, pad
+from ephemera.batch import TokenBatch, batch_tokens, last_tokens, length_batches, pad
+from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
-from ephemera.llm.prefill import prefill
+from ephemera.llm.prefill import nll_after, prefill, whole_reading
 from ephemera.llm.tokenize import encode_answer, encode_prompt
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -104,3 +106,32 @@ def answer_nll(backbone: FrozenLM, rows: Sequence[Encoded], lora: LoraBatch | No
     """Mean NLL [B] over each row's answer tokens under the given adapters."""
     read = prefill(backbone, prompt_batch(backbone, rows), lora, reach=reach)
     return read.answer_nll([row.answer for row in rows])
+
+
+def answer_gradient(
+    backbone: FrozenLM,
+    rows: Sequence[Encoded],
+    lora: LoraBatch,
+    *,
+    reach: Reach = "all",
+    reading: CachedLayers | None = None,
+) -> tuple[Tensor, LoraBatch]:
+    """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass.
+
+    With reach `answer` over the answers' tokens only, after the base model's `reading`, kept or made anew.
+    """
+    if reach == "answer":
+        batch, leaves = prompt_batch(backbone, rows), lora.leaves()
+        reading = whole_reading(backbone, batch, reading)
+        with torch.enable_grad():
+            nll_B = nll_after(backbone, batch, reading, [row.answer for row in rows], leaves)
+            grads = torch.autograd.grad(nll_B.sum(), leaves.buffers, allow_unused=True, materialize_grads=True)
+        return nll_B.detach(), leaves.with_buffers(*grads)
+    joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
+    answers = last_tokens(joined, [len(row.answer) for row in rows])
+    leaves = lora.leaves()
+    with torch.enable_grad():
+        hidden_BTD = backbone.forward(joined, leaves).hidden_BTD
+        nll_B = backbone.mean_nll(hidden_BTD, joined, tokens=answers)
+        grads = torch.autograd.grad(nll_B.sum(), leaves.buffers, allow_unused=True, materialize_grads=True)
+    return nll_B.detach(), leaves.with_buffers(*grads)

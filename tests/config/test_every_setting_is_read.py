@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ephemera.config import (
+    METHODS,
     Analyse,
     Benchmark,
     Evaluate,
@@ -75,6 +76,8 @@ def watched(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> tuple[set[st
 def material(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("settings")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    questions = [{"question": row["prompt"], "answer": row["answer"]} for row in ROWS]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     backbone = load_backbone(str(llama_folder), dtype="float32", device="cpu")
     of_all = {"projections": len(backbone.projections), "trained_for": describe(backbone)}
     made_for = MadeFor(("own",), "plain", "answer", 1)
@@ -102,6 +105,7 @@ def runs(
     optimizer = {"samples": 4, "batch_size": 2, "warmup": 1}
     training = {"output": str(output), "model": model, "optimizer": optimizer}
     network, generator = str(material / "network"), str(material / "generator")
+    methods = [method for method in METHODS if method != "template"]  # rows of one's own have none
     rates = {"base_rates": [0.1], "max_steps": 1}
     joint = {**rates, "mlp_size": 4}
     mixed = {**training, "train": tasks, "validation": tasks}
@@ -137,8 +141,10 @@ def runs(
             evaluate,
             [
                 {
-                    **{"output": str(output), "model": model, "data": few, "validation": few, "steps": [1]},
+                    **{"output": str(output), "model": model, "data": few, "validation": few},
                     **{"stepwise": network, "layerwise": network, "averaged": network, "uniform_grid": [0.1]},
+                    **{"steps": [0, 1], "methods": methods, "cross_gradient": True},
+                    "other": {**few, "task": "nq-open", "source": str(material / "questions.jsonl")},
                 }
             ],
         ),

@@ -17,9 +17,9 @@ from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor
 from ephemera.prompt_loss import PromptLoss
 from ephemera.rates import PerProjectionRate, ScaleNet, Trains
-from ephemera.scoring import Encoded, answer_nll
+from ephemera.scoring import Encoded, answer_gradient, answer_nll
 from ephemera.training.many_steps import ScaleNetTrainee
-from ephemera.training.meta_gradient import answer_gradient, scalenet_backward
+from ephemera.training.meta_gradient import scalenet_backward
 from reference import close, merged_weights, slow_nll, slow_representation
 from test_prompt_loss import EXIT, random_lens, slow_loss
 from test_reach import Slow

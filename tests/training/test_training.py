@@ -21,12 +21,12 @@ from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
 from ephemera.prompt_loss import PROMPT
 from ephemera.rates import load_rate
-from ephemera.scoring import Encoded
+from ephemera.scoring import Encoded, answer_gradient
 from ephemera.second_order import adapt_exactly
 from ephemera.training import loop, run
 from ephemera.training.loop import batches, learning_rate
 from ephemera.training.many_steps import ScaleNetTrainee, averaged_rate
-from ephemera.training.meta_gradient import answer_gradient, scalenet_backward
+from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.scalenet import train_scalenet
 from reference import close, merged_model, merged_weights, slow_nll, slow_representation
 from tiny_models import left, random_ids, random_lora, random_scalenet, tiny_backbone

@@ -14,7 +14,17 @@ from ephemera.config.base import (
     fill,
     source_of,
 )
-from ephemera.config.evaluate import METHODS, Analyse, Benchmark, BenchmarkData, Evaluate, Method, Survey, Variant
+from ephemera.config.evaluate import (
+    CONTROLS,
+    METHODS,
+    Analyse,
+    Benchmark,
+    BenchmarkData,
+    Evaluate,
+    Method,
+    Survey,
+    Variant,
+)
 from ephemera.config.reproduce import LdttaRecipe, Lengths, Recipe, TaskWeaverRecipe
 from ephemera.config.settings import Settings, check_config, dump_yaml, load_config
 from ephemera.config.train import (
@@ -33,6 +43,7 @@ from ephemera.config.train import (
 )
 
 __all__ = [
+    "CONTROLS",
     "METHODS",
     "AdaptedModelSettings",
     "AloneSettings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -10,8 +10,12 @@ from ephemera.config.base import AdaptedModelSettings, DataSettings, GradientMod
 from ephemera.config.settings import Settings
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
 
-Method = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped"]
-METHODS = ("none", "fixed", "uniform", "stepwise", "layerwise", "averaged", "swapped")
+Rates = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged"]
+Control = Literal["swapped", "mean", "template", "other-task", "h-swapped", "shuffled", "redrawn"]
+Method = Literal[Rates, Control]
+CONTROLS: tuple[Control, ...] = get_args(Control)  # of the layer-wise network
+METHODS: tuple[Method, ...] = (*get_args(Rates), *CONTROLS)
+GRID: tuple[Method, ...] = (*get_args(Rates), "swapped")  # what a run does if nobody says
 
 
 class Evaluate(Settings):
@@ -22,7 +26,7 @@ class Evaluate(Settings):
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a plain PEFT LoRA")
     data: DataSettings = DataSettings(limit=300)
     validation: DataSettings = DataSettings(split="validation", limit=100)
-    methods: list[Method] = Field(default=list(METHODS), min_length=1, description="rows of the grid")
+    methods: list[Method] = Field(default=list(GRID), min_length=1, description="rows of the grid, and its controls")
     steps: list[Annotated[int, Field(ge=0)]] = Field(
         default=list(range(MAX_STEPS + 1)), min_length=1, description="columns of the grid: K"
     )
@@ -35,16 +39,42 @@ class Evaluate(Settings):
     )
     uniform_grid: list[float] = Field(default=list(UNIFORM_GRID), min_length=1, description="rates of that search")
     stepwise: str = Field(default="stepwise-nq-open", description="folder or shipped name")
-    layerwise: str = Field(default="scalenet-nq-open", description="folder or shipped name; also for swapped")
+    layerwise: str = Field(default="scalenet-nq-open", description="folder or shipped name; also for the controls")
     averaged: str | None = Field(
         default=None, description="folder of averaged rates; default: the folder averaged/ in that of layerwise"
+    )
+    other: DataSettings | None = Field(default=None, description="rows of another task, for the control other-task")
+    cross_gradient: bool = Field(
+        default=False, description="also the inner product of prompt and answer gradient (LDTTA Eq. 5), and its figure"
     )
     generate: list[int] = Field(
         default=[0, 1, 5], description="K at which answers are generated and scored by ROUGE-Lsum"
     )
     generate_methods: list[Method] = Field(default=["none", "layerwise"], description="methods that generate")
     batch_size: int = Field(default=16, ge=2, description="prompts that adapt together")
-    seed: int = Field(default=0, description="seed of the adapters' start")
+    seed: int = Field(default=0, description="seed of the adapters' start, and of what controls draw")
+
+    @model_validator(mode="after")
+    def _complete(self) -> Evaluate:
+        if "other-task" in self.methods and self.other is None:
+            raise ValueError(
+                "methods has other-task, which needs rows of another task: give other.task and other.source"
+            )
+        if self.other is not None and "other-task" not in self.methods:
+            raise ValueError(f"other.task={self.other.task} has no effect: add other-task to methods, or leave it out")
+        if self.other is not None and self.data.task in self.other.task.split("+"):
+            raise ValueError(f"other.task={self.other.task} is data.task too: other-task needs another task")
+        if "redrawn" in self.methods and self.init != "zero":
+            raise ValueError(
+                f"redrawn draws A anew, and init={self.init} draws none: use init=zero, or leave redrawn out"
+            )
+        needed = {"none", "layerwise"} <= set(self.methods) and 0 in self.steps and max(self.steps) > 0
+        if self.cross_gradient and not needed:
+            raise ValueError(
+                f"cross_gradient compares with the gain of layerwise; got methods {self.methods} and steps {self.steps}. "
+                "Add none and layerwise to methods, and 0 and 1 to steps"
+            )
+        return self
 
 
 class Variant(Settings):

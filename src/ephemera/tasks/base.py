@@ -56,3 +56,17 @@ class Task:
     reshape: Callable[[Row], Row] | None = None
     system: str | None = None
     long_field: str | None = None
+
+
+def bare_prompt(task: Task) -> str:
+    """A task's template: its prompt with every field empty. ValueError if the task has no words of its own, or lists."""
+    try:
+        text = task.prompt(dict.fromkeys(task.fields, ""))
+    except ValueError:
+        text = ""
+    if not text.strip():
+        raise ValueError(
+            f"task {task.name!r} has no template that stands without its fields: leave the method template out, or take a "
+            "task whose prompt is words around texts, e.g. nq-open."
+        )
+    return text

@@ -19,11 +19,11 @@ from ephemera.llm.precision import DTYPES
 from ephemera.llm.prefill import prefill, whole_reading
 from ephemera.lora import LoraBatch
 from ephemera.rates import ScaleNet
-from ephemera.scoring import Encoded, batches_of, prompt_batch
+from ephemera.scoring import Encoded, answer_gradient, batches_of, prompt_batch
 from ephemera.training.card import write_generator_card
 from ephemera.training.loop import Schedule, train
 from ephemera.training.many_steps import fit_normalization
-from ephemera.training.meta_gradient import answer_gradient, rates_backward
+from ephemera.training.meta_gradient import rates_backward
 from ephemera.training.mixture import mix, task_rows
 from ephemera.training.run import begin, kept_settings, open_run
 

@@ -9,46 +9,13 @@ from torch import Tensor
 
 from ephemera.adapt import adapt, meta_gradient
 from ephemera.adaptation import Adaptation
-from ephemera.batch import last_tokens, pad
 from ephemera.early_exit.lens import Lens
 from ephemera.inits import Init
-from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
-from ephemera.llm.prefill import nll_after, whole_reading
 from ephemera.lora import LoraBatch
-from ephemera.made_for import Reach
 from ephemera.rates import PerProjectionRate, ScaleNet
-from ephemera.scoring import Encoded, prompt_batch
+from ephemera.scoring import Encoded, answer_gradient, prompt_batch
 from ephemera.second_order import adapt_exactly
-
-
-def answer_gradient(
-    backbone: FrozenLM,
-    rows: Sequence[Encoded],
-    lora: LoraBatch,
-    *,
-    reach: Reach = "all",
-    reading: CachedLayers | None = None,
-) -> tuple[Tensor, LoraBatch]:
-    """Answer NLL [B] under the adapters, and its gradient by them: one forward and one backward pass.
-
-    With reach `answer` over the answers' tokens only, after the base model's `reading`, kept or made anew.
-    """
-    if reach == "answer":
-        batch, leaves = prompt_batch(backbone, rows), lora.leaves()
-        reading = whole_reading(backbone, batch, reading)
-        with torch.enable_grad():
-            nll_B = nll_after(backbone, batch, reading, [row.answer for row in rows], leaves)
-            grads = torch.autograd.grad(nll_B.sum(), leaves.buffers, allow_unused=True, materialize_grads=True)
-        return nll_B.detach(), leaves.with_buffers(*grads)
-    joined = pad([row.prompt + row.answer for row in rows], pad_id=backbone.pad_id).to(backbone.device)
-    answers = last_tokens(joined, [len(row.answer) for row in rows])
-    leaves = lora.leaves()
-    with torch.enable_grad():
-        hidden_BTD = backbone.forward(joined, leaves).hidden_BTD
-        nll_B = backbone.mean_nll(hidden_BTD, joined, tokens=answers)
-        grads = torch.autograd.grad(nll_B.sum(), leaves.buffers, allow_unused=True, materialize_grads=True)
-    return nll_B.detach(), leaves.with_buffers(*grads)
 
 
 def scalenet_backward(

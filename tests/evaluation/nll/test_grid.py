@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from ephemera import scoring
 from ephemera.adaptation import Adaptation
 from ephemera.config import Evaluate
-from ephemera.evaluation.nll.grid import adapted, evaluate, score
+from ephemera.evaluation.nll.adapting import adapted
+from ephemera.evaluation.nll.grid import evaluate, score
 from ephemera.evaluation.nll.report import write_report
 from ephemera.evaluation.shared.records import RECORDS, RUN, Record, RecordFile, read_records, write_json
 from ephemera.inits import ZeroInit

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from ephemera.evaluation.shared.records import Record
-from ephemera.evaluation.shared.statistics import bootstrap_mean, schedule_consistency, summarize
+from ephemera.evaluation.shared.statistics import (
+    bootstrap_mean,
+    bootstrap_ratio,
+    schedule_consistency,
+    spread_of_A,
+    summarize,
+)
 
 
 def record(method: str, K: int, id: str, nll: float, **more) -> Record:
@@ -35,6 +41,48 @@ def test_bootstrap_agrees_with_the_normal_interval_and_its_seed():
 def test_bootstrap_needs_a_prompt():
     with pytest.raises(ValueError, match="at least one prompt"):
         bootstrap_mean([])
+
+
+def test_a_ratio_of_means_against_one_draw_at_a_time():
+    random = np.random.default_rng(2)
+    below = random.normal(2, 1, 30)
+    above = 0.5 * below + random.normal(0, 0.3, 30)
+    estimate = bootstrap_ratio(above, below)
+    draws = [random.integers(0, 30, 30) for _ in range(5000)]
+    ratios = [sum(above[i] for i in draw) / sum(below[i] for i in draw) for draw in draws]
+    assert estimate.mean == pytest.approx(above.sum() / below.sum())
+    assert (estimate.low, estimate.high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), abs=0.01)
+    assert np.isnan(bootstrap_ratio([1.0, np.nan], [1.0, 1.0]).mean)
+
+
+def test_the_share_of_the_gain_that_a_control_keeps():
+    records = [record("none", 0, i, 4.0) for i in "ab"]
+    records += [record("layerwise", 1, i, nll) for i, nll in zip("ab", (2.0, 3.0), strict=True)]
+    records += [record("template", 1, i, nll) for i, nll in zip("ab", (3.5, 2.5), strict=True)]
+    none, layerwise, template = summarize(records)
+    assert none.kept is None
+    assert layerwise.kept is None
+    assert template.kept is not None
+    assert template.against_layerwise is not None
+    assert template.kept.mean == pytest.approx((0.5 + 1.5) / (2.0 + 1.0))
+    assert template.against_layerwise.mean == pytest.approx((1.5 - 0.5) / 2)
+    records[2] = record("layerwise", 1, "a", 6.0)
+    assert summarize(records)[2].kept is None, "no gain to keep: +2 and -1"
+
+
+def test_the_spread_that_is_A_s():
+    random = np.random.default_rng(3)
+    gains, ids = random.normal(1.0, 0.4, 4000), [str(i) for i in range(4000)]
+    records = [record("none", 0, i, 5.0) for i in ids]
+    for method in ("layerwise", "redrawn"):  # each draw of A adds a deviation of 0.3
+        noise = random.normal(0, 0.3, 4000)
+        records += [record(method, 1, i, 5.0 - g + e) for i, g, e in zip(ids, gains, noise, strict=True)]
+    (spread,) = spread_of_A(records)
+    assert (spread.K, spread.n) == (1, 4000)
+    assert spread.of_A == pytest.approx(0.3, rel=0.03)
+    assert spread.of_gain == pytest.approx(0.5, rel=0.03)
+    assert spread.share == pytest.approx(0.36, rel=0.06)
+    assert spread_of_A([r for r in records if r.method != "redrawn"]) == []
 
 
 def test_pooled_and_mean_nll_weigh_long_answers_differently():

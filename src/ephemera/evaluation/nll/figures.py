@@ -35,6 +35,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "layerwise": {"color": "#0072B2", "marker": "o"},
     "averaged": {"color": "#E69F00", "marker": "v"},
     "swapped": {"color": "#56B4E9", "marker": "X", "linestyle": ":"},
+    "mean": {"color": "#332288", "marker": "P", "linestyle": ":"},
+    "template": {"color": "#882255", "marker": "<", "linestyle": ":"},
+    "other-task": {"color": "#999933", "marker": ">", "linestyle": ":"},
+    "h-swapped": {"color": "#44AA99", "marker": "h", "linestyle": ":"},
+    "shuffled": {"color": "#AA4499", "marker": "p", "linestyle": ":"},
+    "redrawn": {"color": "#777777", "marker": "*", "linestyle": ":"},
 }
 SETTINGS: dict[Any, Any] = {
     "font.size": 11,

@@ -6,69 +6,43 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 
 from ephemera.adaptation import Adaptation
 from ephemera.artifact import NETWORKS
-from ephemera.begin import adapt_from, reach_of
 from ephemera.config import Evaluate
+from ephemera.evaluation.nll.adapting import adapted
+from ephemera.evaluation.nll.controls import CONTROLS, Material, controlled
+from ephemera.evaluation.nll.cross_gradient import write_cross_gradients
 from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, Record, RecordFile, write_json
 from ephemera.evaluation.shared.rouge import rouge_lsum
 from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
+from ephemera.llm.tokenize import encode_prompt
 from ephemera.rate_search import RateSearch, best
 from ephemera.rates import FixedRate, Rate, load_rate, place_rate
 from ephemera.rows import TaskRows, load_rows, load_tasks
 from ephemera.run_info import command, commit, peak_memory, versions
-from ephemera.scoring import (
-    Encoded,
-    at_least_two,
-    batches_of,
-    parts_of,
-    prompt_batch,
-)
-
-
-def adapted(
-    backbone: FrozenLM, init: Init, rows: Sequence[Encoded], rule: Rate | None, K: int, *, seed: int
-) -> Adaptation:
-    """One batch of rows after K steps at this rate, the parts of it that pass through the model at once joined."""
-    start, reach = time.perf_counter(), reach_of(init, rule)
-    parts, places = [], parts_of(backbone, rows)
-    for place in places:
-        batch = prompt_batch(backbone, rows[place])
-        part, _ = adapt_from(backbone, batch, init, [seed] * len(batch.ids_BT), rule, K, reach)
-        parts.append(replace(part, cached={}))  # each method reads its prompts anew
-    whole = Adaptation.joined(parts, [range(len(rows))[place] for place in places])
-    return replace(whole, seconds=time.perf_counter() - start, reach=reach)
-
-
-def swapped(own: Adaptation) -> Adaptation:
-    """The control: each prompt is answered with its neighbour's adapter."""
-    index = torch.arange(len(own.fallback_B)).roll(1)
-    return replace(
-        own, lora=own.lora.rows(index), fallback_B=own.fallback_B[index], prompt_nll_BK=own.prompt_nll_BK[:, :0]
-    )
+from ephemera.scoring import Encoded, at_least_two, batches_of, parts_of, prompt_batch
+from ephemera.tasks import bare_prompt
 
 
 def cells_of(config: Evaluate, rules: dict[str, Rate], uniform: dict[int, float]) -> dict[int, dict[str, Rate | None]]:
-    """The methods of each K with their rates, `swapped` last. At K = 0 each is the base model, and `none` is nothing else."""
+    """The methods of each K with their rates, controls last. At K = 0 each is the base model, and `none` is nothing else."""
     cells: dict[int, dict[str, Rate | None]] = {}
     for K in sorted(set(config.steps)):
         if K == 0:
             cells[K] = {"none": None} if "none" in config.methods else {}
             continue
         known = rules | {"uniform": FixedRate(uniform[K], reach=config.reach)} if K in uniform else rules
-        wanted = sorted(dict.fromkeys(config.methods), key=lambda method: method == "swapped")
+        wanted = sorted(dict.fromkeys(config.methods), key=lambda method: method in CONTROLS)
         cells[K] = {
-            method: known["layerwise" if method == "swapped" else method] for method in wanted if method != "none"
+            method: known["layerwise" if method in CONTROLS else method] for method in wanted if method != "none"
         }
     return cells
 
@@ -150,10 +124,13 @@ def evaluate(config: Evaluate) -> Path:
     if "uniform" in config.methods and missing:
         raise ValueError(f"uniform_rates has no rate for K = {missing[0]}; give one for each of steps, or none at all.")
     cells = cells_of(config, rules, uniform)
+    material = material_of(config, backbone, init, rules, data)
     batches = at_least_two(batches_of(backbone, data.rows, config.batch_size))
     try:
         for batch_rows in track(batches, "evaluating", console=console(), disable=not sys.stderr.isatty()):
-            _fill(backbone, init, cells, batch_rows, config, records, data)
+            _fill(backbone, init, cells, batch_rows, config, records, data, material)
+        if config.cross_gradient:
+            write_cross_gradients(folder, backbone, init, rules["layerwise"], batches, seed=config.seed)
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
         raise SystemExit(130) from None
@@ -170,19 +147,23 @@ def _fill(
     config: Evaluate,
     records: RecordFile[Record],
     data: TaskRows,
+    material: Material | None,
 ) -> None:
     for K, rules in cells.items():
         layerwise: Adaptation | None = None
         for method, rule in rules.items():
             if records.has((method, K, row.id) for row in rows):
                 continue
-            reused = layerwise if method == "swapped" else None
-            made = reused or adapted(backbone, init, rows, rule, K, seed=config.seed)
-            layerwise = made if method == "layerwise" else layerwise
+            control = method in CONTROLS
+            made = (layerwise if control else None) or adapted(backbone, init, rows, rule, K, seed=config.seed)
+            layerwise = made if control or method == "layerwise" else layerwise
+            if control:
+                assert material is not None
+                made = controlled(material, method, rows, made, K)
             new = score(
                 backbone,
                 rows,
-                swapped(made) if method == "swapped" else made,
+                made,
                 method,
                 K,
                 answers={row.id: data.examples[row.id].answer for row in rows},
@@ -192,10 +173,33 @@ def _fill(
             records.add(new)
 
 
+def material_of(
+    config: Evaluate, backbone: FrozenLM, init: Init, rules: dict[str, Rate], data: TaskRows
+) -> Material | None:
+    """What the run's controls draw on; None without controls. ValueError for a task that has no bare template."""
+    if not set(config.methods) & set(CONTROLS):
+        return None
+    bare = None
+    if "template" in config.methods:
+        chat = config.data.format == "chat"
+        ids = encode_prompt(backbone.tokenizer, bare_prompt(data.task), chat=chat, system=data.task.system)
+        bare = Encoded("template", backbone.check_ids(ids), [])
+    return Material(
+        backbone,
+        init,
+        rules["layerwise"],
+        data.rows,
+        bare,
+        load_rows(backbone, config.other) if config.other is not None else [],
+        config.seed,
+        config.batch_size,
+    )
+
+
 def load_rules(config: Evaluate, backbone: FrozenLM) -> dict[str, Rate]:
     """The rate of each method of the grid, checked against the model and Kmax."""
     rules: dict[str, Rate] = {"fixed": FixedRate(config.fixed_rate, reach=config.reach)}
-    wanted = set(config.methods) | ({"layerwise"} if "swapped" in config.methods else set())
+    wanted = set(config.methods) | ({"layerwise"} if set(config.methods) & set(CONTROLS) else set())
     specs = {"stepwise": config.stepwise, "layerwise": config.layerwise, "averaged": config.averaged}
     if "averaged" in wanted and config.averaged is None:
         beside = NETWORKS / config.layerwise
@@ -220,7 +224,8 @@ def _open_run(folder: Path, config: Evaluate, data: TaskRows, backbone: FrozenLM
     if path.exists() and not fresh:
         run = json.loads(path.read_text())
         old = {"init": "zero", "reach": "all", **run["config"]}  # runs made before there was a choice
-        changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in ("output", "methods"))
+        free = {"output", "methods", "cross_gradient"} | ({"other"} if old.get("other") is None else set())
+        changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in free)
         if changed:
             raise ValueError(
                 f"{folder} holds a run with other settings ({', '.join(changed)} differ). Give another output=, "

@@ -9,20 +9,26 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ephemera.evaluation.nll.figures import write_figures
+from ephemera.evaluation.nll.cross_report import cross_figure, cross_results, cross_table, read_cross
+from ephemera.evaluation.nll.figures import save_figure, styled, write_figures
 from ephemera.evaluation.nll.tables import (
     Table,
     conditions,
     details_table,
+    kept_table,
     method_names,
     nll_table,
     write_tables,
 )
 from ephemera.evaluation.shared.records import RECORDS, RUN, Record, read_records, write_bytes
-from ephemera.evaluation.shared.statistics import by_cell, schedule_consistency, summarize
+from ephemera.evaluation.shared.statistics import by_cell, schedule_consistency, spread_of_A, summarize
 
 REPORT = "report.html"
 SAMPLES = 3
+CROSS_CAPTION = (
+    "Cross-gradient of prompt and answer at the start adapter (LDTTA Eq. 5), size and sign by layer; the learned rate of each "
+    "projection; and over prompts, the gain against the sum of rate times cross-gradient."
+)
 NEEDED = ("config", "source", "rows", "uniform_rates", "model", "projections", "versions", "commit", "command")
 
 # No scripts, and the policy lets nothing be fetched: the page works from a mail or a USB stick.
@@ -89,14 +95,22 @@ def write_report(folder: Path) -> Path:
     run, records = read_run(folder)
     cells = summarize(records)
     consistency = schedule_consistency(records)
-    write_tables(folder, run, cells, consistency)
+    spreads, cross, names = spread_of_A(records), read_cross(folder, run, records), method_names(run)
+    found = cross_results(cross) if cross else None
+    controls = kept_table(cells, names, spreads)
+    tables = [nll_table(cells, names), details_table(cells, names), *([controls] if controls else [])]
     figures = write_figures(folder, run, records, cells, consistency)
-    names = method_names(run)
+    if cross and found:
+        tables.append(cross_table(cross, found))
+        with styled():
+            figures[CROSS_CAPTION] = save_figure(folder, "cross_gradient", cross_figure(cross, found))
+    write_tables(folder, run, cells, consistency, spreads, found, tables)
+    first, *others = map(html_table, tables)
     body = [
-        html_table(nll_table(cells, names)),
+        first,
         "<h2>Figures</h2>",
         *(_figure(caption, path) for caption, path in figures.items()),
-        html_table(details_table(cells, names)),
+        *others,
         _samples(records, names),
         _conditions(conditions(run, cells)),
     ]

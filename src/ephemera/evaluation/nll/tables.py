@@ -10,12 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ephemera.config import METHODS
+from ephemera.config import CONTROLS, METHODS
 from ephemera.evaluation.shared.records import write_bytes, write_json
-from ephemera.evaluation.shared.statistics import LEVEL, RESAMPLES, SEED, Cell, Consistency, Estimate
+from ephemera.evaluation.shared.statistics import LEVEL, RESAMPLES, SEED, Cell, Consistency, Estimate, Spread
 
 RESULTS, TABLE_CSV, TABLE_MD = "results.json", "table.csv", "table.md"
 EMPTY = "–"
+ESTIMATES = (
+    "nll",
+    "against_none",
+    "against_uniform",
+    "against_layerwise",
+    "kept",
+    "rouge_lsum",
+    "rouge_lsum_against_none",
+)
 ONE = "(one prompt: no interval)"
 NLL_NOTE = f"Mean over prompts, nats per answer token, lower is better; in brackets the {LEVEL} % interval."
 DETAILS_NOTE = (
@@ -23,6 +32,12 @@ DETAILS_NOTE = (
     "for NLL, above zero for ROUGE-Lsum. Harmed: prompts whose NLL rose. Fallbacks: prompts answered by the unadapted "
     "model because something was not finite. Pooled: over answer tokens instead of prompts. Seconds: median per prompt "
     "of adaptation and reading the prompt, its batch's time shared among its rows."
+)
+
+KEPT_NOTE = (
+    "What of the layer-wise network's gain each method keeps, at the same K. Share: its gain over no TTA divided by the "
+    f"network's, both over the same prompts; in brackets the {LEVEL} % paired bootstrap interval. There is none where the "
+    "interval of the network's own gain reaches zero."
 )
 
 
@@ -51,7 +66,7 @@ def method_names(run: dict[str, Any]) -> dict[str, str]:
         "stepwise": "step-wise",
         "layerwise": "layer-wise",
         "averaged": "averaged",
-        "swapped": "swapped (control)",
+        **{control: f"{control} (control)" for control in CONTROLS},
     }
 
 
@@ -120,6 +135,45 @@ def details_table(cells: Sequence[Cell], names: dict[str, str]) -> Table:
     return Table("Differences, harm and cost", DETAILS_NOTE, header, rows, labels=2)
 
 
+def kept_table(cells: Sequence[Cell], names: dict[str, str], spreads: Sequence[Spread]) -> Table | None:
+    """The share of the layer-wise gain that each other method keeps; None without a control."""
+    if not any(c.method in CONTROLS and c.against_layerwise for c in cells):
+        return None
+    rows = [
+        [
+            names[c.method],
+            str(c.K),
+            signed_interval(c.against_none),
+            signed_interval(c.against_layerwise),
+            percent_interval(c.kept),
+            EMPTY if c.harmed is None else f"{100 * c.harmed:.0f} %",
+        ]
+        for c in cells
+        if c.against_layerwise or c.method == "layerwise"
+    ]
+    note = " ".join([KEPT_NOTE, *map(spread_words, spreads)])
+    return Table(
+        "Controls", note, ["method", "K", "vs no TTA", "vs layer-wise", "share of its gain", "harmed"], rows, 2
+    )
+
+
+def percent_interval(estimate: Estimate | None) -> str:
+    """84 % [75, 93]"""
+    if estimate is None:
+        return EMPTY
+    if not math.isfinite(estimate.mean):
+        return "not finite"
+    mean, low, high = (f"{100 * x:.0f}".replace("-", "−") for x in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} % {ONE}" if estimate.n == 1 else f"{mean} % [{low}, {high}]"
+
+
+def spread_words(spread: Spread) -> str:
+    return (
+        f"At K = {spread.K} another draw of A moves a prompt's NLL by a deviation of {spread.of_A:.3f}; the gain's deviation "
+        f"over prompts is {spread.of_gain:.3f}, so A's share of its variance is {100 * spread.share:.1f} %."
+    )
+
+
 def conditions(run: dict[str, Any], cells: Sequence[Cell]) -> list[tuple[str, str]]:
     """What was run, on what: everything needed to run it again."""
     config, data = run["config"], run["config"]["data"]
@@ -149,30 +203,38 @@ def conditions(run: dict[str, Any], cells: Sequence[Cell]) -> list[tuple[str, st
 
 def _networks(config: dict[str, Any]) -> str:
     wanted = [m for m in ("stepwise", "layerwise", "averaged") if m in config["methods"]]
-    if "swapped" in config["methods"] and "layerwise" not in wanted:
+    if set(config["methods"]) & set(CONTROLS) and "layerwise" not in wanted:
         wanted.append("layerwise")
     return ", ".join(f"{m}: {config[m] or 'beside layerwise'}" for m in wanted) or "not used"
 
 
-def write_tables(folder: Path, run: dict[str, Any], cells: Sequence[Cell], consistency: Consistency | None) -> None:
-    """results.json, table.csv and table.md; each appears whole or not at all."""
+def write_tables(
+    folder: Path,
+    run: dict[str, Any],
+    cells: Sequence[Cell],
+    consistency: Consistency | None,
+    spreads: Sequence[Spread],
+    cross: dict[str, Any] | None,
+    tables: Sequence[Table],
+) -> None:
+    """results.json, table.csv and table.md, which holds `tables`; each file appears whole or not at all."""
     stated = conditions(run, cells)
     results = {
         "conditions": dict(stated),
         "cells": [asdict(c) for c in cells],
         "schedule_consistency": asdict(consistency) if consistency else None,
+        "spread_of_A": [asdict(spread) for spread in spreads],
+        "cross_gradient": cross,
     }
     write_json(folder / RESULTS, results)
     write_bytes(folder / TABLE_CSV, table_csv(cells).encode())
-    write_bytes(folder / TABLE_MD, table_md(run, cells, stated).encode())
+    write_bytes(folder / TABLE_MD, table_md(run, tables, stated).encode())
 
 
-def table_md(run: dict[str, Any], cells: Sequence[Cell], stated: Sequence[tuple[str, str]]) -> str:
-    names = method_names(run)
+def table_md(run: dict[str, Any], tables: Sequence[Table], stated: Sequence[tuple[str, str]]) -> str:
     title = f"# {run['model']['name']} on {run['config']['data']['task']}\n"
     lines = "\n".join(f"- {key}: {f'`{value}`' if key == 'Command' else value}" for key, value in stated)
-    tables = [nll_table(cells, names).markdown(), details_table(cells, names).markdown()]
-    return "\n".join([title, *tables, f"## Conditions\n\n{lines}\n"])
+    return "\n".join([title, *(table.markdown() for table in tables), f"## Conditions\n\n{lines}\n"])
 
 
 def table_csv(cells: Sequence[Cell]) -> str:
@@ -188,7 +250,7 @@ def table_csv(cells: Sequence[Cell]) -> str:
 def _csv_row(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in vars(cell).items():
-        if key in ("nll", "against_none", "against_uniform", "rouge_lsum", "rouge_lsum_against_none"):
+        if key in ESTIMATES:
             parts = (value.mean, value.low, value.high, value.n) if value else ("", "", "", "")
             row |= dict(zip((key, f"{key}_low", f"{key}_high", f"{key}_n"), parts, strict=True))
         else:

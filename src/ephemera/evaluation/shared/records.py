@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator
 
 from ephemera.saving import json_text, reason
 
-RECORDS, RUN = "records.jsonl", "run.json"
+RECORDS, RUN, CROSS_GRADIENTS = "records.jsonl", "run.json", "cross_gradient.jsonl"
 # JSON has no NaN and no infinity: a number that is not finite is written as null, and read as NaN
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
@@ -99,14 +99,27 @@ class SurveyRecord(BaseModel):
         return self.task, self.method, self.id
 
 
-R = TypeVar("R", Record, AnswerRecord, ControlRecord, SurveyRecord)
+class CrossGradient(BaseModel):
+    """One prompt's cross-gradient with its answer, and the length of both gradients, of each projection."""
+
+    id: str
+    cross: list[Number]
+    prompt_norm: list[Number]
+    answer_norm: list[Number]
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+R = TypeVar("R", Record, AnswerRecord, ControlRecord, SurveyRecord, CrossGradient)
 
 
 class RecordFile(Generic[R]):
-    """records.jsonl of a run folder. Lines of an interrupted write are dropped on reading."""
+    """A run folder's file of records. Lines of an interrupted write are dropped on reading."""
 
-    def __init__(self, folder: Path, kind: type[R]):
-        self.path = folder / RECORDS
+    def __init__(self, folder: Path, kind: type[R], *, name: str = RECORDS):
+        self.path = folder / name
         self.records: list[R] = []
         if self.path.exists():
             self.records = read_records(self.path, kind)

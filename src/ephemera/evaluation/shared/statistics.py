@@ -5,7 +5,7 @@ Letters: N prompts, K steps of a schedule, k one of them, M projections. NLL is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,8 @@ class Cell:
     nll_pooled: float  # mean over the answer tokens of all prompts
     against_none: Estimate | None  # NLL minus the unadapted model's
     against_uniform: Estimate | None  # NLL minus that of the best uniform rate at the same K
+    against_layerwise: Estimate | None  # NLL minus that of the layer-wise network at the same K
+    kept: Estimate | None  # share of the layer-wise network's gain at the same K
     harmed: float | None  # fraction of prompts
     fallbacks: int  # prompts
     seconds: float  # median per prompt, its batch's time divided by its rows
@@ -72,6 +74,17 @@ class Consistency:
     magnitudes: list[Estimate]  # mean rate of step 1, 2, ... over projections and all schedules
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How much of the spread of the gain over prompts comes from the draw of A, from two draws of each prompt."""
+
+    K: int
+    n: int
+    of_A: float  # deviation between draws of one prompt, nats
+    of_gain: float  # deviation of the layer-wise gain over prompts, nats
+    share: float  # of the gain's variance
+
+
 def bootstrap_mean(values_N: ArrayLike, *, resamples: int = RESAMPLES, seed: int = SEED) -> Estimate:
     """Mean of per-prompt values and its percentile bootstrap interval: prompts are drawn with replacement.
 
@@ -80,17 +93,41 @@ def bootstrap_mean(values_N: ArrayLike, *, resamples: int = RESAMPLES, seed: int
     values_N = np.asarray(values_N, dtype=np.float64)
     if values_N.ndim != 1 or len(values_N) == 0:
         raise ValueError(f"a mean needs one value per prompt, of at least one prompt; got shape {values_N.shape}.")
-    n = len(values_N)
-    if not np.isfinite(values_N).all():
+    return bootstrap(lambda index_SN: values_N[index_SN].mean(1), values_N, resamples=resamples, seed=seed)
+
+
+def bootstrap_ratio(above_N: ArrayLike, below_N: ArrayLike) -> Estimate:
+    """The ratio of two means over the same prompts, and its paired bootstrap interval."""
+    above_N, below_N = np.asarray(above_N, dtype=np.float64), np.asarray(below_N, dtype=np.float64)
+
+    def ratio(index_SN: NDArray[np.int64]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return above_N[index_SN].mean(1) / below_N[index_SN].mean(1)
+
+    return bootstrap(ratio, above_N, below_N)
+
+
+def bootstrap(
+    of: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    *values: NDArray[np.float64],
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Estimate:
+    """A figure of prompts and its percentile interval: prompts are drawn with replacement.
+
+    `of(index_SN)` gives the figure [S] of each of S draws of N prompts. `values` [N] are what it looks at: one that is
+    not finite makes all of it so.
+    """
+    n = len(values[0])
+    if not all(np.isfinite(values_N).all() for values_N in values):
         return Estimate(float("nan"), float("nan"), float("nan"), n)
     random = np.random.default_rng(seed)
     at_once = max(1, 4_000_000 // n)  # 32 MB of indices
-    means: list[NDArray[np.float64]] = []
+    figures: list[NDArray[np.float64]] = []
     for start in range(0, resamples, at_once):
-        index = random.integers(0, n, (min(at_once, resamples - start), n))
-        means.append(values_N[index].mean(1))
-    low, high = np.percentile(np.concatenate(means), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
-    return Estimate(values_N.mean().item(), low.item(), high.item(), n)
+        figures.append(of(random.integers(0, n, (min(at_once, resamples - start), n))))
+    low, high = np.percentile(np.concatenate(figures), [(100 - LEVEL) / 2, (100 + LEVEL) / 2])
+    return Estimate(of(np.arange(n)[None])[0].item(), low.item(), high.item(), n)
 
 
 def by_cell(records: Sequence[Record]) -> Cells:
@@ -119,6 +156,34 @@ def paired_rouge(mine: ById, other: ById, ids: Sequence[str]) -> Estimate | None
     return bootstrap_mean(differences) if differences else None
 
 
+def kept_share(mine: ById, layerwise: ById, base: ById, ids: Sequence[str]) -> Estimate | None:
+    """The gain of a method over `ids`, as a share of the layer-wise network's.
+
+    None where there is nothing to keep: the interval of the network's own gain reaches zero.
+    """
+    own = paired_difference(layerwise, base, ids)
+    if own is None or not own.high < 0:
+        return None
+    return bootstrap_ratio(*([base[i].nll - adapted[i].nll for i in ids] for adapted in (mine, layerwise)))
+
+
+def spread_of_A(records: Sequence[Record]) -> list[Spread]:
+    """For each K with the control `redrawn`: two draws of a prompt differ by twice the variance that is A's."""
+    cells = by_cell(records)
+    base, spreads = cells.get(("none", 0), {}), []
+    for (method, K), redrawn in cells.items():
+        own = cells.get(("layerwise", K), {})
+        ids = [i for i in redrawn if i in own and i in base]
+        nll_3N = np.array([[of[i].nll for i in ids] for of in (base, own, redrawn)])
+        if method != "redrawn" or len(ids) < 2 or not np.isfinite(nll_3N).all():
+            continue
+        base_N, own_N, redrawn_N = nll_3N
+        of_A, of_gain = np.sqrt(np.mean((own_N - redrawn_N) ** 2) / 2), np.std(base_N - own_N, ddof=1)
+        share = of_A**2 / of_gain**2 if of_gain > 0 else np.nan
+        spreads.append(Spread(K, len(ids), of_A.item(), of_gain.item(), float(share)))
+    return spreads
+
+
 def harmed_fraction(mine: ById, base: ById, ids: Sequence[str]) -> float | None:
     """The fraction of prompts whose NLL rose; one that is no longer a number has risen."""
     if not ids:
@@ -138,12 +203,14 @@ def summarize(records: Sequence[Record]) -> list[Cell]:
         raise ValueError("there are no records to summarise.")
     ids = shared_ids(cells)
     base = cells.get(("none", 0))
-    return [_cell(method, K, mine, base, cells.get(("uniform", K)), ids) for (method, K), mine in cells.items()]
+    return [_cell(cells, method, K, base, ids) for method, K in cells]
 
 
-def _cell(method: str, K: int, mine: ById, base: ById | None, uniform: ById | None, ids: Sequence[str]) -> Cell:
+def _cell(cells: Cells, method: str, K: int, base: ById | None, ids: Sequence[str]) -> Cell:
+    mine = cells[method, K]
     base = None if method == "none" else base
-    uniform = None if method == "uniform" else uniform
+    uniform = None if method == "uniform" else cells.get(("uniform", K))
+    layerwise = None if method == "layerwise" else cells.get(("layerwise", K))
     rows = list(mine.values())
     rouge = [r.rouge_lsum for r in rows if r.rouge_lsum is not None]
     return Cell(
@@ -154,6 +221,8 @@ def _cell(method: str, K: int, mine: ById, base: ById | None, uniform: ById | No
         nll_pooled=pooled_nll(rows),
         against_none=paired_difference(mine, base, ids) if base else None,
         against_uniform=paired_difference(mine, uniform, ids) if uniform else None,
+        against_layerwise=paired_difference(mine, layerwise, ids) if layerwise else None,
+        kept=kept_share(mine, layerwise, base, ids) if layerwise and base else None,
         harmed=harmed_fraction(mine, base, ids) if base else None,
         fallbacks=sum(r.fallback for r in rows),
         seconds=float(np.median([r.seconds for r in rows])),
