@@ -143,6 +143,7 @@ def runs(
                 {
                     **{"output": str(output), "model": model, "data": few, "validation": few},
                     **{"stepwise": network, "layerwise": network, "averaged": network, "uniform_grid": [0.1]},
+                    "constants": network,
                     **{"steps": [0, 1], "methods": methods, "cross_gradient": True},
                     "other": {**few, "task": "nq-open", "source": str(material / "questions.jsonl")},
                 }

@@ -103,6 +103,14 @@ def test_another_result_trains_only_what_is_new(material, root, figure3, monkeyp
     assert "schedule_consistency" in json.loads((page.parent / "results.json").read_text())["results"]
 
 
+def test_schedules_and_constants_stand_beside_the_papers_methods(material, tmp_path):
+    page = made("fig3", material, tmp_path, "seeds=[0]", "methods=[none, first, constants]")
+    by_place = {(c["method"], c["K"]): c["nll"]["mean"] for c in figures(page)}
+    assert set(by_place) == {("none", 0)} | {(method, K) for method in ("first", "constants") for K in (1, 2)}
+    assert by_place["first", 1] == pytest.approx(by_place["first", 2], abs=1e-5)  # the second step stands still
+    assert "best first step, then none" in page.read_text()
+
+
 def figures(page: Path) -> list[dict]:
     """Of each cell, all but the time it took."""
     cells = json.loads((page.parent / "results.json").read_text())["results"]["nq-open plain"]

@@ -11,10 +11,11 @@ from ephemera.config.settings import Settings
 from ephemera.rates import MAX_STEPS, UNIFORM_GRID
 
 Rates = Literal["none", "fixed", "uniform", "stepwise", "layerwise", "averaged"]
+Decay = Literal["first", "linear", "cosine", "exponential"]  # of the best first rate
 Control = Literal["swapped", "mean", "template", "other-task", "h-swapped", "shuffled", "redrawn"]
-Method = Literal[Rates, Control]
+Method = Literal[Rates, Decay, "constants", Control]
 CONTROLS: tuple[Control, ...] = get_args(Control)  # of the layer-wise network
-METHODS: tuple[Method, ...] = (*get_args(Rates), *CONTROLS)
+METHODS: tuple[Method, ...] = (*get_args(Rates), *get_args(Decay), "constants", *CONTROLS)
 GRID: tuple[Method, ...] = (*get_args(Rates), "swapped")  # what a run does if nobody says
 
 
@@ -43,6 +44,9 @@ class Evaluate(Settings):
     averaged: str | None = Field(
         default=None, description="folder of averaged rates; default: the folder averaged/ in that of layerwise"
     )
+    constants: str | None = Field(
+        default=None, description="folder of constant rates by projection and step, for the method constants"
+    )
     other: DataSettings | None = Field(default=None, description="rows of another task, for the control other-task")
     cross_gradient: bool = Field(
         default=False, description="also the inner product of prompt and answer gradient (LDTTA Eq. 5), and its figure"
@@ -56,6 +60,10 @@ class Evaluate(Settings):
 
     @model_validator(mode="after")
     def _complete(self) -> Evaluate:
+        if ("constants" in self.methods) != (self.constants is not None):
+            raise ValueError(
+                f"constants={self.constants}: the method constants and the folder of its rates go together; give both or none"
+            )
         if "other-task" in self.methods and self.other is None:
             raise ValueError(
                 "methods has other-task, which needs rows of another task: give other.task and other.source"

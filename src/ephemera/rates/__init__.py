@@ -15,15 +15,17 @@ from ephemera.made_for import Format, read_made_for
 from ephemera.messages import unknown
 from ephemera.prompt_loss import load_objective
 from ephemera.rates.averaged import AveragedRate
-from ephemera.rates.fixed import UNIFORM_GRID, FixedRate
+from ephemera.rates.fixed import DECAYS, UNIFORM_GRID, DecayedRate, FixedRate
 from ephemera.rates.per_projection import PerProjectionRate
 from ephemera.rates.protocol import MAX_STEPS, NAME, RETIRED, Rate, Trains
 from ephemera.rates.scalenet import ScaleNet
 
 __all__ = [
+    "DECAYS",
     "MAX_STEPS",
     "UNIFORM_GRID",
     "AveragedRate",
+    "DecayedRate",
     "FixedRate",
     "PerProjectionRate",
     "Rate",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ephemera.config import LdttaRecipe
+from ephemera.config import CONTROLS, LdttaRecipe
 from ephemera.made_for import Format
 from ephemera.reproduce.stages import Planner, Stage
 
 # What each granularity's network is needed for
-NETWORKS = {"layer": ("layerwise", "averaged", "swapped"), "step": ("stepwise",)}
+NETWORKS = {"layer": ("layerwise", "averaged", *CONTROLS), "step": ("stepwise",), "constant": ("constants",)}
 LEARNED = tuple(method for methods in NETWORKS.values() for method in methods)
 
 
@@ -94,7 +94,7 @@ def _grid(
         "generate": recipe.generate,
         "generate_methods": methods if recipe.generate else [],
     }
-    named = {"layer": "layerwise", "step": "stepwise"}
+    named = {"layer": "layerwise", "step": "stepwise", "constant": "constants"}
     values |= {named[granularity]: network.made for granularity, network in networks.items()}
     whole, each = lengths.prompt + lengths.answer, 0.0
     for method in methods:

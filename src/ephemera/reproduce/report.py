@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ephemera.config import LdttaRecipe, Recipe, TaskWeaverRecipe
+from ephemera.config import CONTROLS, LdttaRecipe, Recipe, TaskWeaverRecipe
 from ephemera.evaluation.accuracy.tables import write_tables as accuracy_tables
 from ephemera.evaluation.nll.tables import EMPTY, RESULTS, TABLE_MD, Table, signed_interval, with_interval
 from ephemera.evaluation.shared.records import RECORDS, RUN, Record, read_records, write_bytes, write_json
@@ -19,7 +19,14 @@ from ephemera.reproduce.stages import Stage
 from ephemera.run_info import command, commit, versions
 
 NAMES = {"none": "no TTA", "fixed": "fixed", "uniform": "best uniform", "stepwise": "step-wise"}
-NAMES |= {"layerwise": "layer-wise", "averaged": "averaged", "swapped": "swapped (control)"}
+NAMES |= {
+    "layerwise": "layer-wise",
+    "averaged": "averaged",
+    "constants": "constants",
+    "first": "best first step, then none",
+}
+NAMES |= {"linear": "linear decay", "cosine": "cosine decay", "exponential": "exponential decay"}
+NAMES |= {control: f"{control} (control)" for control in CONTROLS}
 NOTE = (
     "Mean over prompts, in brackets the {level} % bootstrap interval over prompts; a prompt's figure is its mean over "
     "training seeds. Differences to no TTA are paired by prompt. Harmed: prompts whose NLL rose."

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ephemera import scoring
+from ephemera.adapt import adapt
 from ephemera.adaptation import Adaptation
 from ephemera.config import Evaluate
 from ephemera.evaluation.nll.adapting import adapted
@@ -22,8 +23,8 @@ from ephemera.evaluation.shared.records import RECORDS, RUN, Record, RecordFile,
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
-from ephemera.rates import ScaleNet
-from ephemera.scoring import Encoded, batches_of, encode_examples, prompt_batch
+from ephemera.rates import FixedRate, ScaleNet
+from ephemera.scoring import Encoded, answer_nll, batches_of, encode_examples, prompt_batch
 from ephemera.tasks import load_dataset
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "big", "red", "house", "what", "is", "who"]
@@ -93,6 +94,40 @@ def run(setting: dict, output: Path, **more) -> dict[tuple, dict]:
     records = read_records(folder / RECORDS, Record)
     assert len({(r.method, r.K, r.id) for r in records}) == len(records)
     return {(r.method, r.K, r.id): r.model_dump(exclude={"seconds"}) for r in records}
+
+
+def test_decays_against_steps_one_by_one(setting, tmp_path):
+    """Rates of three steps by hand, each step a loop of its own."""
+    decays = {
+        "first": [1, 0, 0],
+        "linear": [1, 2 / 3, 1 / 3],
+        "cosine": [1, (1 + np.cos(np.pi / 3)) / 2, (1 + np.cos(2 * np.pi / 3)) / 2],
+        "exponential": [1, 1 / 2, 1 / 4],
+    }
+    found = run(setting, tmp_path / "run", methods=["none", *decays], steps=[0, 1, 3], generate=[])
+    backbone = load_backbone(setting["model"]["name"], dtype="float32", device="cpu")
+    examples = load_dataset("own", source=setting["data"]["source"]).examples
+    rows, _ = encode_examples(backbone, examples, chat=False, max_tokens=64)
+    for row in rows:
+        batch = prompt_batch(backbone, [row])
+        for decay, shares in decays.items():
+            lora = ZeroInit()(backbone, batch, [0])
+            for share in shares:
+                lora = adapt(backbone, batch, lora, FixedRate(2.0 * share), 1).lora
+            want = answer_nll(backbone, [row], lora).item()
+            assert found[decay, 3, row.id]["nll"] == pytest.approx(want, abs=2e-5)
+        assert found["first", 3, row.id]["nll"] == pytest.approx(found["linear", 1, row.id]["nll"], abs=2e-5)
+    with pytest.raises(ValueError, match="no rate for K = 1, from which cosine decays"):
+        run(setting, tmp_path / "other", methods=["cosine"], uniform_rates={2: 1.0}, steps=[2])
+
+
+def test_constants_and_their_folder_go_together(setting):
+    with pytest.raises(
+        ValueError, match="constants=None: the method constants and the folder of its rates go together"
+    ):
+        Evaluate(**{**setting, "methods": ["none", "constants"]})
+    with pytest.raises(ValueError, match="constants=x: the method constants"):
+        Evaluate(**{**setting, "constants": "x"})
 
 
 def test_records_resume(tmp_path):

@@ -24,8 +24,9 @@ from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
 from ephemera.llm.tokenize import encode_prompt
+from ephemera.made_for import Reach
 from ephemera.rate_search import RateSearch, best
-from ephemera.rates import FixedRate, Rate, load_rate, place_rate
+from ephemera.rates import DECAYS, DecayedRate, FixedRate, Rate, load_rate, place_rate
 from ephemera.rows import TaskRows, load_rows, load_tasks
 from ephemera.run_info import command, commit, peak_memory, versions
 from ephemera.scoring import Encoded, at_least_two, batches_of, parts_of, prompt_batch
@@ -39,12 +40,20 @@ def cells_of(config: Evaluate, rules: dict[str, Rate], uniform: dict[int, float]
         if K == 0:
             cells[K] = {"none": None} if "none" in config.methods else {}
             continue
-        known = rules | {"uniform": FixedRate(uniform[K], reach=config.reach)} if K in uniform else rules
+        known = rules | searched(uniform, K, config.reach)
         wanted = sorted(dict.fromkeys(config.methods), key=lambda method: method in CONTROLS)
         cells[K] = {
             method: known["layerwise" if method in CONTROLS else method] for method in wanted if method != "none"
         }
     return cells
+
+
+def searched(uniform: dict[int, float], K: int, reach: Reach) -> dict[str, Rate]:
+    """The rates that a search on validation rows settles: the best one for K steps, and decays of the best first one."""
+    found: dict[str, Rate] = {"uniform": FixedRate(uniform[K], reach=reach)} if K in uniform else {}
+    if 1 in uniform:
+        found |= {decay: DecayedRate(uniform[1], reach=reach, decay=decay) for decay in DECAYS}
+    return found
 
 
 def score(
@@ -117,12 +126,17 @@ def evaluate(config: Evaluate) -> Path:
         raise ValueError(f"an evaluation needs at least 2 different rows; {data.source} gave {len(data.rows)}{equal}.")
     records = RecordFile(folder, Record)
     run = _open_run(folder, config, data, backbone, fresh=not records.records)
-    if "uniform" in config.methods and any(config.steps):
+    decays = set(DECAYS) & set(config.methods)
+    if ("uniform" in config.methods or decays) and any(config.steps):
         run = _settle_uniform(folder, run, config, backbone, init)
     uniform = {int(k): v for k, v in (run["uniform_rates"] or {}).items()}
     missing = [K for K in config.steps if K and K not in uniform]
     if "uniform" in config.methods and missing:
         raise ValueError(f"uniform_rates has no rate for K = {missing[0]}; give one for each of steps, or none at all.")
+    if decays and any(config.steps) and 1 not in uniform:
+        raise ValueError(
+            f"uniform_rates has no rate for K = 1, from which {min(decays)} decays; give it, or none at all."
+        )
     cells = cells_of(config, rules, uniform)
     material = material_of(config, backbone, init, rules, data)
     batches = at_least_two(batches_of(backbone, data.rows, config.batch_size))
@@ -201,6 +215,7 @@ def load_rules(config: Evaluate, backbone: FrozenLM) -> dict[str, Rate]:
     rules: dict[str, Rate] = {"fixed": FixedRate(config.fixed_rate, reach=config.reach)}
     wanted = set(config.methods) | ({"layerwise"} if set(config.methods) & set(CONTROLS) else set())
     specs = {"stepwise": config.stepwise, "layerwise": config.layerwise, "averaged": config.averaged}
+    specs |= {"constants": config.constants}
     if "averaged" in wanted and config.averaged is None:
         beside = NETWORKS / config.layerwise
         specs["averaged"] = str((beside if beside.exists() else Path(config.layerwise)) / "averaged")

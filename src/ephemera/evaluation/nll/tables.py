@@ -66,6 +66,9 @@ def method_names(run: dict[str, Any]) -> dict[str, str]:
         "stepwise": "step-wise",
         "layerwise": "layer-wise",
         "averaged": "averaged",
+        "first": "best first step, then none",
+        **{decay: f"{decay} decay" for decay in ("linear", "cosine", "exponential")},
+        "constants": "constants",
         **{control: f"{control} (control)" for control in CONTROLS},
     }
 
