@@ -36,7 +36,8 @@ class Cross:
     cross_NM: NDArray[np.float64]  # <g_x, g_y>, nats^2 per unit of the adapter's numbers squared
     cosine_NM: NDArray[np.float64]
     rates_NM: NDArray[np.float64]
-    gain_N: NDArray[np.float64]  # answer NLL, no TTA minus layer-wise
+    base_N: NDArray[np.float64]  # answer NLL without TTA
+    gain_N: NDArray[np.float64]  # and that of no TTA minus layer-wise
 
     @property
     def predicted_N(self) -> NDArray[np.float64]:
@@ -61,8 +62,8 @@ def read_cross(folder: Path, run: dict[str, Any], records: Sequence[Record]) -> 
     base, K = cells.get(("none", 0), {}), min(stepped, default=0)
     own = cells.get(("layerwise", K), {})
     found = {r.id: r for r in read_records(folder / CROSS_GRADIENTS, CrossGradient) if r.id in own and r.id in base}
-    rows = [(r, own[i], base[i].nll - own[i].nll) for i, r in found.items()]
-    rows = [row for row in rows if np.isfinite([*row[0].cross, *(row[1].rates or [[]])[0], row[2]]).all()]
+    rows = [(r, own[i], base[i].nll) for i, r in found.items()]
+    rows = [row for row in rows if np.isfinite([*row[0].cross, *(row[1].rates or [[]])[0], row[1].nll, row[2]]).all()]
     if len(rows) < 2:
         return None
     cross_NM = np.array([r.cross for r, _, _ in rows])
@@ -73,7 +74,8 @@ def read_cross(folder: Path, run: dict[str, Any], records: Sequence[Record]) -> 
         cross_NM=cross_NM,
         cosine_NM=np.divide(cross_NM, size_NM, out=np.zeros_like(cross_NM), where=size_NM > 0),
         rates_NM=np.array([(mine.rates or [[]])[0] for _, mine, _ in rows]),
-        gain_N=np.array([gain for _, _, gain in rows]),
+        base_N=np.array([nll for _, _, nll in rows]),
+        gain_N=np.array([nll - mine.nll for _, mine, nll in rows]),
     )
 
 
@@ -116,6 +118,7 @@ def cross_results(cross: Cross) -> dict[str, Any]:
             for m, (layer, kind) in enumerate(cross.projections)
         ],
         "spearman_gain": vars(spearman_over_prompts(cross.predicted_N, cross.gain_N)),
+        "spearman_base": vars(spearman_over_prompts(cross.base_N, cross.gain_N)),
         "spearman_rate": spearman(cross.cross_NM.mean(0), cross.rates_NM.mean(0)),
         "predicted_gain": vars(bootstrap_mean(cross.predicted_N)),
         "gain": vars(bootstrap_mean(cross.gain_N)),
@@ -124,13 +127,13 @@ def cross_results(cross: Cross) -> dict[str, Any]:
 
 def cross_table(cross: Cross, results: dict[str, Any]) -> Table:
     """One row per kind of projection, and one of all."""
-    gain, rate = results["spearman_gain"], results["spearman_rate"]
+    gain, base, rate = (results[f"spearman_{what}"] for what in ("gain", "base", "rate"))
     note = (
         "Inner product of the prompt's and the answer's gradient at the start adapter, per token each; above zero a step on "
         f"the prompt lowers the answer's NLL. Mean over {results['n']} prompts of the sum over projections, with its {LEVEL} % "
         "interval; share of (prompt, projection) pairs above zero; mean cosine. Spearman correlation over prompts of the gain "
-        f"at K = {cross.K} with the sum of rate times cross-gradient: {gain['mean']:+.2f} [{gain['low']:+.2f}, "
-        f"{gain['high']:+.2f}]; over projections of mean rate with mean cross-gradient: {rate:+.2f}. Mean gain "
+        f"at K = {cross.K} with the sum of rate times cross-gradient: {_signed(gain)}; "
+        f"with the base model's NLL, which any gain may follow: {_signed(base)}. Over projections of mean rate with mean cross-gradient: {rate:+.2f}. Mean gain "
         f"{results['gain']['mean']:.3f} nats; to first order, rates times cross-gradient, "
         f"{results['predicted_gain']['mean']:.3f}."
     )
@@ -158,7 +161,9 @@ def cross_figure(cross: Cross, results: dict[str, Any]) -> Figure:
     found = results["projections"]
     _by_layer(size, cross, lambda m: found[m]["cross"]["mean"], lambda m: found[m]["cross"])
     size.axhline(0, color=INK, linewidth=1)
-    size.set(title="Cross-gradient, mean over prompts", ylabel="⟨g_x, g_y⟩")
+    largest = max(abs(p["cross"]["mean"]) for p in found)
+    size.set_yscale("symlog", linthresh=largest / 100 or 1.0)
+    size.set(title="Cross-gradient, mean over prompts (log scale)", ylabel="⟨g_x, g_y⟩")
     _by_layer(sign, cross, lambda m: 100 * found[m]["positive"])
     sign.axhline(50, color=INK, linewidth=1)
     sign.set(title="Prompts whose cross-gradient is above zero", ylabel="%", ylim=(-3, 103))
@@ -171,12 +176,14 @@ def cross_figure(cross: Cross, results: dict[str, Any]) -> Figure:
     scatter.scatter(cross.predicted_N, cross.gain_N, s=22, color=COLORS[0], alpha=0.7, linewidth=0)
     scatter.axhline(0, color=INK, linewidth=1)
     scatter.axvline(0, color=INK, linewidth=1)
-    one = results["spearman_gain"]
-    words = f"Spearman {one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}], {results['n']} prompts"
-    scatter.set(title=f"Gain, K = {cross.K}: {words}".replace("-", "−"))
+    scatter.set(title=f"Gain, K = {cross.K}; Spearman {_signed(results['spearman_gain'])}".replace("-", "−"))
     scatter.set(xlabel="sum of rate × cross-gradient, nats (first order)", ylabel="fall of the answer's NLL, nats")
     scatter.grid()
     return figure
+
+
+def _signed(found: dict[str, float]) -> str:
+    return f"{found['mean']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def _by_layer(
