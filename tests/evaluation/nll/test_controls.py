@@ -28,7 +28,7 @@ from ephemera.rates import ScaleNet
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.tasks import TASKS, bare_prompt
 from reference import close, merged_weights, slow_nll, slow_representation
-from tiny_models import random_ids, random_scalenet, tiny_backbone
+from tiny_models import length_gate, random_ids, random_scalenet, tiny_backbone
 
 K = 2
 START = ZeroInit(r=3, lora_alpha=5.0, init_std=0.3)
@@ -197,6 +197,7 @@ def setting(llama_folder: Path, tmp_path: Path) -> dict:
     network = random_scalenet(backbone).float()
     network.base_rates = (2.0,) * 5
     network.made_for = MadeFor(("nq-open",), "plain", "answer", 1)
+    network.gate = length_gate(backbone, 0.5, by_length=50.0, tokens=40.0)  # longer prompts are left alone
     network.save_pretrained(tmp_path / "network")
     return {
         "model": {"name": str(llama_folder), "dtype": "float32", "device": "cpu"},
@@ -221,6 +222,11 @@ def test_a_run_with_all_controls_goes_on_and_is_reported(setting, tmp_path):
     parts = evaluate(check_config(Evaluate, {**setting, "output": str(tmp_path / "parts")}))
     assert nlls(parts) == nlls(whole)
     assert len(nlls(whole)) == 6 * (2 + len(NAMES))
+    found = nlls(whole)
+    ids = {i for _, i in found}
+    left_alone = {m: {i for i in ids if found[m, i] == found["none", i]} for m in ("layerwise", "h-swapped")}
+    assert 0 < len(left_alone["layerwise"]) < 6
+    assert left_alone["h-swapped"] == left_alone["layerwise"], "the gate looks at the prompt that is answered"
     write_report(whole)
     table = (whole / "table.md").read_text()
     shares = table.partition("## Controls")[2].partition("\n## ")[0]
