@@ -141,6 +141,11 @@ def test_a_run_writes_them_and_the_report_shows_them(setting, monkeypatch):
     assert cross is not None
     np.testing.assert_allclose(cross.gain_N, cross.predicted_N, rtol=0.1, atol=2e-6)
     assert found["spearman_gain"]["mean"] > 0.9
+    means = np.mean([r.cross for r in records], 0)
+    assert [p["cross"]["mean"] for p in found["projections"]] == pytest.approx(means, rel=1e-4)
+    sides = [sum(p["cross"][end] * sign > 0 for p in found["projections"]) for end, sign in (("low", 1), ("high", -1))]
+    assert [found[side]["n"] for side in ("above_zero", "below_zero")] == sides
+    assert found["spearman_rate"] == {"q": 0.0, "v": 0.0, "all": 0.0}  # all rates are the same
     want = np.mean([sum(r.cross) for r in records])
     assert f"| all | {want:.3g}".replace("-", "−") in (folder / "table.md").read_text()
 

@@ -102,38 +102,62 @@ def spearman_over_prompts(x_N: NDArray[np.float64], y_N: NDArray[np.float64]) ->
 
 
 def cross_results(cross: Cross) -> dict[str, Any]:
-    """For results.json: each projection's figures, and the two correlations."""
+    """For results.json: each projection's figures, those above and below zero by their intervals, and correlations."""
+    projections = [
+        {
+            "layer": layer,
+            "kind": kind,
+            "cross": vars(bootstrap_mean(cross.cross_NM[:, m])),
+            "positive": float((cross.cross_NM[:, m] > 0).mean()),
+            "cosine": float(cross.cosine_NM[:, m].mean()),
+            "rate": float(cross.rates_NM[:, m].mean()),
+        }
+        for m, (layer, kind) in enumerate(cross.projections)
+    ]
+    above = [p["rate"] for p in projections if p["cross"]["low"] > 0]
+    below = [p["rate"] for p in projections if p["cross"]["high"] < 0]
     return {
         "K": cross.K,
         "n": len(cross.gain_N),
-        "projections": [
-            {
-                "layer": layer,
-                "kind": kind,
-                "cross": vars(bootstrap_mean(cross.cross_NM[:, m])),
-                "positive": float((cross.cross_NM[:, m] > 0).mean()),
-                "cosine": float(cross.cosine_NM[:, m].mean()),
-                "rate": float(cross.rates_NM[:, m].mean()),
-            }
-            for m, (layer, kind) in enumerate(cross.projections)
-        ],
+        "projections": projections,
+        "above_zero": _counted(above),
+        "below_zero": _counted(below),
         "spearman_gain": vars(spearman_over_prompts(cross.predicted_N, cross.gain_N)),
         "spearman_base": vars(spearman_over_prompts(cross.base_N, cross.gain_N)),
-        "spearman_rate": spearman(cross.cross_NM.mean(0), cross.rates_NM.mean(0)),
+        "spearman_rate": {kind or "all": _follows(cross, kind) for kind in (*cross.kinds, None)},
         "predicted_gain": vars(bootstrap_mean(cross.predicted_N)),
         "gain": vars(bootstrap_mean(cross.gain_N)),
     }
 
 
+def _counted(rates: Sequence[float]) -> dict[str, Any]:
+    return {"n": len(rates), "rate": float(np.median(rates)) if rates else None}
+
+
+def _follows(cross: Cross, kind: str | None) -> float:
+    """Spearman correlation over projections of mean rate with mean cross-gradient."""
+    some = cross.columns(kind)
+    return spearman(cross.cross_NM[:, some].mean(0), cross.rates_NM[:, some].mean(0))
+
+
+def _short(rate: float | None) -> str:
+    return EMPTY if rate is None else f"{rate:.2g}"
+
+
 def cross_table(cross: Cross, results: dict[str, Any]) -> Table:
     """One row per kind of projection, and one of all."""
-    gain, base, rate = (results[f"spearman_{what}"] for what in ("gain", "base", "rate"))
+    gain, base = results["spearman_gain"], results["spearman_base"]
+    sides = (results["above_zero"], results["below_zero"])
+    counts = [f"{side['n']} projections (median rate {_short(side['rate'])})" for side in sides]
     note = (
         "Inner product of the prompt's and the answer's gradient at the start adapter, per token each; above zero a step on "
         f"the prompt lowers the answer's NLL. Mean over {results['n']} prompts of the sum over projections, with its {LEVEL} % "
-        "interval; share of (prompt, projection) pairs above zero; mean cosine. Spearman correlation over prompts of the gain "
+        "interval; share of (prompt, projection) pairs above zero; mean cosine; mean rate of step 1 of "
+        f"{cross.K}, and its Spearman "
+        "correlation over projections with the mean cross-gradient. By its interval it is above zero in "
+        f"{counts[0]}, and below in {counts[1]}. Spearman correlation over prompts of the gain "
         f"at K = {cross.K} with the sum of rate times cross-gradient: {_signed(gain)}; "
-        f"with the base model's NLL, which any gain may follow: {_signed(base)}. Over projections of mean rate with mean cross-gradient: {rate:+.2f}. Mean gain "
+        f"with the base model's NLL, which any gain may follow: {_signed(base)}. Mean gain "
         f"{results['gain']['mean']:.3f} nats; to first order, rates times cross-gradient, "
         f"{results['predicted_gain']['mean']:.3f}."
     )
@@ -148,10 +172,11 @@ def cross_table(cross: Cross, results: dict[str, Any]) -> Table:
                 f"{total.mean:.3g} [{total.low:.3g}, {total.high:.3g}]".replace("-", "−"),
                 f"{100 * (cross.cross_NM[:, some] > 0).mean():.0f} %",
                 f"{cross.cosine_NM[:, some].mean():+.3f}".replace("-", "−"),
-                f"{cross.rates_NM[:, some].mean():.3g}" if some else EMPTY,
+                f"{cross.rates_NM[:, some].mean():.3g}",
+                f"{results['spearman_rate'][kind or 'all']:+.2f}".replace("-", "−"),
             ]
         )
-    header = ["projections", "cross-gradient", "above zero", "cosine", f"mean rate, step 1 of {cross.K}"]
+    header = ["projections", "cross-gradient", "above zero", "cosine", "mean rate", "rate follows it"]
     return Table("Cross-gradient", note, header, rows)
 
 
