@@ -15,6 +15,7 @@ from ephemera.config.base import (
     source_of,
 )
 from ephemera.config.evaluate import METHODS, Analyse, Benchmark, BenchmarkData, Evaluate, Method, Survey, Variant
+from ephemera.config.many import RaySettings, Run
 from ephemera.config.reproduce import LdttaRecipe, Lengths, Recipe, TaskWeaverRecipe
 from ephemera.config.settings import Settings, check_config, dump_yaml, load_config
 from ephemera.config.train import (
@@ -53,8 +54,10 @@ __all__ = [
     "ObjectiveSettings",
     "OptimizerSettings",
     "RateOptimizerSettings",
+    "RaySettings",
     "Recipe",
     "RowSettings",
+    "Run",
     "ScaleNetSettings",
     "Settings",
     "Survey",
