@@ -45,6 +45,7 @@ SKIPPED: dict[str, int] = {}
 HOW = {
     "real data sets": "put the real data sets beside the checkout",
     "CUDA": "run on a machine with a CUDA device",
+    "Ray": "install it: pip install 'ephemera[ray]'",
     "browser": "install a browser: .venv/bin/playwright install chromium",
     "default model": "fetch the default model: .venv/bin/ephemera try hello",
 }

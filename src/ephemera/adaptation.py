@@ -14,6 +14,7 @@ from ephemera.batch import TokenBatch
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill
+from ephemera.llm.tokenize import Prompt
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
 from ephemera.peft_export import export_peft
@@ -95,7 +96,8 @@ class Adaptation:
 
     Of texts that `AdaptiveLM` adapted to: `prompts`, `left` (why a row was left alone), `remarks` (what else to know of its
     answer), `started` (the start is not the base model), `seconds` of wall time, `reach` (where the adapters act), and
-    `whole_loss` (the losses are the whole model's, not an early exit's).
+    `whole_loss` (the losses are the whole model's, not an early exit's). `after_B` [B]: prompt NLL that the last step left,
+    where `reply` read the prompts with their adapters; None with reach "answer", whose adapters leave the prompt alone.
     """
 
     lora: LoraBatch
@@ -108,7 +110,7 @@ class Adaptation:
     cached: dict[tuple[int, ...], CachedLayers] = field(default_factory=dict, repr=False)
     grads: list[LoraBatch] = field(default_factory=list, repr=False)
     h_BH: Tensor | None = None
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     left: tuple[LeftAlone | None, ...] = ()
     remarks: tuple[str | None, ...] = ()
     started: bool = False
@@ -116,6 +118,7 @@ class Adaptation:
     base_model: str = ""
     reach: Reach = "all"
     whole_loss: bool = True
+    after_B: Tensor | None = None
 
     @staticmethod
     def joined(parts: Sequence[Adaptation], batches: Sequence[Sequence[int]]) -> Adaptation:
@@ -194,7 +197,7 @@ class Adaptation:
             seen_K = self.prompt_nll_BK[row].tolist()
             nll_K = seen_K if left_B is None or not seen_K else [*seen_K, left_B[row]]
             remarks.append(told(remark, None if left is not None else risen(nll_K)))
-        return replace(self, remarks=tuple(remarks))
+        return replace(self, remarks=tuple(remarks), after_B=None if left_B is None else torch.tensor(left_B))
 
     def export_peft(self, folder: str | Path, row: int = 0) -> Path:
         """Write one row's adapter in PEFT's format; PEFT opens it with the same logits.

@@ -11,6 +11,7 @@ EXTRAS = {
     "eval": ("rouge_score", "matplotlib", "datasets", "peft"),
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client"),
     "lm-eval": ("lm_eval",),
+    "ray": ("ray",),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
-from ephemera.llm.tokenize import encode_answer, encode_prompt
+from ephemera.llm.tokenize import Prompt, encode_answer, encode_prompt
 from ephemera.llm.window import fit
 from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.messages import unknown
@@ -122,9 +122,10 @@ class AdaptiveLM:
         """Local folder (or GGUF file) of the backbone."""
         return self.backbone.path
 
-    def encode(self, prompt: str, *, reserve: int = 0) -> list[int]:
-        """Token ids of a prompt; `reserve` places of the model's window stay free after it."""
-        if not prompt.strip():
+    def encode(self, prompt: Prompt, *, reserve: int = 0) -> list[int]:
+        """Token ids of a prompt, or of a chat's messages; `reserve` places of the model's window stay free after it."""
+        texts = [prompt] if isinstance(prompt, str) else [str(message.get("content", "")) for message in prompt]
+        if not any(text.strip() for text in texts):
             raise ValueError("the prompt is empty; give some text to adapt to and answer.")
         ids = encode_prompt(self.backbone.tokenizer, prompt, chat=self.chat, special_tokens=self.special_tokens)
         ids = self.backbone.check_ids(ids)
@@ -132,7 +133,7 @@ class AdaptiveLM:
 
     def adapt(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[Prompt] | str,
         *,
         steps: int | None = None,
         rate: RateLike = None,
@@ -143,12 +144,12 @@ class AdaptiveLM:
 
         `steps`: by default those that the rate was validated at; none without a rate.
         """
-        made = self._adapt(_texts(prompts), steps=steps, rate=rate, init=init, seed=seed)
+        made = self._adapt(_prompts(prompts), steps=steps, rate=rate, init=init, seed=seed)
         return made if made.reach == "answer" else replace(made, cached={})  # it may be kept for long
 
     def _adapt(
         self,
-        prompts: tuple[str, ...],
+        prompts: tuple[Prompt, ...],
         *,
         steps: int | None,
         seed: int,
@@ -189,10 +190,11 @@ class AdaptiveLM:
         return None if rule is None else beyond(rule.made_for, self.format, self.reach)
 
     def answer_nll(
-        self, prompts: Sequence[str] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
+        self, prompts: Sequence[Prompt] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
     ) -> Tensor:
         """Mean NLL [B] in nats over each row's answer tokens, no end token, under its adapter (or none)."""
-        prompts, answers = _texts(prompts), _texts(answers)
+        prompts = _prompts(prompts)
+        answers = (answers,) if isinstance(answers, str) else tuple(answers)
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt.")
         ids = [self.encode_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
@@ -202,9 +204,23 @@ class AdaptiveLM:
                 out[rows] = read.answer_nll([ids[i] for i in rows]).float().cpu()
         return out
 
+    def prompt_nll(self, prompts: Sequence[Prompt] | str, adaptation: Adaptation) -> Tensor | None:
+        """Prompt NLL [B] in nats per token that the steps left: one more reading. A training loss, not a result.
+
+        None where there is none to compare: no step, an early exit's loss, or reach "answer".
+        """
+        if not _leaves_a_loss(adaptation):
+            return None
+        prompts = _prompts(prompts)
+        out = torch.zeros(len(prompts))
+        with self.backbone.lock:
+            for rows, read in self._prefills(prompts, adaptation, reserve=[0] * len(prompts)):
+                out[rows] = read.prompt_nll().float().cpu()
+        return out
+
     def generate(
         self,
-        prompts: Sequence[str] | str,
+        prompts: Sequence[Prompt] | str,
         *,
         steps: int | None = None,
         adaptation: Adaptation | None = None,
@@ -226,7 +242,7 @@ class AdaptiveLM:
         return self._generate(prompts, adaptation, max_new_tokens, losses=False, **kwargs)[0]
 
     def reply(
-        self, prompts: Sequence[str] | str, *, steps: int | None = None, seed: int = 0, max_new_tokens: int = 64
+        self, prompts: Sequence[Prompt] | str, *, steps: int | None = None, seed: int = 0, max_new_tokens: int = 64
     ) -> tuple[list[str], Adaptation]:
         """`generate`, greedy, with the adaptation, whose notes also say where the steps did not lower a prompt's loss."""
         prompts = self._with_room(prompts, max_new_tokens)
@@ -234,19 +250,19 @@ class AdaptiveLM:
         texts, left_B = self._generate(prompts, adaptation, max_new_tokens, losses=True)
         return texts, adaptation.after_reading(left_B)
 
-    def _with_room(self, prompts: Sequence[str] | str, max_new_tokens: int) -> tuple[str, ...]:
+    def _with_room(self, prompts: Sequence[Prompt] | str, max_new_tokens: int) -> tuple[Prompt, ...]:
         """The prompts, checked before any step is taken: is there room for an answer?"""
-        for prompt in _texts(prompts):
+        for prompt in _prompts(prompts):
             self.encode(prompt, reserve=max_new_tokens)
-        return _texts(prompts)
+        return _prompts(prompts)
 
     def _generate(
-        self, prompts: Sequence[str], adaptation: Adaptation, new: int, *, losses: bool, **kwargs: Any
+        self, prompts: Sequence[Prompt], adaptation: Adaptation, new: int, *, losses: bool, **kwargs: Any
     ) -> tuple[list[str], list[float] | None]:
         """Answers; with `losses` also the prompts' own under their adapters, where those act on the prompts."""
         repeats = kwargs.get("num_return_sequences") or 1
         texts, left_B = [""] * (len(prompts) * repeats), [math.nan] * len(prompts)
-        losses = losses and adaptation.reach == "all" and adaptation.whole_loss and adaptation.steps > 0
+        losses = losses and _leaves_a_loss(adaptation)
         with self.backbone.lock:
             for rows, read in self._prefills(prompts, adaptation, [new] * len(prompts)):
                 ids = read.generate(max_new_tokens=new, **kwargs)
@@ -257,7 +273,7 @@ class AdaptiveLM:
                     left_B[i] = nll_B[place]
         return texts, left_B if losses else None
 
-    def encode_answer(self, prompt: str, answer: str) -> list[int]:
+    def encode_answer(self, prompt: Prompt, answer: str) -> list[int]:
         """Token ids of an answer as it continues a prompt."""
         if not answer.strip():
             raise ValueError(f"the answer to {prompt[-40:]!r} is empty; there is nothing to score.")
@@ -266,7 +282,7 @@ class AdaptiveLM:
 
     def _prefills(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         adaptation: Adaptation | None,
         reserve: Sequence[int],
     ):
@@ -310,8 +326,15 @@ def _opened(init: InitLike, **settings: Any) -> Init:
     return init
 
 
-def _texts(texts: Sequence[str] | str) -> tuple[str, ...]:
-    texts = (texts,) if isinstance(texts, str) else tuple(texts)
-    if not texts:
+def _leaves_a_loss(made: Adaptation) -> bool:
+    """Whether the prompts under their adapters have a loss that compares with what the steps saw."""
+    return made.reach == "all" and made.whole_loss and made.steps > 0
+
+
+def _prompts(prompts: Sequence[Prompt] | str) -> tuple[Prompt, ...]:
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not prompts:
         raise ValueError("no prompts: give at least one.")
-    return texts
+    if any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise ValueError("a prompt is a message: give a list of prompts, each a text or a list of messages.")
+    return prompts

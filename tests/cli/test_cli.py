@@ -18,6 +18,7 @@ from ephemera.config import (
     Analyse,
     Benchmark,
     Evaluate,
+    Run,
     Survey,
     TrainGate,
     TrainGenerator,
@@ -38,6 +39,7 @@ SETTINGS = {
     "train lens": TrainLens,
     "train gate": TrainGate,
     "survey": Survey,
+    "run": Run,
     "evaluate": Evaluate,
     "benchmark": Benchmark,
     "analyse": Analyse,
@@ -123,6 +125,11 @@ def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
         (["train", "scalenet", "--config", "nowhere.yaml"], "cannot read config"),
         (["evaluate", "--set", "methods=[layerwize]"], "methods"),
         (["report", "nowhere"], "nowhere"),
+        (["run", "--output", "a.jsonl"], "--input and --output are needed"),
+        (["run", "--input", "nowhere.jsonl", "--output", "a.jsonl"], "does not exist"),
+        (["run", "--task", "anser"], "'answer', 'score' or 'adapt'; got 'anser'"),
+        (["run", "--set", "windw=3"], "Did you mean 'window'?"),
+        (["run", "--steps", "2", "--rate", "none"], "give a number or a network"),
     ],
 )
 def test_a_mistake_is_one_clear_line(words, expected, monkeypatch, capsys):

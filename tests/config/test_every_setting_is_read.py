@@ -16,6 +16,7 @@ from ephemera.config import (
     Analyse,
     Benchmark,
     Evaluate,
+    Run,
     Settings,
     Survey,
     TrainGate,
@@ -33,6 +34,7 @@ from ephemera.inits import LoraGenerator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
 from ephemera.made_for import MadeFor
+from ephemera.many.run import run
 from ephemera.rates import PerProjectionRate
 from ephemera.training.gate import train_gate
 from ephemera.training.generator import train_generator
@@ -41,7 +43,8 @@ from ephemera.training.scalenet import train_scalenet
 from ephemera.training.task_lora import train_task_lora
 
 ROWS = [{"prompt": f"The river {'runs ' * (i % 4)}past {i}", "answer": f"the mill {i % 3}"} for i in range(24)]
-OF_FILES = {Benchmark: {"against"}}  # the tables read it in run.json
+# The tables read the first in run.json, Ray's engine the others
+OF_FILES = {Benchmark: {"against"}, Run: {"ray.workers", "ray.cpus", "ray.gpus"}}
 
 
 def parts(settings: Settings, path: str = "") -> Iterator[tuple[Settings, str]]:
@@ -107,6 +110,7 @@ def runs(
     network, generator = str(material / "network"), str(material / "generator")
     methods = [method for method in METHODS if method != "template"]  # rows of one's own have none
     rates = {"base_rates": [0.1], "max_steps": 1}
+    of_rows = {"input": data["source"], "max_new_tokens": 1}
     joint = {**rates, "mlp_size": 4}
     mixed = {**training, "train": tasks, "validation": tasks}
     one_task = {**training, "train": few, "validation": few}
@@ -168,10 +172,28 @@ def runs(
                 }
             ],
         ),
+        Run: (
+            run,
+            [
+                {**of_rows, "output": f"{output}-{task}", "task": task, "model": model, "rate": 0.1}
+                for task in ("answer", "score", "adapt")
+            ],
+        ),
     }
 
 
-COMMANDS = (TrainScaleNet, TrainLens, TrainGenerator, TrainTaskLora, TrainGate, Evaluate, Benchmark, Analyse, Survey)
+COMMANDS = (
+    TrainScaleNet,
+    TrainLens,
+    TrainGenerator,
+    TrainTaskLora,
+    TrainGate,
+    Evaluate,
+    Benchmark,
+    Analyse,
+    Survey,
+    Run,
+)
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -18,7 +18,7 @@ LAYERS = (
     *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin"),
     *("scoring", "rate_search", "config", "rows", "model", "run_info", "cost", "plan"),
     *("training", "evaluation", "serving"),
-    *("bench", "doctor", "demo", "reproduce", "cli", "__main__"),
+    *("bench", "doctor", "demo", "reproduce", "many", "cli", "__main__"),
 )
 SPLIT = {"llm"}  # a package whose modules have places of their own
 SIBLINGS = {"training", "evaluation", "serving"}

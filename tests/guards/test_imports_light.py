@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -25,6 +26,7 @@ HEAVY = {
     "rouge_score",
     "fastapi",
     "lm_eval",
+    "ray",
     "sklearn",
 }
 MODEL = {"torch", "transformers"}
@@ -61,7 +63,7 @@ with contextlib.suppress(SystemExit):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["answer"], ["train", "scalenet"], ["serve"], ["evaluate"], ["bench"]], ids=str
+    "command", [[], ["answer"], ["train", "scalenet"], ["serve"], ["evaluate"], ["run"], ["bench"]], ids=str
 )
 def test_help_loads_nothing_heavy(command: list[str]):
     assert loaded_by(HELP, *command) == set()
@@ -108,6 +110,7 @@ CLI = "from ephemera import cli; sys.argv = ['ephemera', *sys.argv[1:]]; cli.mai
         ("peft", "train", ["train", "lora", "--set", "train.source=x", "--set", "output=x"]),
         ("rouge_score", "eval", ["evaluate", "--set", "data.source=x"]),
         ("matplotlib", "eval", ["evaluate", "--set", "data.source=x"]),
+        ("ray", "ray", ["run", "--engine", "ray", "--input", "examples/prompts.jsonl", "--output", "x"]),
         ("fastapi", "serve", ["serve", "--port", "0"]),
         ("uvicorn", "serve", ["serve", "--port", "0"]),
         ("prometheus_client", "serve", ["serve", "--port", "0"]),
@@ -126,5 +129,5 @@ def test_a_missing_package_is_one_line(package: str, extra: str, command: list[s
 def test_extras_are_those_of_the_project():
     extras = tomllib.loads((SRC.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for extra, modules in EXTRAS.items():
-        named = {line.split(">")[0].replace("-", "_") for line in extras[extra]}
+        named = {re.split(r"[>\[]", line)[0].replace("-", "_") for line in extras[extra]}
         assert named >= set(modules) - {"starlette"}, extra  # fastapi brings starlette

@@ -8,11 +8,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from ephemera import __version__
-from ephemera.cli import about, answer, chat, evaluate, plan, reproduce, serve, train
+from ephemera.cli import about, answer, chat, evaluate, plan, reproduce, run, serve, train
 from ephemera.cli.options import app
 from ephemera.messages import missing_extra
 
-__all__ = ["about", "answer", "app", "chat", "evaluate", "main", "plan", "reproduce", "serve", "train"]
+__all__ = ["about", "answer", "app", "chat", "evaluate", "main", "plan", "reproduce", "run", "serve", "train"]
 
 
 def _version(show: bool) -> None:

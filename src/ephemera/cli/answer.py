@@ -23,6 +23,7 @@ from ephemera.cli.options import (
     Steps,
     Truncate,
     app,
+    check_steps,
     quiet,
     standard_input,
     unshipped,
@@ -75,7 +76,7 @@ def answer(
 ) -> None:
     """Adapt to each prompt, answer it, forget."""
     prompts = prompts_of(prompt, file)
-    _check_steps(steps, rate, init)
+    check_steps(steps, rate, init)
     options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
@@ -128,7 +129,7 @@ def _answer(
             _print_json(adaptation, row, text, base)
             continue
         if compare and len(prompts) > 1:
-            print(f"prompt {row + 1}: {' '.join(adaptation.prompts[row].split())[:72]}")
+            print(f"prompt {row + 1}: {' '.join(prompts[row].split())[:72]}")
         print("\n".join(compared(base, text)) if base is not None else text.strip(), flush=True)
         if adaptation.notes[row]:
             print(f"prompt {row + 1}: {adaptation.notes[row]}", file=sys.stderr)
@@ -180,7 +181,7 @@ def export(
 ) -> None:
     """Adapt to a prompt and keep the adapter, in PEFT's format."""
     check_unicode(prompt, "the prompt")
-    _check_steps(steps, rate, init)
+    check_steps(steps, rate, init)
     options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
@@ -188,17 +189,6 @@ def export(
     if adaptation.notes[0]:
         print(adaptation.notes[0], file=sys.stderr)
     print(adaptation.export_peft(output, row=0))
-
-
-def _check_steps(steps: int | None, rate: str | None, init: str) -> None:
-    """The networks that ship were trained from the zero start, so they are no other start's default."""
-    if steps and rate is None and init != "zero":
-        raise ValueError(
-            f"--steps {steps} from --init {init} needs a --rate: those that ship were trained from the zero start. "
-            "Give a number, or a folder that `ephemera train scalenet` wrote with this init."
-        )
-    if steps and rate == "none":
-        raise ValueError(f"--steps {steps} with --rate none: give a number or a network, or leave out --steps.")
 
 
 def _say_unshipped(lm: Any, model: str, steps: int | None, rate: str | None, init: str) -> None:

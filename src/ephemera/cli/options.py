@@ -131,3 +131,14 @@ def unshipped(model: str, format: str, told: str) -> str:
         f"no network ships for {model} and {format} prompts: {told}. Give --rate: a number such as 0.05, or a network "
         "(`ephemera models` lists them, `ephemera train scalenet` makes one)."
     )
+
+
+def check_steps(steps: int | None, rate: str | float | None, init: str) -> None:
+    """The networks that ship were trained from the zero start, so they are no other start's default."""
+    if steps and rate is None and init != "zero":
+        raise ValueError(
+            f"--steps {steps} from --init {init} needs a --rate: those that ship were trained from the zero start. "
+            "Give a number, or a folder that `ephemera train scalenet` wrote with this init."
+        )
+    if steps and rate == "none":
+        raise ValueError(f"--steps {steps} with --rate none: give a number or a network, or leave out --steps.")

@@ -25,6 +25,7 @@ from ephemera.config.evaluate import (
     Survey,
     Variant,
 )
+from ephemera.config.many import RaySettings, Run
 from ephemera.config.reproduce import LdttaRecipe, Lengths, Recipe, TaskWeaverRecipe
 from ephemera.config.settings import Settings, check_config, dump_yaml, load_config
 from ephemera.config.train import (
@@ -64,8 +65,10 @@ __all__ = [
     "ObjectiveSettings",
     "OptimizerSettings",
     "RateOptimizerSettings",
+    "RaySettings",
     "Recipe",
     "RowSettings",
+    "Run",
     "ScaleNetSettings",
     "Settings",
     "Survey",

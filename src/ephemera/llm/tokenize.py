@@ -16,6 +16,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 from ephemera.messages import check_unicode
 
 Tokens = Mapping[int, AddedToken]
+Prompt = str | Sequence[Mapping[str, Any]]  # a text, or a chat's messages of role and content
 WORDS = ("a", "The mill", "7 - 3")  # texts that begin and end with different tokens
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
 
@@ -26,7 +27,7 @@ _RESERVED: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[object, Tokens, Toke
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     *,
     chat: bool = False,
     system: str | None = None,
@@ -35,13 +36,13 @@ def encode_prompt(
     """Token ids of a prompt, with the tokenizer's own special tokens, never two BOS.
 
     With `chat` the prompt becomes a user message in the model's chat template, after the `system` message
-    if there is one, up to the assistant's turn. Special tokens that the prompt spells stay text;
+    if there is one, up to the assistant's turn. A prompt that is a list of messages is the whole chat, and needs `chat`. Special tokens that the prompt spells stay text;
     `special_tokens` makes them tokens. ValueError for text that is not valid Unicode, and as in `encode_chat`.
     """
     if chat:
         return encode_chat(tokenizer, _messages(prompt, system), special_tokens=special_tokens)
     encoder = _Encoder(tokenizer, prompt, special_tokens)
-    return encoder.encode(encoder.mark(prompt), add_special_tokens=True)
+    return encoder.encode(encoder.mark(_plain(prompt)), add_special_tokens=True)
 
 
 def encode_chat(
@@ -59,7 +60,7 @@ def encode_chat(
 
 def encode_answer(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     answer: str,
     *,
     chat: bool = False,
@@ -75,7 +76,7 @@ def encode_answer(
     """
     messages = _messages(prompt, system)
     encoder = _Encoder(tokenizer, [messages, answer], special_tokens)
-    text = encoder.render(messages) if chat else encoder.mark(prompt)
+    text = encoder.render(messages) if chat else encoder.mark(_plain(prompt))
     joint = encoder.mark(answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}")
     prompt_ids = encoder.encode(text, add_special_tokens=not chat)
     whole = encoder.encode(text + joint, add_special_tokens=not chat)
@@ -293,9 +294,15 @@ class _Encoder:
         return ids
 
 
-def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
-    messages = [{"role": "system", "content": system}] if system else []
-    return [*messages, {"role": "user", "content": prompt}]
+def _messages(prompt: Prompt, system: str | None) -> list[Mapping[str, Any]]:
+    messages: list[Mapping[str, Any]] = [{"role": "system", "content": system}] if system else []
+    return [*messages, {"role": "user", "content": prompt}] if isinstance(prompt, str) else [*messages, *prompt]
+
+
+def _plain(prompt: Prompt) -> str:
+    if not isinstance(prompt, str):
+        raise ValueError("a prompt of messages needs the model's chat template: load with chat=True (--chat).")
+    return prompt
 
 
 def _reserved(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokens, Tokens]:
