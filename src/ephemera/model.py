@@ -35,6 +35,7 @@ InitLike = Init | str | Path | None
 class AdaptiveLM:
     """A frozen language model that adapts to each prompt before it answers.
 
+    A prompt is a text, or with `chat=True` also a list of a chat's messages, each with `role` and `content`.
     Safe to call from several threads: calls wait for each other, and no adapter outlives its call.
     """
 

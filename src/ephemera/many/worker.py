@@ -75,8 +75,7 @@ class Worker:
         reserve = self.settings.max_new_tokens if self.settings.task == "answer" else 0
         if row.answer is not None and self.settings.task == "score":
             reserve = len(self.lm.encode_answer(row.prompt, row.answer))
-        self.lm.encode(row.prompt, reserve=reserve)
-        return len(self.lm.encode(row.prompt))
+        return len(self.lm.encode(row.prompt, reserve=reserve))
 
     def _batch(self, rows: Sequence[Row]) -> Made:
         prompts = [row.prompt for row in rows]
