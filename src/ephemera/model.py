@@ -25,6 +25,7 @@ from ephemera.llm.window import fit
 from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.messages import unknown
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
+from ephemera.together import SharedAdapter, shared_adapter
 
 BATCH_SIZE = 16  # rows that adapt together
 
@@ -147,6 +148,26 @@ class AdaptiveLM:
         """
         made = self._adapt(_prompts(prompts), steps=steps, rate=rate, init=init, seed=seed)
         return made if made.reach == "answer" else replace(made, cached={})  # it may be kept for long
+
+    def adapt_together(
+        self, prompts: Sequence[Prompt] | str, *, steps: int | None = None, rate: RateLike = None, seed: int = 0
+    ) -> SharedAdapter:
+        """One adapter for prompts of a kind: `steps` steps on the mean of their NLLs, at the mean of their rates.
+
+        The result is an init for other prompts (`init=`), and exports to PEFT. It starts where the first prompt's would.
+        No gate applies: gates are calibrated for one prompt's adapter. Memory does not grow with the number of prompts.
+        ValueError for no step, a prompt of one token, a generated start, and a step that is not finite.
+        """
+        texts, rule = _prompts(prompts), self._rate(rate) if rate is not None else self.rate
+        steps = steps_of(rule, steps)
+        if not steps or rule is None:
+            raise ValueError(f"steps is {steps}: a shared adapter needs 1 or more, and a rate; give steps= and rate=.")
+        ids = [self.encode(p) for p in texts]
+        reach: Reach = self.reach or reach_of(self.init, rule)
+        with self.backbone.lock:
+            return shared_adapter(
+                self.backbone, ids, self._batches(ids), self.init, rule, steps, seed=seed, reach=reach
+            )
 
     def _adapt(
         self,

@@ -12,9 +12,9 @@ from ephemera.saving import json_text, whole_folder
 
 CONFIG = "adapter_config.json"
 ACTIVATED = "adapter_config.alora.json"
-CARD = """# An adapter for one prompt
+CARD = """# An adapter for {whom}
 
-Made by ephemera for one prompt of {base_model}, with reach `answer`: the adapter acts from the prompt's last token on, over
+Made by ephemera for {whom} of {base_model}, with reach `answer`: the adapter acts from the prompt's last token on, over
 what the base model's own keys and values say of the prompt.
 
 PEFT reads `{config}`, and then applies the adapter to every token of the prompt too. That gives other answers than here.
@@ -39,11 +39,13 @@ with n = 1 + the answer's tokens. PEFT cannot merge an activated LoRA into the w
 """
 
 
-def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, last_token: int | None = None) -> Path:
+def export_peft(
+    lora: LoraBatch, row: int, folder: Path, *, base_model: str, last_token: int | None = None, prompts: int = 1
+) -> Path:
     """Write adapter_config.json and adapter_model.safetensors, whole or not at all; returns the folder.
 
     `last_token`: the prompt's, where the adapter acts from there on (reach `answer`); a configuration for PEFT's activated
-    LoRA, and a card that explains it, are written then.
+    LoRA, and a card that explains it, are written then. `prompts`: how many made the adapter together, for that card.
     """
     factors, r, lora_alpha = lora.peft_factors(row)
     settings: dict[str, Any] = {
@@ -62,6 +64,7 @@ def export_peft(lora: LoraBatch, row: int, folder: Path, *, base_model: str, las
             activated = {**settings, "alora_invocation_tokens": [last_token]}
             (scratch / ACTIVATED).write_text(json_text(activated, indent=2), encoding="utf-8")
             words = {"config": CONFIG, "activated": ACTIVATED, "folder": folder.name, "token": last_token}
+            words["whom"] = "one prompt" if prompts == 1 else f"{prompts} prompts together"
             (scratch / "README.md").write_text(CARD.format(base_model=base_model, **words), encoding="utf-8")
         (scratch / CONFIG).write_text(json_text(settings, indent=2), encoding="utf-8")
         save_file(lora.peft_state_dict(row), scratch / "adapter_model.safetensors", metadata={"format": "pt"})

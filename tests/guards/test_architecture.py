@@ -15,7 +15,7 @@ LAYERS = (
     *("llm.replaced", "llm.head", "lora", "llm.cached_layers", "llm.projections", "llm.frozen_lm"),
     *("fast", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
-    *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin"),
+    *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin", "together"),
     *("scoring", "rate_search", "config", "rows", "model", "run_info", "cost", "plan"),
     *("training", "evaluation", "serving"),
     *("bench", "doctor", "demo", "reproduce", "many", "cli", "__main__"),

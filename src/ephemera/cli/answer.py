@@ -1,4 +1,4 @@
-"""Commands on prompts: answer, try, export."""
+"""Commands on prompts: answer, try, export, adapt."""
 
 from __future__ import annotations
 
@@ -189,6 +189,52 @@ def export(
     if adaptation.notes[0]:
         print(adaptation.notes[0], file=sys.stderr)
     print(adaptation.export_peft(output, row=0))
+
+
+@app.command(
+    epilog="""Examples:
+
+    ephemera adapt --prompts questions.jsonl --export adapter --rate scalenet-nq-open
+
+    ephemera answer --init adapter --file others.jsonl"""
+)
+def adapt(
+    prompts: Annotated[
+        Path,
+        typer.Option("--prompts", "-p", help='Rows with a "prompt" each (.jsonl, .ndjson, .json); also .gz.'),
+    ],
+    export: Annotated[Path, typer.Option("--export", "-o", help="Folder for PEFT's two files.")],
+    model: Model = DEFAULT_MODEL,
+    steps: Steps = None,
+    rate: RateOption = None,
+    init: InitOption = "zero",
+    reach: ReachOption = None,
+    seed: Seed = 0,
+    chat: Chat = False,
+    special_tokens: SpecialTokens = False,
+    truncate: Truncate = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Adapt once to prompts of a kind, without labels, and keep the one adapter, in PEFT's format.
+
+    Other prompts of the kind then start there: `--init FOLDER` in answer, evaluate and serve."""
+    texts = prompts_of(None, prompts)
+    check_steps(steps, rate, init)
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
+    lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
+    if lm.rate is None:
+        raise ValueError(unshipped(model, lm.format, "there is no step to take"))
+    begun = time.perf_counter()
+    shared = lm.adapt_together(texts, steps=steps, seed=seed)
+    folder = shared.export_peft(export)
+    nll = ", ".join(f"{x:.3f}" for x in shared.prompt_nll_NK.mean(0).tolist())
+    print(
+        f"{len(shared.rates_KM)} steps on {len(texts)} prompt(s) together in {time.perf_counter() - begun:.2f} s; mean prompt "
+        f"NLL before each step: {nll}; use it with --init {folder} --reach {shared.reach}",
+        file=sys.stderr,
+    )
+    print(folder)
 
 
 def _say_unshipped(lm: Any, model: str, steps: int | None, rate: str | None, init: str) -> None:
