@@ -8,11 +8,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from ephemera.batch import pad
-from ephemera.inits import LoraGenerator, ZeroInit
+from ephemera.inits import ZeroInit
 from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
 from ephemera.together import adapt_together, shared_adapter
 from reference import close, merged_weights, slow_nll, slow_representation
+from serving_fixtures import tiny_generator
 from tiny_models import SomeRowsWild, random_ids, random_lora, random_scalenet, save_tiny, tiny_backbone
 
 PROMPTS = ["Question: who wrote the book?\n\nAnswer:", "Question: where is the mill?\n\nAnswer:", "The sea.\n\nAnswer:"]
@@ -122,6 +123,6 @@ def test_a_prompt_of_one_token_and_a_generated_start_are_refused():
     how = {"rate": FixedRate(1.0), "steps": 1, "seed": 0, "reach": "all"}
     with pytest.raises(ValueError, match="prompt 2 of 2 has 1 token, so there is nothing to learn from"):
         shared_adapter(backbone, [[5, 6], [7]], [[0, 1]], ZeroInit(), **how)
-    generator = LoraGenerator.for_backbone(backbone)
-    with pytest.raises(ValueError, match="init is taskweaver, which makes another start for each prompt"):
+    generator = tiny_generator(backbone)
+    with pytest.raises(ValueError, match="init is generated, which makes another start for each prompt"):
         shared_adapter(backbone, [[5, 6]], [[0]], generator, **how)

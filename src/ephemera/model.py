@@ -101,7 +101,7 @@ class AdaptiveLM:
         adapted = {key: settings.pop(key) for key in ("target_modules", "layers") if key in settings}
         if init is not None and init != "zero" and settings:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
-        init = _opened(init, **settings)
+        init = load_init(init, **settings)
         if rate is None and init.zero and not lora:
             rate = default_rate(name, "chat" if chat else "plain")
         elif isinstance(rate, str | Path | float | int):
@@ -302,12 +302,7 @@ class AdaptiveLM:
         ids = encode_answer(self.backbone.tokenizer, prompt, answer, chat=self.chat, special_tokens=self.special_tokens)
         return self.backbone.check_ids(ids)
 
-    def _prefills(
-        self,
-        prompts: Sequence[Prompt],
-        adaptation: Adaptation | None,
-        reserve: Sequence[int],
-    ):
+    def _prefills(self, prompts: Sequence[Prompt], adaptation: Adaptation | None, reserve: Sequence[int]):
         """(row indices, Prefill) of all prompts, in batches of similar length."""
         if adaptation is not None and adaptation.prompts != tuple(prompts):
             raise ValueError(
@@ -328,24 +323,13 @@ class AdaptiveLM:
         return length_batches([len(i) for i in ids], batch_size=BATCH_SIZE, max_tokens=most)
 
     def _init(self, init: InitLike) -> Init:
-        return _opened(init).placed(self.backbone)
+        return load_init(init).placed(self.backbone)
 
     def _rate(self, rate: RateLike) -> Rate | None:
         if rate == "none":
             return None
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
         return None if rule is None else place_rate(rule, self.backbone)
-
-
-def _opened(init: InitLike, **settings: Any) -> Init:
-    if init is None or isinstance(init, str | Path):
-        return load_init(init or "zero", **settings)
-    if not isinstance(init, Init):
-        raise ValueError(
-            f"init is a {type(init).__name__}; give an Init (ephemera.inits), "
-            '"zero", the name or folder of a generator, or the folder of a PEFT adapter.'
-        )
-    return init
 
 
 def _leaves_a_loss(made: Adaptation) -> bool:

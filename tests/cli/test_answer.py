@@ -263,3 +263,33 @@ def test_serve_says_what_does_not_ship(ships, serve, monkeypatch):
         f"no network ships for {ships} and plain and chat prompts: the model itself and a fixed rate are served." in err
     )
     assert "no network ships" not in serve("--model", ships, "--rate", "0.3")[0]
+
+
+def test_adapt_writes_one_adapter_that_others_start_at(llama_folder, run, tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "the mill runs", "a river")))
+    model, folder = ["--model", str(llama_folder)], tmp_path / "adapter"
+    code, out, err = run(
+        "adapt", *model, "--prompts", str(rows), "--export", str(folder), "--rate", "9", "--steps", "2"
+    )
+    assert (code, out.strip()) == (0, str(folder))
+    assert err.startswith("2 steps on 3 prompt(s) together in ")
+    assert f"--init {folder} --reach all" in err
+    code, out, _ = run("answer", *model, "--init", str(folder), "--max-new-tokens", "4", "--json", PROMPT)
+    assert code == 0
+    lm = AdaptiveLM.from_pretrained(str(llama_folder), rate=9)
+    shared = lm.adapt_together([PROMPT, "the mill runs", "a river"], steps=2)
+    made = lm.adapt(PROMPT, init=shared, steps=0)
+    assert json.loads(out)["answer"] == lm.generate(PROMPT, adaptation=made, max_new_tokens=4)[0]
+
+
+def test_adapt_without_a_rate_or_a_file_is_one_line(llama_folder, run, tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    asked = ["adapt", "--model", str(llama_folder), "--export", str(tmp_path / "adapter"), "--prompts"]
+    code, _, err = run(*asked, str(rows))
+    assert code == 2
+    assert "there is no step to take. Give --rate" in err
+    code, _, err = run(*asked, str(tmp_path / "none.jsonl"), "--rate", "1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert not (tmp_path / "adapter").exists()

@@ -17,6 +17,13 @@ __all__ = ["INITS", "Init", "LoraGenerator", "PeftInit", "ZeroInit", "load_gener
 INITS: tuple[type[Init], ...] = (ZeroInit, PeftInit, LoraGenerator)
 
 
-def load_init(spec: str | Path, **settings: Any) -> Init:
-    """An init from "zero", a generator's folder or shipped name, or the folder of a PEFT adapter."""
-    return next(init for kind in INITS if (init := kind.open(spec, **settings)) is not None)
+def load_init(init: Init | str | Path | None, **settings: Any) -> Init:
+    """An init as it is given, or from "zero" (also None), a generator's folder or shipped name, a PEFT adapter's folder."""
+    if isinstance(init, Init):
+        return init
+    if init is not None and not isinstance(init, str | Path):
+        raise ValueError(
+            f"init is a {type(init).__name__}; give an Init (ephemera.inits), "
+            '"zero", the name or folder of a generator, or the folder of a PEFT adapter.'
+        )
+    return next(found for kind in INITS if (found := kind.open(init or "zero", **settings)) is not None)
