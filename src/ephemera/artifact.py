@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ephemera import hub
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.llm.weights import check_finite
 from ephemera.messages import unknown
@@ -31,7 +32,9 @@ def shipped(name: str) -> list[str]:
 
 
 def find(spec: str | Path, name: str, *, also: list[str]) -> Path:
-    """The folder of a shipped name or a path; ValueError names what there is (`also`: what else is allowed)."""
+    """The folder of a shipped name, a path or a hub id; ValueError names what there is (`also`: what else is allowed)."""
+    if hub.is_id(spec):
+        return hub.fetch(str(spec), name)
     folder = NETWORKS / spec if (NETWORKS / spec / f"{name}.json").exists() else Path(spec).expanduser()
     if not (folder / f"{name}.json").exists():
         if folder.is_dir():

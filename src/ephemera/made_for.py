@@ -61,7 +61,7 @@ def read_made_for(record: dict[str, Any] | None, folder: Path) -> MadeFor:
         return MadeFor(**{**record, "tasks": tuple(record["tasks"])})
     card = (folder.parent if folder.name == "averaged" else folder) / "README.md"
     text = card.read_text(errors="replace") if card.exists() else ""
-    found = re.match(r"#.* on ([\w/+-]+)", text)
+    found = re.search(r"^#.* on ([\w/+-]+)", text, flags=re.M)
     mixture = re.search(r"drawn from (.+?)\.\n", text)
     if found:
         return MadeFor(tuple(found[1].split("+")))

@@ -79,8 +79,8 @@ class AdaptiveLM:
         """Load a model.
 
         `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package index). `init`:
-        where adapters start: an init object, "zero" (the default), a generator's folder or shipped name, or the
-        folder of a PEFT adapter. `rate`: a rate object, a folder, a shipped name (`scalenet-nq-open`), a preset
+        where adapters start: an init object, "zero" (the default), a generator's folder or shipped name, the
+        folder of a PEFT adapter, or a hub id. `rate`: a rate object, a folder, a shipped name, a hub id, a preset
         ("full", "fast"), a number, or "none" for the plain model. By default the network that ships for the model and
         the prompts' format, if there is one and neither `init` nor `lora` is given. `reach`: "answer" lets adapters
         act from the last prompt token on, "all" on every token; by default as the rate was trained for. `dtype`:

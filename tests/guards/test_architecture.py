@@ -10,15 +10,15 @@ import ephemera
 SRC = Path(ephemera.__file__).parent
 # From the ground up; a module may import what stands before it, a package's modules their neighbours.
 LAYERS = (
-    *("messages", "files", "saving", "made_for", "downloads", "tasks", "batch"),
+    *("messages", "files", "saving", "made_for", "downloads", "tasks", "cards", "hub", "batch"),
     *("llm.precision", "llm.weights", "llm.gguf_header", "llm.model_files", "llm.tokenize", "llm.architectures"),
     *("llm.replaced", "llm.head", "lora", "llm.cached_layers", "llm.projections", "llm.frozen_lm"),
     *("fast", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
-    *("peft_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin", "together"),
+    *("peft_export", "engine_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin", "together"),
     *("scoring", "rate_search", "config", "rows", "model", "run_info", "cost", "plan"),
     *("training", "evaluation", "serving"),
-    *("bench", "doctor", "demo", "reproduce", "many", "cli", "__main__"),
+    *("bench", "doctor", "doctor_vllm", "demo", "reproduce", "many", "cli", "__main__"),
 )
 SPLIT = {"llm"}  # a package whose modules have places of their own
 SIBLINGS = {"training", "evaluation", "serving"}

@@ -48,7 +48,7 @@ RateOption = Annotated[
     typer.Option(
         "--rate",
         "-r",
-        help="Preset (full, fast), shipped name, folder, a number, or none (see `ephemera models`). Default: the network that "
+        help="Preset (full, fast), shipped name, folder, hub id (user/repo[@revision]), a number, or none (see `ephemera models`). Default: the network that "
         "ships for the model and the prompts' format, from the zero start alone.",
         show_default=False,
     ),
@@ -70,7 +70,7 @@ InitOption = Annotated[
     typer.Option(
         "--init",
         "-i",
-        help="Where adapters start: zero, a generator (name or folder), the folder of a plain PEFT LoRA.",
+        help="Where adapters start: zero, a generator (name or folder), the folder of a plain PEFT LoRA, or a hub id of either.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the adapters' start.")]

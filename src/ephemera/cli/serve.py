@@ -30,7 +30,11 @@ Rates = Annotated[
 ]
 Start = Annotated[
     str,
-    typer.Option("--init", "-i", help="Where adapters start: zero, a generator or the folder of a plain PEFT LoRA."),
+    typer.Option(
+        "--init",
+        "-i",
+        help="Where adapters start: zero, a generator, the folder of a plain PEFT LoRA, or a hub id of either.",
+    ),
 ]
 StepsDefault = Annotated[
     int | None,

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ephemera import artifact
+from ephemera.hub import OnHub, card_of
 from ephemera.llm.frozen_lm import FrozenLM
 
 NAME = "lens"  # of its files
 
 
-class Lens(nn.Module):
+class Lens(OnHub, nn.Module):
     """One affine map per exit layer E: h -> h + W_E (h / scale_E) + b_E; the model's own final norm and head follow.
 
     Maps start at zero, which is the untrained "logit lens". E counts layers: the state after E of them. `scale_E` is each
     feature's size over training prompts: a few features of a residual stream are thousands of times the others.
     """
+
+    hub_kind: ClassVar[str] = NAME
 
     def __init__(self, *, hidden_size: int, exit_layers: Sequence[int], trained_for: dict[str, Any] | None = None):
         super().__init__()
@@ -63,6 +66,11 @@ class Lens(nn.Module):
                 f"this lens is for hidden size {self.weight_EDD.shape[1]}; {backbone.name} has {backbone.hidden_size}."
             )
 
+    @classmethod
+    def from_pretrained(cls, spec: str | Path) -> Lens:
+        """From a folder, a shipped name, or `user/repo[@revision]` of the hub."""
+        return load_lens(spec)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write lens.json and lens.safetensors; the maps as bfloat16, which halves the file."""
         state = {k: t if k == "scale_ED" else t.to(torch.bfloat16) for k, t in self.state_dict().items()}
@@ -70,8 +78,11 @@ class Lens(nn.Module):
 
 
 def load_lens(spec: str | Path) -> Lens:
-    """A lens from a folder or a shipped name."""
-    return artifact.load(artifact.find(spec, NAME, also=["a folder"]), NAME, _make)
+    """A lens from a folder, a shipped name or a hub id (`user/repo[@revision]`)."""
+    folder = artifact.find(spec, NAME, also=["a folder", "a hub id (user/repo)"])
+    lens = artifact.load(folder, NAME, _make)
+    lens.card = card_of(folder)
+    return lens
 
 
 def _make(config: dict[str, Any], state: dict[str, Tensor]) -> Lens:

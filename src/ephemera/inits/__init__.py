@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ephemera.hub import fetch, is_id
 from ephemera.inits.generator import LoraGenerator, load_generator
 from ephemera.inits.peft import PeftInit
 from ephemera.inits.protocol import Init
@@ -18,7 +19,7 @@ INITS: tuple[type[Init], ...] = (ZeroInit, PeftInit, LoraGenerator)
 
 
 def load_init(init: Init | str | Path | None, **settings: Any) -> Init:
-    """An init as it is given, or from "zero" (also None), a generator's folder or shipped name, a PEFT adapter's folder."""
+    """An init as it is given, or from "zero" (also None), a shipped name, a folder, or a hub id of a generator or adapter."""
     if isinstance(init, Init):
         return init
     if init is not None and not isinstance(init, str | Path):
@@ -26,4 +27,7 @@ def load_init(init: Init | str | Path | None, **settings: Any) -> Init:
             f"init is a {type(init).__name__}; give an Init (ephemera.inits), "
             '"zero", the name or folder of a generator, or the folder of a PEFT adapter.'
         )
-    return next(found for kind in INITS if (found := kind.open(init or "zero", **settings)) is not None)
+    spec = init or "zero"
+    if is_id(spec):
+        spec = fetch(str(spec), "generator", "adapter")
+    return next(found for kind in INITS if (found := kind.open(spec, **settings)) is not None)

@@ -6,7 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.batch import TokenBatch
+from ephemera.hub import OnHub, card_of
 from ephemera.inits.protocol import Init
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
@@ -48,7 +49,7 @@ def modules_of(projections: Sequence[Projection]) -> list[Module]:
     return list(found.values())
 
 
-class LoraGenerator(nn.Module, Init):
+class LoraGenerator(OnHub, nn.Module, Init):
     """Adapters of all projections from h, the frozen model's reading of the prompt (TaskWeaver Eq. 1-3).
 
         c[l,m,k] = proj(h) + e_layer[l] + e_module[m] + e_matrix[k]        k in {A, B}
@@ -60,6 +61,7 @@ class LoraGenerator(nn.Module, Init):
     and deviation, because the part that tells prompts apart is small beside the part that all prompts share.
     """
 
+    hub_kind: ClassVar[str] = NAME
     label = "generated"
     format = "plain"
 
@@ -147,6 +149,11 @@ class LoraGenerator(nn.Module, Init):
     def open(cls, spec: str | Path, **settings: Any) -> LoraGenerator:
         return load_generator(spec)  # the last kind to be asked: ValueError names what is known
 
+    @classmethod
+    def from_pretrained(cls, spec: str | Path) -> LoraGenerator:
+        """From a folder, a shipped name, or `user/repo[@revision]` of the hub."""
+        return load_generator(spec)
+
     @property
     def reads_prompts(self) -> bool:
         return True
@@ -232,8 +239,11 @@ def _head(hidden_size: int, out: int) -> nn.Sequential:
 
 
 def load_generator(spec: str | Path) -> LoraGenerator:
-    """A generator from a folder or a shipped name."""
-    return artifact.load(artifact.find(spec, NAME, also=["a folder"]), NAME, _make)
+    """A generator from a folder, a shipped name or a hub id (`user/repo[@revision]`)."""
+    folder = artifact.find(spec, NAME, also=["a folder", "a hub id (user/repo)"])
+    generator = artifact.load(folder, NAME, _make)
+    generator.card = card_of(folder)
+    return generator
 
 
 def _make(config: dict[str, Any], state: dict[str, Tensor]) -> LoraGenerator:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ephemera import artifact
 from ephemera.downloads import DEFAULT_MODEL
 from ephemera.gate import load_gate
+from ephemera.hub import card_of
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import Format, read_made_for
 from ephemera.messages import unknown
@@ -84,14 +85,14 @@ def place_rate(rate: Rate, backbone: FrozenLM) -> Rate:
 
 
 def load_rate(spec: str | Path | float) -> Rate:
-    """A rate from a number, a folder, a shipped name or a preset's ("full", "fast")."""
+    """A rate from a number, a folder, a shipped name, a preset's ("full", "fast"), or a hub id (`user/repo[@revision]`)."""
     spec = PRESETS.get(str(spec), spec)
     try:
         return FixedRate(float(spec))  # pyright: ignore[reportArgumentType]
     except (TypeError, ValueError) as error:
         if isinstance(spec, float | int):
             raise error
-    folder = artifact.find(spec, NAME, also=["a number", "a folder"])
+    folder = artifact.find(spec, NAME, also=["a number", "a folder", "a hub id (user/repo)"])
     return artifact.load(folder, NAME, lambda config, state: _make(config, state, folder))
 
 
@@ -106,4 +107,5 @@ def _make(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Rat
     config["made_for"] = read_made_for(config.get("made_for"), folder)
     rate = RATES[kind].from_file(config, state)
     rate.gate = load_gate(folder)
+    rate.card = card_of(folder)
     return rate

@@ -12,10 +12,11 @@ from ephemera.gate import Gate
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
 from ephemera.prompt_loss import PROMPT, PromptLoss
+from ephemera.rates.on_hub import RateOnHub
 from ephemera.rates.protocol import NAME, Trains
 
 
-class AveragedRate(nn.Module):
+class AveragedRate(RateOnHub, nn.Module):
     """ScaleNet's rates averaged over training prompts: no dependence on the prompt (LDTTA 4.3).
 
     `table_KKM[K-1, k-1]` holds the rates [M] of step k of K.

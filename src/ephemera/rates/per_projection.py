@@ -15,10 +15,11 @@ from ephemera.gate import Gate
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
 from ephemera.prompt_loss import PROMPT, PromptLoss
+from ephemera.rates.on_hub import RateOnHub
 from ephemera.rates.protocol import NAME, Trains
 
 
-class PerProjectionRate(nn.Module):
+class PerProjectionRate(RateOnHub, nn.Module):
     """The same rates for every prompt: `exp(log_rates_KM[k-1])` at step k, whatever K (ours).
 
     The control that ScaleNet must beat, and where it may start. Trained as ScaleNet is, by Eq. 17-19.

@@ -15,10 +15,11 @@ from ephemera.gate import Gate
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor, Reach
 from ephemera.prompt_loss import PROMPT, PromptLoss
+from ephemera.rates.on_hub import RateOnHub
 from ephemera.rates.protocol import MAX_STEPS, NAME, Trains
 
 
-class ScaleNet(nn.Module):
+class ScaleNet(RateOnHub, nn.Module):
     """Rates from the prompt's representation: eta_k * s(h(x), k, K) (LDTTA Eq. 13-16).
 
     A two-layer MLP over [normalised h(x), k/Kmax, K/Kmax]. Its output a is clamped from above and made

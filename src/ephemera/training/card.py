@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 
+from ephemera.cards import front_matter, harm_table
 from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, dump_yaml
 from ephemera.run_info import commit
 
@@ -45,7 +46,8 @@ def write_card(
     ]
     averaged = " `averaged/` holds its rates averaged over\ntraining prompts." if (folder / "averaged").exists() else ""
     (folder / "README.md").write_text(
-        f"# {folder.name}: {granularity} ScaleNet for {trained_for['name']} on {config.train.task}\n\n"
+        front_matter(trained_for["name"], config.train.task.split("+"), kind="scalenet")
+        + f"# {folder.name}: {granularity} ScaleNet for {trained_for['name']} on {config.train.task}\n\n"
         f"Predicts learning rates for per-prompt test-time adaptation (LDTTA Eq. 13-16): eta_k * s(h(x), k, K), one per\n"
         f"{'adapted projection' if granularity == 'layer-wise' else 'step'}. It fits that model alone "
         f"(weights {trained_for['fingerprint']}, {len(trained_for['projections'])} projections).{exits}\n\n"
@@ -57,7 +59,7 @@ def write_card(
         + f"\n\nMade with torch {torch.__version__} and transformers {transformers.__version__}, from this configuration:\n\n"
         f"```yaml\n{dump_yaml(portable)}```\n\n"
         "Intended for prompts in the form it was trained on (docs/concepts/limits.md); on others it may do harm, which\n"
-        "`ephemera evaluate` shows. Test results with intervals: docs/results.\n"
+        "`ephemera evaluate` shows. Test results with intervals: docs/results.\n" + harm_table(None, validations[-1])
     )
 
 
@@ -76,7 +78,8 @@ def write_lens_card(
         lines.append(f"| {m['step']} | " + " | ".join(f"{m[f'validation_kl_{E}']:.3f}" for E in layers) + " |")
     portable = _portable(config, run, trained_for, source=f"<folder of {config.train.task}>")
     (folder / "README.md").write_text(
-        f"# {folder.name}: tuned lens for {trained_for['name']}\n\n"
+        front_matter(trained_for["name"], config.train.task.split("+"), metrics=("kl",), kind="lens")
+        + f"# {folder.name}: tuned lens for {trained_for['name']}\n\n"
         "One affine map per exit layer; after it the model's own final norm and head (Belrose et al., 2023). It fits that\n"
         f"model alone (weights {trained_for['fingerprint']}).\n\n"
         f"Trained on {config.optimizer.samples} prompts (with repeats, {config.token_share:g} of their tokens) from {rows} rows of "
@@ -106,7 +109,8 @@ def write_generator_card(
     lines += [f"| {m['step']} | " + " | ".join(f"{m[key]:.3f}" for key in keys) + " |" for m in validations]
     portable = _portable(config, run, trained_for, source="<folder of {task}>")
     (folder / "README.md").write_text(
-        f"# {folder.name}: adapter generator for {trained_for['name']}\n\n"
+        front_matter(trained_for["name"], counts, kind="generator")
+        + f"# {folder.name}: adapter generator for {trained_for['name']}\n\n"
         "Makes a LoRA adapter for each prompt from the model's own last hidden state, in one pass (TaskWeaver 4.2). It\n"
         f"fits that model alone (weights {trained_for['fingerprint']}). {parameters:,} parameters.\n\n"
         f"Trained on {config.optimizer.samples} prompts drawn from "

@@ -16,9 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ephemera import artifact
+from ephemera.cards import add_harm, harm_table
 from ephemera.config import TrainGate, dump_yaml
 from ephemera.gate import SHARES, SIGNALS, Gate
 from ephemera.guard import kl, log_p, read_with, signals
+from ephemera.hub import is_id
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.prepared import prepare
@@ -187,6 +189,11 @@ def auroc(score_N: Tensor, positive_N: Tensor) -> float | None:
 def train_gate(config: TrainGate) -> Path:
     """`ephemera train gate`: fits on one half of the rows, calibrates on the other, and puts the gate beside the network."""
     folder = Path(config.output)
+    if is_id(config.network):
+        raise ValueError(
+            f"network is {config.network!r}, of the hub; a gate is written into a folder. Allowed: a folder. "
+            "Save it first: load_rate(...).save_pretrained(folder)."
+        )
     network = load_rate(config.network)
     if not isinstance(network, ScaleNet | PerProjectionRate) or network.reach != "answer":
         raise ValueError(
@@ -221,7 +228,9 @@ def train_gate(config: TrainGate) -> Path:
         for part, measured in (("seen", seen), ("unseen", unseen)):
             for line in _lines(part, measured):
                 file.write(json_text(line) + "\n")
-    gate.save(artifact.find(config.network, RATE, also=["a folder"]))
+    home = artifact.find(config.network, RATE, also=["a folder"])
+    gate.save(home)
+    add_harm(home / "README.md", harm_table(gate.calibration, network.made_for and network.made_for.validation))
     return folder
 
 
