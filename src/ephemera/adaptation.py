@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ephemera.batch import TokenBatch
+from ephemera.engine_export import export_all
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill
@@ -209,6 +210,17 @@ class Adaptation:
             found = [(rows.index(row), reading) for rows, reading in self.cached.items() if row in rows]
             last = next((int(reading.ids_BT[place, -1]) for place, reading in found), None)
         return export_peft(self.lora, row, Path(folder), base_model=self.base_model, last_token=last)
+
+    def export_all(self, output: str | Path, *, base_model: str, dtype: str = "float32") -> Path:
+        """Write every row's adapter for vLLM or SGLang, with a manifest: a folder, or one .zip (engine_export.py).
+
+        Those engines apply an adapter to every token; the manifest says by `reach` whether it was made for that.
+        """
+        rows = [
+            {"prompt": prompt, "reach": self.reach, "note": note}
+            for prompt, note in zip(self.prompts, self.notes, strict=True)
+        ]
+        return export_all(self.lora, Path(output), rows, base_model=base_model, dtype=dtype)
 
 
 def _of_all(parts: Sequence[Tensor | None], back: Tensor) -> Tensor | None:

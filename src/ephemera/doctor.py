@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +45,18 @@ def examine() -> int:
     print(f"device        {_device()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print()
     checks: list[Callable[[], Check]] = [check_python, check_cache, check_disk, check_model, check_networks]
-    failed = 0
-    for number, check in enumerate(checks, 1):
-        result = check()
+    return report(check() for check in checks)
+
+
+def report(checks: Iterable[Check]) -> int:
+    """Print each check as it is made; the exit code is 1 where one failed."""
+    failed = number = 0
+    for number, result in enumerate(checks, 1):
         print(f"{number}. {'ok  ' if result.fix is None else 'FAIL'} {result.name}: {result.found}")
         if result.fix is not None:
             failed += 1
             print(f"        fix: {result.fix}")
-    print("\nall is well" if not failed else f"\n{failed} of {len(checks)} checks failed")
+    print("\nall is well" if not failed else f"\n{failed} of {number} checks failed")
     return 1 if failed else 0
 
 

@@ -47,7 +47,7 @@ def test_the_blocks_of_a_page_run(page: Path, request: pytest.FixtureRequest, tm
 def test_what_is_skipped_says_why():
     skipped = [text for page in PAGES for _, text in blocks(page) if text.startswith(SKIP)]
     assert all(len(text.splitlines()[0]) > len(SKIP) + 10 for text in skipped)
-    assert len(skipped) <= 1  # a server's client, which examples/openai_client.py runs
+    assert len(skipped) <= 2  # a server's client, which examples/openai_client.py runs, and a push to the hub
 
 
 def test_enough_pages_have_blocks():

@@ -45,14 +45,31 @@ def models() -> None:
 @app.command(
     epilog="""Examples:
 
-    ephemera doctor"""
+    ephemera doctor
+
+    ephemera doctor --vllm http://localhost:8000 --adapter adapters/row-00000-0123456789ab"""
 )
-def doctor() -> None:
+def doctor(
+    vllm: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server: checks only whether it loads adapters and uses them.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="With --vllm: a folder of `export --all` that the server can read.")
+    ] = None,
+) -> None:
     """Print versions, and check what usually goes wrong, each with its fix."""
-    from ephemera.doctor import examine
+    if (vllm is None) != (adapter is None):
+        raise ValueError(
+            "--vllm and --adapter go together: give the server's address and an adapter's folder, or neither."
+        )
+    from ephemera.doctor import examine, report
 
     quiet()
-    raise typer.Exit(examine())
+    if vllm is None or adapter is None:
+        raise typer.Exit(examine())
+    from ephemera.doctor_vllm import examine_vllm
+
+    raise typer.Exit(report(examine_vllm(vllm, adapter)))
 
 
 @app.command(

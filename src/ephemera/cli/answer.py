@@ -162,11 +162,23 @@ def _print_json(adaptation: Any, row: int, text: str, base: str | None) -> None:
 @app.command(
     epilog="""Examples:
 
-    ephemera export "Question: who wrote Hamlet? Answer:" --output adapter --steps 3"""
+    ephemera export "Question: who wrote Hamlet? Answer:" --output adapter --steps 3
+
+    ephemera export --all --file prompts.jsonl --reach all --output adapters --base-model HuggingFaceTB/SmolLM2-135M-Instruct"""
 )
 def export(
-    prompt: Annotated[str, typer.Argument(help="The prompt to adapt to.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for PEFT's two files.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for PEFT's two files; with --all, a new folder or .zip.")
+    ],
+    prompt: Annotated[str | None, typer.Argument(help="The prompt to adapt to; with --all, or --file.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="With --all: prompts, as of `answer`.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every prompt's adapter, for vLLM and SGLang: a folder each, and a manifest.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="With --all: the model's name in the adapters. Default: what --model is called.")
+    ] = None,
+    adapter_dtype: Annotated[str, typer.Option(help="With --all: float32, bfloat16 or float16.")] = "float32",
     model: Model = DEFAULT_MODEL,
     steps: Steps = None,
     rate: RateOption = None,
@@ -179,16 +191,31 @@ def export(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Adapt to a prompt and keep the adapter, in PEFT's format."""
-    check_unicode(prompt, "the prompt")
+    """Adapt to a prompt, or to each, and keep the adapter, in PEFT's format."""
+    if not every and (prompt is None or file is not None or base_model is not None or adapter_dtype != "float32"):
+        raise ValueError(
+            "export takes one prompt; --file, --base-model and --adapter-dtype need --all. Give a prompt or --all."
+        )
+    prompts = prompts_of(prompt, file)
     check_steps(steps, rate, init)
     options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
-    adaptation = lm.adapt([prompt], steps=steps, seed=seed)
-    if adaptation.notes[0]:
-        print(adaptation.notes[0], file=sys.stderr)
-    print(adaptation.export_peft(output, row=0))
+    adaptation = lm.adapt(prompts, steps=steps, seed=seed)
+    for note in dict.fromkeys(note for note in adaptation.notes if note):
+        print(note, file=sys.stderr)
+    if not every:
+        print(adaptation.export_peft(output, row=0))
+        return
+    from ephemera.llm.model_files import called
+
+    if adaptation.reach == "answer":
+        print(
+            "these adapters act on the answer only; vLLM and SGLang apply them to the prompt too and answer otherwise. "
+            "Give --reach all with a rate that was made for it.",
+            file=sys.stderr,
+        )
+    print(adaptation.export_all(output, base_model=base_model or called(lm.backbone.name), dtype=adapter_dtype))
 
 
 @app.command(
