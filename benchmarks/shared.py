@@ -25,7 +25,7 @@ def measured(lm: AdaptiveLM, prompts: list[str], answers: list[str], **how: Any)
     return lm.answer_nll(prompts, answers, made).tolist(), made.seconds
 
 
-def arms(lm: AdaptiveLM, folder: Path, learn: list[str], small: float, rows: tuple[list[str], list[str]]) -> dict:
+def arms(lm: AdaptiveLM, folder: Path, learn: list[str], small: list[float], rows: tuple[list[str], list[str]]) -> dict:
     """{name: (NLL of each row, seconds)}; every shared adapter is exported, and read again as a PEFT adapter."""
     found = {"none": measured(lm, *rows, steps=0), "per prompt, 1 step": measured(lm, *rows, steps=1)}
     for steps in (1, 3):
@@ -34,8 +34,10 @@ def arms(lm: AdaptiveLM, folder: Path, learn: list[str], small: float, rows: tup
         print(f"shared, {steps} steps, made in {time.perf_counter() - begun:.1f} s", flush=True)
         name = f"shared by {len(learn)} ({steps} step{'s' * (steps > 1)})"
         found[name] = measured(lm, *rows, init=start, steps=0)
-        found[f"{name} + 1 step at {small:g}"] = measured(lm, *rows, init=start, steps=1, rate=small)
-        found[f"{name} + 1 step of the network"] = measured(lm, *rows, init=start, steps=1)
+        if steps == 1:
+            for rate in small:
+                found[f"{name} + 1 step at {rate:g}"] = measured(lm, *rows, init=start, steps=1, rate=rate)
+            found[f"{name} + 1 step of the network"] = measured(lm, *rows, init=start, steps=1)
     return found
 
 
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--task", default="nq-open")
     parser.add_argument("--source", required=True)
     parser.add_argument("--rate", default="scalenet-nq-open")
-    parser.add_argument("--small", type=float, default=0.3, help="rate of one small step from the shared adapter")
+    parser.add_argument("--small", default="0.3,0.03,0.003,0.0003", help="rates of one step from the shared adapter")
     parser.add_argument("--learn", type=int, default=16, help="training prompts, without labels")
     parser.add_argument("--rows", type=int, default=60, help="test rows")
     parser.add_argument("--chat", action="store_true")
@@ -71,11 +73,12 @@ def main() -> None:
     learn = load_dataset(args.task, split="train", source=args.source, limit=args.learn, seed=0).examples
     test = load_dataset(args.task, split="test", source=args.source, limit=args.rows, seed=0).examples
     rows = [e.prompt for e in test], [e.answer for e in test]
-    found = arms(lm, args.output, [e.prompt for e in learn], args.small, rows)
-    page = [f"{len(test)} {args.task} test rows, {lm.format} prompts, {args.rate}; `{command()}`", "", *table(found)]
+    found = arms(lm, args.output, [e.prompt for e in learn], [float(x) for x in args.small.split(",")], rows)
+    told = command().replace("shared.py", "python -m benchmarks.shared", 1)
+    page = [f"{len(test)} {args.task} test rows, {lm.format} prompts, {args.rate}; `{told}`", "", *table(found)]
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text("\n".join(page) + "\n")
-    facts = {"commit": commit(), "versions": versions(), "command": command(), "harmed_above": HARM}
+    facts = {"commit": commit(), "versions": versions(), "command": told, "harmed_above": HARM}
     records = {name: {"nll": [round(x, 5) for x in nll], "seconds": s} for name, (nll, s) in found.items()}
     (args.output / "results.json").write_text(json.dumps({**facts, "arms": records}, indent=1) + "\n")
     print("\n".join(page))

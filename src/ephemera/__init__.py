@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ephemera.adaptation import Adaptation
+    from ephemera.as_generate import as_generate
     from ephemera.inits import ZeroInit
     from ephemera.lora import LoraBatch
     from ephemera.model import AdaptiveLM
     from ephemera.rates import AveragedRate, FixedRate, ScaleNet, load_rate
 
 __version__ = "0.1.0"
-__all__ = ["Adaptation", "AdaptiveLM", "AveragedRate", "FixedRate", "LoraBatch", "ScaleNet", "ZeroInit", "load_rate"]
+__all__ = [
+    "Adaptation",
+    "AdaptiveLM",
+    "AveragedRate",
+    "FixedRate",
+    "LoraBatch",
+    "ScaleNet",
+    "ZeroInit",
+    "as_generate",
+    "load_rate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -21,6 +32,8 @@ def __getattr__(name: str) -> Any:
         from ephemera.model import AdaptiveLM as found
     elif name == "Adaptation":
         from ephemera.adaptation import Adaptation as found
+    elif name == "as_generate":
+        from ephemera.as_generate import as_generate as found
     elif name == "LoraBatch":
         from ephemera.lora import LoraBatch as found
     elif name == "ZeroInit":
