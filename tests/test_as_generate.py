@@ -97,7 +97,7 @@ def test_the_model_is_left_as_it_was(loaded):
 
 def test_a_rate_for_another_model_is_refused(loaded):
     model, _, inputs = loaded
-    with pytest.raises(ValueError, match="was trained for|found no modules for target_modules"):
+    with pytest.raises(ValueError, match=r"was trained for|found no modules for target_modules"):
         model.generate(**inputs, custom_generate=ephemera.as_generate("universal"), max_new_tokens=3)
 
 
