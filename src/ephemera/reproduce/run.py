@@ -31,14 +31,14 @@ def plan_table(title: str, stages: Sequence[Stage], device: Device, dtype: str) 
     """What each stage takes on a device, from the configuration alone."""
     speed, rows = device.flops[dtype], []
     for stage in stages:
-        hours = "done" if done(stage) else f"{stage.flops / speed / 3600:.2f}"
+        hours = "done" if done(stage) else f"{stage.flops / speed / 3600:.3g}"
         fits = "" if stage.bytes <= device.bytes else " (more than it has)"
         rows.append(
             [stage.name, f"{stage.samples:,}", f"{stage.flops / 1e12:,.0f}", f"{stage.bytes / 1e9:.1f}{fits}", hours]
         )
     left = [stage for stage in stages if not done(stage)]
     flops, bytes = sum(s.flops for s in left), max((s.bytes for s in left), default=0.0)
-    whole = [f"{flops / 1e12:,.0f}", f"{bytes / 1e9:.1f}", f"{flops / speed / 3600:.2f}"]
+    whole = [f"{flops / 1e12:,.0f}", f"{bytes / 1e9:.1f}", f"{flops / speed / 3600:.3g}"]
     rows.append([f"{len(left)} stages to run", f"{sum(s.samples for s in left):,}", *whole])
     note = NOTE.format(flops=speed, device=device.name, dtype=dtype)
     return Table(title, note, ["stage", "rows", "TFLOP", "GB", f"hours on {device.name}"], rows)
