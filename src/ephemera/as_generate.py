@@ -19,7 +19,7 @@ from ephemera.batch import TokenBatch
 from ephemera.begin import adapt_from, reach_of
 from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
-from ephemera.llm.load import uses_fast
+from ephemera.llm.load import frozen_lm
 from ephemera.llm.prefill import Prefill, prefill, whole_reading
 from ephemera.made_for import Reach, checked_reach
 from ephemera.rates import Rate, adapted_by, load_rate, place_rate
@@ -100,12 +100,7 @@ def _frozen_lm(model: PreTrainedModel, rule: Rate, config: GenerationConfig) -> 
     """The caller's model, with adapters where the rate has them. No tokenizer is needed, but for what pads and what ends."""
     special: Any = SimpleNamespace(pad_token_id=config.pad_token_id, eos_token_id=config.eos_token_id)
     name = model.name_or_path or type(model).__name__
-    where: dict[str, Any] = {"name": name, "path": Path(name), **adapted_by(rule)}
-    if not uses_fast():
-        return FrozenLM(model, special, **where)
-    from ephemera.fast.fast_lm import FastLM  # here, so that the reference path runs without fast/
-
-    return FastLM(model, special, **where)
+    return frozen_lm(model, special, name=name, path=Path(name), **adapted_by(rule))
 
 
 @contextmanager

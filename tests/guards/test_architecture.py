@@ -16,7 +16,7 @@ LAYERS = (
     *("fast", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
     *("peft_export", "engine_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin", "together"),
-    *("scoring", "rate_search", "config", "rows", "model", "as_generate", "run_info", "cost", "plan"),
+    *("scoring", "rate_search", "config", "rows", "as_generate", "model", "run_info", "cost", "plan"),
     *("training", "evaluation", "serving"),
     *("bench", "doctor", "doctor_vllm", "demo", "reproduce", "many", "cli", "__main__"),
 )

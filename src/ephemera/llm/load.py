@@ -86,13 +86,26 @@ def load_backbone(
     if "quantization_config" not in kwargs or "gguf_file" in kwargs:
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     sits: dict[str, Any] = {"target_modules": target_modules, "layers": layers, "only": only}
+    return frozen_lm(model, tokenizer, name=name, path=path, packs=packs, checkpoint=checkpoint, fast=fast, **sits)
+
+
+def frozen_lm(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    packs: bool = True,
+    checkpoint: bool = False,
+    fast: bool | None = None,
+    **where: Any,
+) -> FrozenLM:
+    """A model that is loaded already, on the fast path or the reference path. `where`: as for `FrozenLM`."""
     if not (uses_fast() if fast is None else fast):
         if checkpoint:
             raise ValueError("checkpoint is part of the fast path, which is off (EPHEMERA_FAST=0 or fast=False).")
-        return FrozenLM(model, tokenizer, name=name, path=path, **sits)
+        return FrozenLM(model, tokenizer, **where)
     from ephemera.fast.fast_lm import FastLM  # here, so that the reference path runs without fast/
 
-    return FastLM(model, tokenizer, name=name, path=path, packs=packs, recompute=checkpoint, **sits)
+    return FastLM(model, tokenizer, packs=packs, recompute=checkpoint, **where)
 
 
 def uses_fast() -> bool:
