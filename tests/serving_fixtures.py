@@ -12,6 +12,7 @@ import torch
 
 from ephemera.inits import LoraGenerator
 from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.made_for import MadeFor
 from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
 from ephemera.serving.engine import methods
@@ -34,7 +35,12 @@ PROMPTS = (
 def tiny_generator(backbone: FrozenLM) -> LoraGenerator:
     """Adapters of rank 2 that are no no-ops."""
     torch.manual_seed(5)
-    made = LoraGenerator(projections=backbone.projections, state_size=backbone.hidden_size, hidden_size=16)
+    made = LoraGenerator(
+        projections=backbone.projections,
+        state_size=backbone.hidden_size,
+        hidden_size=16,
+        made_for=MadeFor(("boolq", "snli"), steps=0),
+    )
     with torch.no_grad():
         for weight in made.parameters():
             weight.normal_(0, 0.3)

@@ -24,7 +24,7 @@ def checked_reach(reach: str) -> Reach:
 
 @dataclass(frozen=True)
 class MadeFor:
-    """Tasks and prompt format of the training data, where adapters act, and how many steps were validated.
+    """Tasks and prompt format of the training data, where adapters act, and how many steps were validated (a generator: 0).
 
     `reach`: "all", the papers': an adapter acts on every token. "answer": it acts from the last prompt token on, over the
     base model's keys and values. `validation`: figures on validation rows, by name.
@@ -46,6 +46,8 @@ class MadeFor:
         """One sentence for users."""
         tasks = ", ".join(self.tasks[:6]) + (f" and {len(self.tasks) - 6} more" if len(self.tasks) > 6 else "")
         prompts = "chat prompts" if self.format == "chat" else "plain prompts"
+        if not self.steps:
+            return f"this generator was trained on {prompts} of {tasks}"
         return f"this network was trained on {prompts} of {tasks}, with {self.steps} step{'s' * (self.steps != 1)}"
 
     def describe(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of
+from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of, told
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, reach_of
 from ephemera.inits import Init, load_init
@@ -22,7 +22,7 @@ from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
 from ephemera.llm.tokenize import Prompt, encode_answer, encode_prompt
 from ephemera.llm.window import fit
-from ephemera.made_for import Format, Reach, checked_reach
+from ephemera.made_for import Format, MadeFor, Reach, checked_reach
 from ephemera.messages import unknown
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
 from ephemera.together import SharedAdapter, shared_adapter
@@ -199,7 +199,7 @@ class AdaptiveLM:
             made,
             prompts=prompts,
             left=tuple(left_alone(fell_back=f, tokens=len(i), steps=steps, abstained=a) for f, a, i in facts),
-            remarks=(self.beyond(rule) if steps else None,) * len(prompts),
+            remarks=(told(self.beyond(rule) if steps else None, self._beyond(start_from.made_for)),) * len(prompts),
             started=start_from.label is not None,
             seconds=time.perf_counter() - start,
             base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
@@ -209,7 +209,10 @@ class AdaptiveLM:
 
     def beyond(self, rule: Rate | None) -> str | None:
         """A sentence if a network is used outside what it was made for: another format, or another reach."""
-        return None if rule is None else beyond(rule.made_for, self.format, self.reach)
+        return None if rule is None else self._beyond(rule.made_for)
+
+    def _beyond(self, made: MadeFor | None) -> str | None:
+        return beyond(made, self.format, self.reach)
 
     def answer_nll(
         self, prompts: Sequence[Prompt] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None

@@ -16,6 +16,7 @@ from ephemera.inits import LoraGenerator, PeftInit, ZeroInit, load_generator, lo
 from ephemera.inits.generator import last_state
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.lora import LoraBatch, Projection
+from ephemera.made_for import MadeFor
 from ephemera.model import AdaptiveLM
 from ephemera.rates import FixedRate
 from ephemera.scoring import Encoded, prompt_batch
@@ -327,6 +328,26 @@ def test_a_generator_is_saved_and_loaded(tmp_path):
     assert sizes[1] < 0.75 * sizes[0]
     shutil.move(tmp_path / "a", tmp_path / "c")
     assert isinstance(load_init(str(tmp_path / "c")), LoraGenerator)
+
+
+def test_what_it_was_made_for(llama, tmp_path):
+    """Kept in its file; files from before there was a record are plain, of the tasks in their card."""
+    chats = stored(tmp_path / "chat", llama, made_for=MadeFor(("squad",), "chat", "answer", 0), reach="answer")
+    again = load_generator(tmp_path / "chat")
+    assert (again.made_for, again.format, again.reach) == (chats.made_for, "chat", "answer")
+    lm = AdaptiveLM(llama, init=again)
+    (note,) = lm.adapt(["The river runs"]).notes
+    assert note == "this generator was trained on chat prompts of squad"
+    stored(tmp_path / "old", llama)
+    written = json.loads((tmp_path / "old" / "generator.json").read_text())
+    del written["made_for"]
+    (tmp_path / "old" / "generator.json").write_text(json.dumps(written))
+    (tmp_path / "old" / "README.md").write_text(
+        "# old\n\nTrained on 9 prompts drawn from snli (9 rows), boolq (3 rows).\n"
+    )
+    old = load_generator(tmp_path / "old")
+    assert old.made_for == MadeFor(("snli", "boolq"), steps=0)
+    assert AdaptiveLM(llama, init=old).adapt(["The river runs"]).notes == (None,)
 
 
 def test_corrupt_folders(tmp_path):

@@ -38,7 +38,10 @@ def models() -> None:
     print("rate   a number, or a folder that `ephemera train scalenet` wrote")
     for name in shipped("generator"):
         config = json.loads((NETWORKS / name / "generator.json").read_text())
-        print(f"init   {name}  (generator, for {config['trained_for']['name']})")
+        made = read_made_for(config.get("made_for"), NETWORKS / name)
+        print(
+            f"init   {name}  (generator, for {made.format} prompts of {config['trained_for']['name']}, reach {config.get('reach', 'all')})"
+        )
     print("init   zero (the default), a folder that `ephemera train generator` wrote, or a PEFT adapter's folder")
 
 

@@ -164,7 +164,9 @@ class Analyse(Settings):
     seed: int = Field(default=0, description="of controls, shuffled labels and embeddings")
 
 
-SurveyMethod = Literal["none", "uniform", "constants", "network", "ungated", "swapped", "lora"]
+SurveyMethod = Literal[
+    "none", "uniform", "constants", "network", "ungated", "swapped", "generated", "generated-swapped", "lora"
+]
 
 
 class Survey(Settings):
@@ -176,6 +178,9 @@ class Survey(Settings):
     constants: str | None = Field(default=None, description="folder of per-projection constants, for `constants`")
     uniform_rate: float = Field(default=3.0, ge=0, description="one rate for all projections, for `uniform`")
     lora: str | None = Field(default=None, description="folder of a static PEFT LoRA, for `lora`")
+    generator: str | None = Field(
+        default=None, description="folder or shipped name of a generator with reach answer, for `generated`"
+    )
     data: DataSettings = DataSettings(limit=200, format="chat")
     methods: list[SurveyMethod] = Field(default=["none", "network"], min_length=1, description="columns of the table")
     generate: list[SurveyMethod] = Field(default=["none", "network"], description="methods whose answers are generated")
@@ -190,6 +195,8 @@ class Survey(Settings):
             raise ValueError("methods has constants: give their folder (constants=FOLDER), or leave the method out")
         if "lora" in self.methods and self.lora is None:
             raise ValueError("methods has lora: give the adapter's folder (lora=FOLDER), or leave the method out")
+        if self.generator is None and {"generated", "generated-swapped"} & set(self.methods):
+            raise ValueError("methods has generated: give a generator (generator=FOLDER), or leave the method out")
         if not {"none", "network"} <= set(self.methods):
             raise ValueError("methods needs none, the base model, and network, which is compared with it")
         return self

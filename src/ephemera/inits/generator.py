@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +21,7 @@ from ephemera.inits.protocol import Init
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch, Projection
-from ephemera.made_for import Reach, checked_reach
+from ephemera.made_for import MadeFor, Reach, checked_reach, read_made_for
 
 NAME = "generator"  # of its files
 RETIRED = {"source": "last", "head_rank": None}  # in files of earlier versions
@@ -63,7 +65,6 @@ class LoraGenerator(OnHub, nn.Module, Init):
 
     hub_kind: ClassVar[str] = NAME
     label = "generated"
-    format = "plain"
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class LoraGenerator(OnHub, nn.Module, Init):
         target_modules: str | list[str] = "qv",
         trained_for: dict[str, Any] | None = None,
         reach: Reach = "all",
+        made_for: MadeFor | None = None,
     ):
         super().__init__()
         modules = modules_of(projections)
@@ -90,8 +92,10 @@ class LoraGenerator(OnHub, nn.Module, Init):
             "projections": [[p.kind, p.layer, p.in_features, p.out_features] for p in projections],
             "trained_for": trained_for,
             "reach": checked_reach(reach),
+            "made_for": None if made_for is None else made_for.describe(),
         }
         self.reach: Reach = reach
+        self.made_for = made_for
         self.modules_of_heads = modules
         self.count = len(projections)
         self.r, self.lora_alpha = r, lora_alpha
@@ -241,13 +245,16 @@ def _head(hidden_size: int, out: int) -> nn.Sequential:
 def load_generator(spec: str | Path) -> LoraGenerator:
     """A generator from a folder, a shipped name or a hub id (`user/repo[@revision]`)."""
     folder = artifact.find(spec, NAME, also=["a folder", "a hub id (user/repo)"])
-    generator = artifact.load(folder, NAME, _make)
+    generator = artifact.load(folder, NAME, partial(_make, folder))
     generator.card = card_of(folder)
     return generator
 
 
-def _make(config: dict[str, Any], state: dict[str, Tensor]) -> LoraGenerator:
+def _make(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> LoraGenerator:
     config = artifact.without_retired(config, RETIRED)
+    made_for = config.get("made_for")
+    if made_for is not None or "made_for" not in config:  # files from before there was a record say it in their card
+        config["made_for"] = replace(read_made_for(made_for, folder), steps=0)
     projections = [Projection(f"{i}", *shape) for i, shape in enumerate(config.pop("projections"))]
     trained_for, targets = config.get("trained_for"), config.get("target_modules")
     if trained_for is not None and not {"name", "fingerprint", "projections"} <= set(trained_for):

@@ -11,7 +11,7 @@ from ephemera.batch import TokenBatch
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
-from ephemera.made_for import Format, Reach
+from ephemera.made_for import Format, MadeFor, Reach
 
 
 class Init(ABC):
@@ -20,7 +20,7 @@ class Init(ABC):
     label: ClassVar[str | None] = None  # what a server calls it: `MODEL:label`; None for the zero start
     zero: ClassVar[bool] = False  # every B is zero: without a step the adapters change nothing
     reach: Reach = "all"  # where adapters act if no rate says
-    format: Format | None = None  # the prompts that it was trained on; None: not trained
+    made_for: MadeFor | None = None  # the prompts that it was trained on; None: not trained
 
     @abstractmethod
     def __call__(self, backbone: FrozenLM, batch: TokenBatch, seeds: Sequence[int]) -> LoraBatch:
@@ -34,6 +34,11 @@ class Init(ABC):
     def after(self, backbone: FrozenLM, batch: TokenBatch, reading: CachedLayers) -> LoraBatch:
         """The same from the base model's reading of the prompts."""
         raise NotImplementedError  # only asked of kinds that begin there (`reads_prompts`)
+
+    @property
+    def format(self) -> Format | None:
+        """The format of the prompts that it was trained on; None: not trained."""
+        return None if self.made_for is None else self.made_for.format
 
     @property
     def reads_prompts(self) -> bool:

@@ -18,6 +18,7 @@ from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.llm.precision import DTYPES
 from ephemera.llm.prefill import prefill, whole_reading
 from ephemera.lora import LoraBatch
+from ephemera.made_for import MadeFor
 from ephemera.rates import ScaleNet
 from ephemera.scoring import Encoded, answer_gradient, batches_of, prompt_batch
 from ephemera.training.card import write_generator_card
@@ -199,6 +200,7 @@ def _fresh(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded]) 
         target_modules=lora.target_modules,
         hidden_size=config.generator.hidden_size,
         reach=config.generator.reach,
+        made_for=MadeFor(tuple(t.task for t in config.train.tasks), config.train.format, config.generator.reach, 0),
     )
     fit_states(backbone, generator, rows)
     return generator

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from ephemera import AdaptiveLM
 from ephemera.config import Survey, check_config
@@ -11,6 +12,7 @@ from ephemera.evaluation.shared.records import RECORDS, SurveyRecord, read_json,
 from ephemera.evaluation.survey.report import changed
 from ephemera.evaluation.survey.run import survey
 from ephemera.evaluation.survey.tables import cells_of, verdict
+from ephemera.inits import LoraGenerator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
 from ephemera.made_for import MadeFor
@@ -81,6 +83,36 @@ def test_a_survey(material, llama_folder, tmp_path):
     assert f"Over {len(ROWS)} prompts of 1 kinds" in verdict(list(cells.values()), price)
 
 
+def test_generated_adapters(material, llama_folder, tmp_path):
+    """Own and neighbour's, from the kept reading: as AdaptiveLM generates and scores them; reach all is refused."""
+    lm = AdaptiveLM.from_pretrained(str(llama_folder), rate="none", dtype="float32", device="cpu")
+    for reach in ("answer", "all"):
+        torch.manual_seed(0)
+        generator = LoraGenerator(
+            projections=lm.backbone.projections,
+            state_size=lm.backbone.hidden_size,
+            hidden_size=8,
+            trained_for=describe(lm.backbone),
+            reach=reach,
+        )
+        for p in generator.parameters():
+            p.data.add_(torch.randn_like(p) * 0.1)
+        generator.save_pretrained(tmp_path / reach)
+    more = {"methods": ["none", "network", "generated", "generated-swapped"], "generate": ["generated"]}
+    folder = survey(settings(material, llama_folder, tmp_path / "run", generator=str(tmp_path / "answer"), **more))
+    records = read_records(folder / RECORDS, SurveyRecord)
+    by = {m: {r.id: r.nll for r in records if r.method == m} for m in ("none", "generated", "generated-swapped")}
+    made = AdaptiveLM.from_pretrained(str(llama_folder), init=tmp_path / "answer", dtype="float32", device="cpu")
+    prompts, answers = [r["prompt"] for r in ROWS], [r["answer"] for r in ROWS]
+    wanted = made.answer_nll(prompts, answers, made.adapt(prompts))
+    assert sorted(by["generated"].values()) == pytest.approx(sorted(wanted.tolist()), abs=1e-4)
+    assert all(abs(by["generated"][i] - by["none"][i]) > 1e-3 for i in by["none"])
+    assert any(abs(by["generated"][i] - by["generated-swapped"][i]) > 1e-4 for i in by["none"])
+    assert all((r.text is not None) == (r.method == "generated") for r in records)
+    with pytest.raises(ValueError, match=r"reach all; a survey compares reach answer"):
+        survey(settings(material, llama_folder, tmp_path / "x", generator=str(tmp_path / "all"), **more))
+
+
 def test_what_changed():
     assert changed("the mill runs", "the old mill") == [("the", False), ("old", True), ("mill", False)]
 
@@ -91,6 +123,7 @@ def test_wrong_settings(material, llama_folder, tmp_path):
         ({"methods": ["none", "uniform"]}, r"methods needs none, the base model, and network"),
         ({"methods": ["none", "lora"]}, r"give the adapter's folder \(lora=FOLDER\)"),
         ({"methods": ["none", "constants"]}, r"constants=FOLDER"),
+        ({"methods": ["none", "network", "generated"]}, r"give a generator \(generator=FOLDER\)"),
     ):
         with pytest.raises(ValueError, match=words):
             settings(material, llama_folder, tmp_path, **wrong)

@@ -78,7 +78,7 @@ def test_a_network_for_other_prompts_says_so(llama, ships):
     assert everywhere.beyond("chat", 2) == words
     generated = methods.build(llama, tiny_generator(llama), [FixedRate(0.1)])[-1]
     assert generated.format == "plain"
-    assert generated.beyond("chat", 1) == methods.PLAIN_GENERATOR
+    assert generated.beyond("chat", 1) == "this generator was trained on plain prompts of boolq, snli"
     assert generated.beyond("plain", 1) is None
 
 

@@ -24,7 +24,7 @@ from ephemera.evaluation.shared.rouge import rouge_lsum
 from ephemera.evaluation.survey.report import write_survey_report
 from ephemera.evaluation.survey.tables import write_tables
 from ephemera.guard import guard
-from ephemera.inits import PeftInit, ZeroInit
+from ephemera.inits import LoraGenerator, PeftInit, ZeroInit, load_generator
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill
 from ephemera.prepared import Prepared, prepare
@@ -60,6 +60,11 @@ class Methods:
         if config.lora is not None:
             self.lora = PeftInit.load(config.lora)
             self.lora.check(backbone)
+        self.generator: LoraGenerator | None = None
+        if config.generator is not None:
+            self.generator = load_generator(config.generator).placed(backbone)
+            if self.generator.reach != "answer":
+                raise ValueError(f"generator={config.generator} has reach all; a survey compares reach answer.")
 
     def prepare(self, rows: Sequence[Encoded]) -> Prepared:
         parts = [[row.prompt for row in rows[part]] for part in parts_of(self.backbone, rows)]
@@ -80,6 +85,8 @@ class Methods:
             assert self.lora is not None
             batch = prompt_batch(self.backbone, rows)
             return Answered(prefill(self.backbone, batch, self.lora(self.backbone, batch, [0] * len(rows))), one_B)
+        if method.startswith("generated"):
+            return Answered(self._generated(ready, swapped=method != "generated"), one_B)
         trace = ready.adapted(self.rules[method])
         if method == "swapped":  # each prompt with its neighbour's adapter
             return Answered(ready.read(trace.lora.rows(torch.arange(len(rows)).roll(1))), one_B)
@@ -90,6 +97,16 @@ class Methods:
         assert made.share_B is not None
         assert made.kl_B is not None
         return Answered(read, made.share_B.cpu(), made.kl_B.cpu())
+
+    def _generated(self, ready: Prepared, *, swapped: bool) -> Prefill:
+        """Adapters from the base model's own reading, each prompt's or its neighbour's."""
+        reading, generator = ready.made.reading, self.generator
+        assert reading is not None
+        assert generator is not None
+        lora = generator.lora(self.backbone.projections, reading.hidden_BTD[:, -1].float())
+        if swapped:
+            lora = lora.rows(torch.arange(len(lora.B_BN)).roll(1))
+        return prefill(self.backbone, ready.batch, lora, reach="answer", cached=reading)
 
 
 def survey(config: Survey) -> Path:

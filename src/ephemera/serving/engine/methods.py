@@ -27,7 +27,6 @@ from ephemera.rates import (
 BASE = "none"
 DEFAULT = "universal"  # the networks that ship for a model, one for each prompt format
 FIXED = 0.05  # the paper's (LDTTA 4.1)
-PLAIN_GENERATOR = "this generator was trained on plain prompts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +74,8 @@ class Method:
     def beyond(self, format: Format, steps: int) -> str | None:
         """What to say where a network answers prompts of another kind than it was trained on."""
         made = self.rate.made_for if self.rate is not None and steps else None
-        other = self.init is not None and self.init.format not in (None, format)
-        return told(beyond(made, format, self.asked_reach), PLAIN_GENERATOR if other else None)
+        start = None if self.init is None else self.init.made_for
+        return told(beyond(made, format, self.asked_reach), beyond(start, format, self.asked_reach))
 
 
 @dataclass(frozen=True)
