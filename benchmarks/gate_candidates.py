@@ -36,7 +36,8 @@ from ephemera.rates import Rate, adapted_by, load_rate, place_rate
 from ephemera.rows import load_rows
 from ephemera.saving import json_text
 from ephemera.scoring import Encoded, batches_of
-from ephemera.training.gate import Measured, auroc, read_measured
+from ephemera.training.gate import auroc
+from ephemera.training.gate_rows import Measured, read_measured
 
 CANDIDATES = ("agreement", "rated agreement", "held-out drop")
 DRAWS = 1000

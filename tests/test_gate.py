@@ -16,12 +16,14 @@ from ephemera.begin import adapt_from
 from ephemera.config import TrainGate
 from ephemera.gate import SHARES, SIGNALS, load_gate
 from ephemera.guard import guard, log_p, read_with, signals, trusted
-from ephemera.inits import ZeroInit
+from ephemera.inits import LoraGenerator, ZeroInit, load_generator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.prefill import prefill
-from ephemera.made_for import MadeFor
+from ephemera.made_for import MadeFor, Reach
+from ephemera.model import AdaptiveLM
 from ephemera.rates import AveragedRate, PerProjectionRate, load_rate
-from ephemera.training.gate import Measured, auroc, calibrated, fit, most_harmed, out_of_fold, train_gate
+from ephemera.training.gate import auroc, calibrated, fit, most_harmed, out_of_fold, train_gate
+from ephemera.training.gate_rows import Measured
 from reference import close, merged_model
 from tiny_models import left, length_gate, random_ids
 
@@ -251,6 +253,75 @@ def test_training_a_gate(llama_folder, tmp_path, capsys):
     other = network_of(tmp_path / "other", load_backbone(str(llama_folder), dtype="float32", device="cpu"), "all")
     with pytest.raises(ValueError, match=r"a gate is for a trained network with reach answer; this one has reach all"):
         train_gate(config.model_copy(update={"network": str(other)}))
+
+
+def test_a_generators_gate(llama_folder, tmp_path):
+    """Long prompts are left to the base model, short ones keep their whole adapter; in the library and on disk."""
+    plain = AdaptiveLM.from_pretrained(str(llama_folder), rate="none", dtype="float32", device="cpu")
+    folder = generator_of(tmp_path / "generator", plain.backbone)
+    prompts = ["The river", "The river runs past the old mill and on to the sea, where nobody looks for it."]
+    answers = ["runs past", "the mill"]
+    free = AdaptiveLM(plain.backbone, init=folder)
+    wanted, base = free.answer_nll(prompts, answers, free.adapt(prompts)), plain.answer_nll(prompts, answers)
+    generator = load_generator(folder)
+    lengths = [len(plain.encode(prompt)) for prompt in prompts]
+    generator.gate = length_gate(
+        plain.backbone, 0.5, by_length=50.0, tokens=sum(lengths) / 2, state_size=plain.backbone.hidden_size
+    )
+    generator.save_pretrained(tmp_path / "gated")
+    lm = AdaptiveLM(plain.backbone, init=tmp_path / "gated")
+    made = lm.adapt(prompts)
+    assert made.share_B is not None
+    assert made.share_B.tolist() == [1.0, 0.0]
+    assert made.notes[0] is None
+    assert (made.notes[1] or "").endswith("answered unadapted")
+    nll = lm.answer_nll(prompts, answers, made)
+    assert nll.tolist() == pytest.approx([wanted[0].item(), base[1].item()], abs=1e-5)
+    assert lm.generate(prompts[1:], max_new_tokens=6) == plain.generate(prompts[1:], max_new_tokens=6)
+    assert abs(wanted[0] - base[0]) > 1e-3
+    stepped = lm.adapt(prompts, rate=0.1, steps=1)  # it was calibrated without steps
+    assert stepped.share_B is None
+
+
+def test_training_a_generators_gate(llama_folder, tmp_path):
+    plain = AdaptiveLM.from_pretrained(str(llama_folder), rate="none", dtype="float32", device="cpu")
+    folder = generator_of(tmp_path / "generator", plain.backbone)
+    free = AdaptiveLM(plain.backbone, init=folder)
+    lines = [{"prompt": f"The river {i} runs past", "answer": f"the mill {i % 5}"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = TrainGate(output=str(tmp_path / "gate"), network=str(folder), alpha=0.5, confidence=0.5, tau=100.0)
+    config.model.name, config.model.device = str(llama_folder), "cpu"
+    config.data.task, config.data.source, config.data.format = "own", str(tmp_path / "rows.jsonl"), "plain"
+    train_gate(config)
+    records = [json.loads(line) for line in (tmp_path / "gate" / "records.jsonl").read_text().splitlines()]
+    by_id = {record["id"]: record for record in records}
+    assert len(by_id) == 24
+    prompts, answers = [line["prompt"] for line in lines], [line["answer"] for line in lines]
+    whole, base = free.answer_nll(prompts, answers, free.adapt(prompts)), plain.answer_nll(prompts, answers)
+    assert sorted(r["nll"]["1.0"] for r in records) == pytest.approx(sorted(whole.tolist()), abs=1e-4)
+    assert sorted(r["base_nll"] for r in records) == pytest.approx(sorted(base.tolist()), abs=1e-4)
+    gate = load_generator(folder).gate
+    assert gate is not None
+    assert gate.tau == 100.0
+    everywhere = generator_of(tmp_path / "all", plain.backbone, reach="all")
+    with pytest.raises(ValueError, match=r"a gate is for a trained network with reach answer; this one has reach all"):
+        train_gate(config.model_copy(update={"network": str(everywhere)}))
+
+
+def generator_of(folder: Path, backbone, reach: Reach = "answer") -> Path:
+    """One that changes answers, untrained."""
+    torch.manual_seed(3)
+    made = LoraGenerator(
+        projections=backbone.projections,
+        state_size=backbone.hidden_size,
+        hidden_size=8,
+        trained_for=describe(backbone),
+        reach=reach,
+    )
+    for weight in made.parameters():
+        weight.data.add_(torch.randn_like(weight) * 0.1)
+    made.save_pretrained(folder)
+    return folder
 
 
 def test_shares_are_halves():

@@ -220,13 +220,20 @@ class SomeRowsWild:
 
 
 def length_gate(
-    backbone: FrozenLM, threshold: float, *, tau: float = 1e9, by_length: float = 0.0, tokens: float = 20.0
+    backbone: FrozenLM,
+    threshold: float,
+    *,
+    tau: float = 1e9,
+    by_length: float = 0.0,
+    tokens: float = 20.0,
+    state_size: int | None = None,
 ) -> Gate:
-    """Risk 1/2 for every prompt at every share; with `by_length` it grows with the prompt, and is 1/2 at so many tokens."""
+    """Risk 1/2 for every prompt at every share; with `by_length` it grows with the prompt, and is 1/2 at so many tokens.
+    `state_size`: of h; default: ScaleNet's."""
     weight_F = torch.zeros(len(SIGNALS)).index_fill(0, torch.tensor(SIGNALS.index("prompt tokens")), by_length)
     mean_F = torch.zeros_like(weight_F)
     mean_F[SIGNALS.index("prompt tokens")] = torch.tensor(tokens).log()
-    zero_H = torch.zeros(2 * backbone.hidden_size)
+    zero_H = torch.zeros(state_size or 2 * backbone.hidden_size)
     state = {"weight_F": weight_F, "mean_F": mean_F, "std_F": torch.ones_like(weight_F)}
     state |= {"weight_H": zero_H, "mean_H": zero_H.clone(), "std_H": torch.ones_like(zero_H)}
     return Gate(tau, threshold, 1.0, {**state, "bias": torch.zeros(()), "slope": torch.zeros(())}, {})

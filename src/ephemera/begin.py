@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -12,6 +13,7 @@ from ephemera.batch import TokenBatch
 from ephemera.gate import Gate
 from ephemera.guard import guard
 from ephemera.inits import Init
+from ephemera.inits.generator import last_state
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, whole_reading
 from ephemera.made_for import Reach
@@ -25,9 +27,20 @@ def reach_of(init: Init | None, rule: Rate | None) -> Reach:
     return "all" if init is None else init.reach
 
 
-def gate_of(rule: Rate | None, reach: Reach, init: Init) -> Gate | None:
-    """The gate that a rate's adapters pass; it was calibrated for reach `answer` from the zero start."""
-    return rule.gate if rule is not None and reach == "answer" and init.zero else None
+def gate_of(rule: Rate | None, reach: Reach, init: Init, steps: int) -> Gate | None:
+    """The gate that adapters pass, calibrated for reach `answer`: a rate's from the zero start, a generator's without steps."""
+    if reach != "answer":
+        return None
+    if steps:
+        return rule.gate if rule is not None and init.zero else None
+    return init.gate
+
+
+def from_base(made: Adaptation, batch: TokenBatch) -> Adaptation:
+    """Generated adapters as a change of the base model: a gate's share of zero is then the base model's answer."""
+    assert made.reading is not None, "a generator with reach answer begins there"
+    base = made.lora.with_buffers(made.lora.A_BN, torch.zeros_like(made.lora.B_BN))
+    return replace(made, initial_lora=base, h_BH=last_state(made.reading.hidden_BTD, batch))
 
 
 def adapt_from(
@@ -41,7 +54,7 @@ def adapt_from(
     *,
     after_step: Callable[[int], None] | None = None,
 ) -> tuple[Adaptation, Prefill | None]:
-    """`adapt` from an init, and what the rate's gate leaves of its adapters.
+    """`adapt` from an init, and what the gate leaves of its adapters.
 
     With reach `answer` the prompts are read without adapters once: by the first step from B = 0, or for a generator's h.
     The prompts as they were read then are the gate's; None without one.
@@ -57,5 +70,7 @@ def adapt_from(
     made = adapt(backbone, batch, lora, rule, steps, keep_reading=keeps, after_step=after_step)
     if reading is not None:
         made = made.with_reading(reading)
-    gate = gate_of(rule, reach, init) if steps else None
-    return (made, None) if gate is None else guard(gate, backbone, batch, made)
+    gate = gate_of(rule, reach, init, steps)
+    if gate is None:
+        return made, None
+    return guard(gate, backbone, batch, made if init.zero else from_base(made, batch))

@@ -24,7 +24,7 @@ from ephemera.lora import LoraBatch
 def guard(gate: Gate, backbone: FrozenLM, batch: TokenBatch, made: Adaptation) -> tuple[Adaptation, Prefill]:
     """What the gate leaves of the adapters, and the prompts read with those: no prompt is read a second time."""
     h_BH = made.h_BH
-    assert h_BH is not None, "the rate looks at h(x)"
+    assert h_BH is not None, "the rate looks at h(x), or the generator at its own h"
     reading = whole_reading(backbone, batch, made.reading)
     made = made.with_reading(reading)
     base_BV = log_p(backbone, reading.hidden_BTD[:, -1])
@@ -73,15 +73,16 @@ def shrunk(made: Adaptation, share: Tensor | float) -> LoraBatch:
 
 @torch.no_grad()
 def signals(base_BV: Tensor, batch: TokenBatch, made: Adaptation) -> Tensor:
-    """`SIGNALS` [B,F], from the prompt only. `base_BV`: the base model's log-probabilities of the first answer token."""
+    """`SIGNALS` [B,F], from the prompt only; without a step its NLL and the rates are 0. `base_BV`: the base model's log-probabilities of the first answer token."""
     start, end = made.initial_lora, made.lora
     moved_B = (end.B_BN - start.B_BN).square().sum(1).sqrt()
+    steps, zero_B = made.prompt_nll_BK.shape[1], torch.zeros_like(moved_B)
     columns = [
-        made.prompt_nll_BK[:, 0],
+        made.prompt_nll_BK[:, 0] if steps else zero_B,
         batch.lengths_B.log(),
         -(base_BV.exp() * base_BV).sum(1),
         moved_B.clamp(min=1e-6).log(),
-        made.rates_BKM[:, 0].clamp(min=1e-6).log().mean(1),
+        made.rates_BKM[:, 0].clamp(min=1e-6).log().mean(1) if steps else zero_B,
     ]
     return torch.stack([column.float().nan_to_num(0.0, 0.0, 0.0) for column in columns], 1)
 

@@ -15,7 +15,7 @@ ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w][\w./-]*
 # What a repository of each kind holds; nothing else is fetched. A repository is whole if it has the first two.
 FILES: dict[str, tuple[str, ...]] = {
     "rate": ("rate.json", "rate.safetensors", "lens.*", "gate.*", "averaged/rate.*", "README.md"),
-    "generator": ("generator.json", "generator.safetensors", "README.md"),
+    "generator": ("generator.json", "generator.safetensors", "gate.*", "README.md"),
     "lens": ("lens.json", "lens.safetensors", "README.md"),
     "adapter": ("adapter_config.json", "adapter_model.safetensors", "README.md"),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of, told
 from ephemera.batch import batch_tokens, length_batches, pad
-from ephemera.begin import adapt_from, reach_of
+from ephemera.begin import adapt_from, gate_of, reach_of
 from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
@@ -200,7 +200,7 @@ class AdaptiveLM:
             prompts=prompts,
             left=tuple(left_alone(fell_back=f, tokens=len(i), steps=steps, abstained=a) for f, a, i in facts),
             remarks=(told(self.beyond(rule) if steps else None, self._beyond(start_from.made_for)),) * len(prompts),
-            started=start_from.label is not None,
+            started=start_from.label is not None and gate_of(rule, reach, start_from, steps) is None,
             seconds=time.perf_counter() - start,
             base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
             reach=reach,

@@ -186,7 +186,8 @@ class TrainGate(Settings):
 
     output: str = Field(default="runs/gate", description="folder of the calibration's records and tables")
     network: str = Field(
-        default="universal", description="folder or shipped name of the network; the gate is put beside it"
+        default="universal",
+        description="folder or shipped name of the rate or generator (reach answer); the gate is put beside it",
     )
     model: GradientModelSettings = GradientModelSettings()
     data: DataSettings = DataSettings(split="validation", limit=40, format="chat")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.batch import TokenBatch
+from ephemera.gate import load_gate
 from ephemera.hub import OnHub, card_of
 from ephemera.inits.protocol import Init
 from ephemera.llm.cached_layers import CachedLayers
@@ -218,13 +219,15 @@ class LoraGenerator(OnHub, nn.Module, Init):
             artifact.check_model(self.trained_for, backbone, NAME)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write generator.json and generator.safetensors; `dtype=torch.bfloat16` halves the file.
+        """Write generator.json and generator.safetensors, and its gate's; `dtype=torch.bfloat16` halves the file.
 
         The mean and deviation of h stay float32: a feature's mean can be large beside its deviation.
         """
         kept = {"mean_H", "std_H"}
         state = {key: t if dtype is None or key in kept else t.to(dtype) for key, t in self.state_dict().items()}
         artifact.save(Path(folder), NAME, self.config, state)
+        if self.gate is not None:
+            self.gate.save(folder)
 
 
 def last_state(hidden_BTD: Tensor, batch: TokenBatch) -> Tensor:
@@ -247,6 +250,7 @@ def load_generator(spec: str | Path) -> LoraGenerator:
     folder = artifact.find(spec, NAME, also=["a folder", "a hub id (user/repo)"])
     generator = artifact.load(folder, NAME, partial(_make, folder))
     generator.card = card_of(folder)
+    generator.gate = load_gate(folder)
     return generator
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ephemera.batch import TokenBatch
+from ephemera.gate import Gate
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
@@ -20,6 +21,7 @@ class Init(ABC):
     label: ClassVar[str | None] = None  # what a server calls it: `MODEL:label`; None for the zero start
     zero: ClassVar[bool] = False  # every B is zero: without a step the adapters change nothing
     reach: Reach = "all"  # where adapters act if no rate says
+    gate: Gate | None = None  # when its adapters are left out, if no step follows; None: never
     made_for: MadeFor | None = None  # the prompts that it was trained on; None: not trained
 
     @abstractmethod

@@ -112,8 +112,9 @@ def write_generator_card(
         front_matter(trained_for["name"], counts, kind="generator")
         + f"# {folder.name}: adapter generator for {trained_for['name']}\n\n"
         "Makes a LoRA adapter for each prompt from the model's own last hidden state, in one pass (TaskWeaver 4.2). It\n"
-        f"fits that model alone (weights {trained_for['fingerprint']}). {parameters:,} parameters.\n\n"
-        f"Trained on {config.optimizer.samples} prompts drawn from "
+        f"fits that model alone (weights {trained_for['fingerprint']}). {parameters:,} parameters. Its adapters act on\n"
+        f"{_REACH[config.generator.reach]}.\n\n"
+        f"Trained on {config.optimizer.samples} {config.train.format} prompts drawn from "
         + ", ".join(f"{task} ({n} rows)" for task, n in counts.items())
         + f".\n\nValidation answer NLL (mean over {validated} prompts, nats per token; `swapped`: with a neighbour's adapter):\n\n"
         + "\n".join(lines)

@@ -7,107 +7,29 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ephemera import artifact
 from ephemera.cards import add_harm, harm_table
 from ephemera.config import TrainGate, dump_yaml
 from ephemera.gate import SHARES, SIGNALS, Gate
-from ephemera.guard import kl, log_p, read_with, signals
 from ephemera.hub import is_id
-from ephemera.inits import ZeroInit
-from ephemera.llm.frozen_lm import FrozenLM
-from ephemera.prepared import prepare
-from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate, place_rate
+from ephemera.inits import LoraGenerator, load_generator
+from ephemera.inits.generator import NAME as GENERATOR
+from ephemera.rates import PerProjectionRate, ScaleNet, adapted_by, load_rate
 from ephemera.rates.protocol import NAME as RATE
 from ephemera.rows import load_rows
 from ephemera.saving import json_text, save_tensors
-from ephemera.scoring import Encoded, batches_of, parts_of
+from ephemera.scoring import Encoded
+from ephemera.training.gate_rows import Generated, Measured, Rated, measure, read_measured
 
 FOLDS = 5
 TAUS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, float("inf"))
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """N rows under a network: answer NLL of the base model and with each share S of the adapter, and what the prompt tells.
-
-    `kl_NS`: KL(adapted || base) of the first token. `signals_NF`: the gate's signals.
-    """
-
-    tasks: list[str]
-    ids: list[str]
-    base_N: Tensor
-    nll_NS: Tensor
-    kl_NS: Tensor
-    signals_NF: Tensor
-    h_NH: Tensor
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("base_N", "nll_NS", "kl_NS", "signals_NF", "h_NH")
-        return {name: getattr(self, name).contiguous() for name in names}
-
-    @property
-    def change_NS(self) -> Tensor:
-        return self.nll_NS - self.base_N[:, None]
-
-    def kept_NS(self, risk_NS: Tensor | None, threshold: float, tau: float, most: float) -> Tensor:
-        """Which share [N,S] each row keeps, one-hot: the largest that risk and trust region allow; none: no entry.
-
-        Without a risk, the largest that the trust region allows.
-        """
-        allowed_NS = (self.kl_NS <= tau) & self.kl_NS.isfinite() & (torch.tensor(SHARES) <= most)
-        if risk_NS is not None:
-            allowed_NS &= risk_NS <= threshold
-        return allowed_NS & (allowed_NS.int().cumsum(1) == 1)
-
-    def change_N(self, kept_NS: Tensor) -> Tensor:
-        return torch.where(kept_NS, self.change_NS, 0.0).sum(1)
-
-
-def read_measured(path: Path, rows: Sequence[Encoded]) -> Measured:
-    """What an earlier run measured; ValueError if it was on other rows."""
-    with safe_open(path, "pt") as file:
-        told = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    ids = json.loads(told["ids"])
-    if sorted(ids) != sorted(row.id for row in rows):
-        raise ValueError(f"{path} was measured on other rows; give another output, or remove it.")
-    return Measured(json.loads(told["tasks"]), ids, **tensors)
-
-
-@torch.no_grad()
-def measure(
-    backbone: FrozenLM, network: ScaleNet | PerProjectionRate, rows: Sequence[Encoded], *, batch_size: int, seed: int
-) -> Measured:
-    """Adapt to each row once, and score its answer with each share of the adapter."""
-    tasks: list[str] = []
-    ids: list[str] = []
-    found: list[list[Tensor]] = []
-    for some in batches_of(backbone, rows, batch_size):
-        parts = [[row.prompt for row in some[part]] for part in parts_of(backbone, some)]
-        ready = prepare(backbone, ZeroInit(), parts, [seed] * len(some), objective=network.objective)
-        trace, answers = ready.adapted(network), [row.answer for row in some]
-        assert trace.reading is not None
-        base_BV = log_p(backbone, trace.reading.hidden_BTD[:, -1])
-        nll, kls = [], []
-        for share in SHARES:
-            read = read_with(backbone, ready.batch, trace, share)
-            nll.append(read.answer_nll(answers))
-            kls.append(kl(log_p(backbone, read.hidden_BTD[:, -1]), base_BV))
-        told_BF = signals(base_BV, ready.batch, trace)
-        base_B = ready.answer_nll(answers, None)
-        found.append([base_B, torch.stack(nll, 1), torch.stack(kls, 1), told_BF, ready.h_BH])
-        tasks += [row.task for row in some]
-        ids += [row.id for row in some]
-    return Measured(tasks, ids, *(torch.cat(column).cpu() for column in zip(*found, strict=True)))
 
 
 def fit(signals_NF: Tensor, h_NH: Tensor, harmed_NS: Tensor, *, penalty: float) -> dict[str, Tensor]:
@@ -194,13 +116,12 @@ def train_gate(config: TrainGate) -> Path:
             f"network is {config.network!r}, of the hub; a gate is written into a folder. Allowed: a folder. "
             "Save it first: load_rate(...).save_pretrained(folder)."
         )
-    network = load_rate(config.network)
-    if not isinstance(network, ScaleNet | PerProjectionRate) or network.reach != "answer":
-        raise ValueError(
-            f"network={config.network}: a gate is for a trained network with reach answer; this one has reach {network.reach}."
-        )
-    backbone = config.model.load(**adapted_by(network))
-    place_rate(network, backbone)
+    home, network = _network(config.network)
+    targets = {"target_modules": network.target_modules} if isinstance(network, LoraGenerator) else adapted_by(network)
+    backbone = config.model.load(**targets)
+    adapted = (
+        Generated(backbone, network) if isinstance(network, LoraGenerator) else Rated(backbone, network, config.seed)
+    )
     rows = load_rows(backbone, config.data)
     if len(rows) < 20:
         raise ValueError(f"a gate needs at least 20 labelled rows; data has {len(rows)}. Raise data.limit.")
@@ -214,7 +135,7 @@ def train_gate(config: TrainGate) -> Path:
         """Measured once for a folder: other settings of the gate are then settled in seconds."""
         path = folder / f"{part}.safetensors"
         if not path.exists():
-            found = measure(backbone, network, rows, batch_size=config.batch_size, seed=config.seed)
+            found = measure(backbone, adapted, rows, batch_size=config.batch_size)
             save_tensors(found.tensors, path, {"tasks": json.dumps(found.tasks), "ids": json.dumps(found.ids)})
         return read_measured(path, rows)
 
@@ -228,10 +149,21 @@ def train_gate(config: TrainGate) -> Path:
         for part, measured in (("seen", seen), ("unseen", unseen)):
             for line in _lines(part, measured):
                 file.write(json_text(line) + "\n")
-    home = artifact.find(config.network, RATE, also=["a folder"])
     gate.save(home)
     add_harm(home / "README.md", harm_table(gate.calibration, network.made_for and network.made_for.validation))
     return folder
+
+
+def _network(spec: str) -> tuple[Path, ScaleNet | PerProjectionRate | LoraGenerator]:
+    """A trained network with reach answer, rate or generator, and its folder."""
+    places = (artifact.NETWORKS / spec, Path(spec).expanduser())
+    kind = GENERATOR if any((place / f"{GENERATOR}.json").exists() for place in places) else RATE
+    network = load_generator(spec) if kind == GENERATOR else load_rate(spec)
+    if not isinstance(network, ScaleNet | PerProjectionRate | LoraGenerator) or network.reach != "answer":
+        raise ValueError(
+            f"network={spec}: a gate is for a trained network with reach answer; this one has reach {network.reach}."
+        )
+    return artifact.find(spec, kind, also=["a folder"]), network
 
 
 def settle(seen: Measured, unseen: Measured | None, config: TrainGate) -> tuple[Gate, dict[str, Any]]:

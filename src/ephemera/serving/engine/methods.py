@@ -56,7 +56,7 @@ class Method:
 
     @property
     def gate(self) -> Gate | None:
-        return None if self.init is None else gate_of(self.rate, self.reach, self.init)
+        return None if self.init is None else gate_of(self.rate, self.reach, self.init, self.steps(None))
 
     def adapts(self, steps: int) -> bool:
         """Whether an adapter is needed at all: LoRA's own start without a step changes nothing."""
@@ -68,8 +68,8 @@ class Method:
 
     @property
     def started(self) -> bool:
-        """Whether its adapters start from something else than the base model."""
-        return self.init is not None and self.init.label is not None
+        """Whether a row that is left alone is answered from something else than the base model."""
+        return self.init is not None and self.init.label is not None and self.gate is None
 
     def beyond(self, format: Format, steps: int) -> str | None:
         """What to say where a network answers prompts of another kind than it was trained on."""
