@@ -14,7 +14,7 @@ LAYERS = (
     *("llm.precision", "llm.weights", "llm.gguf_header", "llm.model_files", "llm.tokenize", "llm.architectures"),
     *("llm.replaced", "llm.head", "lora", "llm.cached_layers", "llm.projections", "llm.frozen_lm"),
     *("fast", "llm.window", "llm.load", "llm.prefill"),
-    *("artifact", "early_exit", "prompt_loss", "inits", "gate", "rates"),
+    *("artifact", "early_exit", "prompt_loss", "gate", "inits", "rates"),
     *("peft_export", "engine_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin", "together"),
     *("scoring", "rate_search", "config", "rows", "as_generate", "model", "run_info", "cost", "plan"),
     *("training", "evaluation", "serving"),
