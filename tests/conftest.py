@@ -46,6 +46,8 @@ HOW = {
     "real data sets": "put the real data sets beside the checkout",
     "CUDA": "run on a machine with a CUDA device",
     "Ray": "install it: pip install 'ephemera[ray]'",
+    "bitsandbytes": "install it: pip install 'ephemera[bnb]'",
+    "torchao": "install it: pip install 'ephemera[torchao]'",
     "browser": "install a browser: .venv/bin/playwright install chromium",
     "default model": "fetch the default model: .venv/bin/ephemera try hello",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,6 +94,19 @@ def check_model(trained_for: dict[str, Any], backbone: FrozenLM, what: str) -> N
         raise ValueError(
             f"this {what} was trained for {trained_for['name']} ({_short(trained_for)}); the model at hand is "
             f"{backbone.name} ({_short(describe(backbone))}). Use that model, or train one for this."
+        )
+    warn_of_quantization(trained_for, backbone, what)
+
+
+def warn_of_quantization(trained_for: dict[str, Any], backbone: FrozenLM, what: str) -> None:
+    """A warning if a network's model was quantised otherwise than `backbone` is: nobody has measured it there."""
+    made, here = trained_for.get("quantization", "none"), backbone.quantization
+    if made != here:
+        words = {name: "unquantised weights" if name == "none" else f"{name} weights" for name in (made, here)}
+        warnings.warn(
+            f"this {what} was trained and validated on {words[made]} of {trained_for['name']}; the model at hand has "
+            f"{words[here]}. It is used all the same: compare answers with and without it, or train one for this.",
+            stacklevel=2,
         )
 
 

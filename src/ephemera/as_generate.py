@@ -21,6 +21,8 @@ from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import frozen_lm
 from ephemera.llm.prefill import Prefill, prefill, whole_reading
+from ephemera.llm.quantization import exact_places
+from ephemera.llm.replaced import replaced
 from ephemera.made_for import Reach, checked_reach
 from ephemera.rates import Rate, adapted_by, load_rate, place_rate
 
@@ -110,7 +112,8 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
     wanted = [(weight, weight.requires_grad) for weight in model.parameters()]
     try:
         model.eval().requires_grad_(False)
-        yield
+        with replaced(exact_places(model)):
+            yield
     finally:
         for module, was in training:
             module.training = was

@@ -12,6 +12,8 @@ EXTRAS = {
     "serve": ("fastapi", "starlette", "uvicorn", "prometheus_client"),
     "lm-eval": ("lm_eval",),
     "ray": ("ray",),
+    "bnb": ("bitsandbytes", "accelerate"),
+    "torchao": ("torchao",),
 }
 
 

@@ -20,6 +20,7 @@ from ephemera.inits import Init, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
+from ephemera.llm.quantization import Quantization
 from ephemera.llm.tokenize import Prompt, encode_answer, encode_prompt
 from ephemera.llm.window import fit
 from ephemera.made_for import Format, MadeFor, Reach, checked_reach
@@ -74,6 +75,7 @@ class AdaptiveLM:
         reach: Reach | None = None,
         special_tokens: bool = False,
         checkpoint: bool = False,
+        quantization: Quantization = "none",
         **kwargs: Any,
     ) -> AdaptiveLM:
         """Load a model.
@@ -88,10 +90,10 @@ class AdaptiveLM:
         `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put
         prompts in the model's chat template. `special_tokens`: a special token that a prompt spells is one; else it
         is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them; BOS and the chat
-        template's words stay, the beginning of the prompt's own text goes.
-        `checkpoint`: steps keep only each layer's input and run the layer again in the backward pass: less memory, more
-        time, the same adapters. `fast=False`: run the reference path. Further keywords go to transformers.
-        ValueError names what is wrong and what is allowed.
+        template's words stay, the beginning of the prompt's own text goes. `checkpoint`: steps keep only each layer's
+        input and run the layer again in the backward pass: less memory, more time, the same adapters. `quantization`:
+        "int8" or "nf4" (bitsandbytes), or "torchao-int8"; "none": as the files are. `fast=False`: run the reference path.
+        Further keywords go to transformers. ValueError names what is wrong and what is allowed.
         """
         reach, settings = None if reach is None else checked_reach(reach), dict(lora or {})
         allowed = ["r", "lora_alpha", "init_std", "target_modules", "layers"]
@@ -109,9 +111,8 @@ class AdaptiveLM:
         brought = init.lora_settings.get("target_modules")
         if brought is not None:
             adapted["target_modules"] = brought
-        backbone = load_backbone(
-            name, dtype=dtype, device=device, checkpoint=checkpoint, **(adapted or adapted_by(rate)), **kwargs
-        )
+        kwargs |= {"checkpoint": checkpoint, "quantization": quantization}
+        backbone = load_backbone(name, dtype=dtype, device=device, **(adapted or adapted_by(rate)), **kwargs)
         about: dict[str, Any] = {"chat": chat, "truncate": truncate, "special_tokens": special_tokens}
         return cls(backbone, init=init, rate=rate, reach=reach, **about)
 

@@ -16,6 +16,7 @@ from ephemera.cli.options import (
     Dtype,
     InitOption,
     Model,
+    Quantization,
     RateOption,
     ReachOption,
     Seed,
@@ -25,6 +26,7 @@ from ephemera.cli.options import (
     app,
     check_steps,
     quiet,
+    say_quantised,
     standard_input,
     unshipped,
 )
@@ -72,12 +74,13 @@ def answer(
     special_tokens: SpecialTokens = False,
     truncate: Truncate = None,
     dtype: Dtype = None,
+    quantization: Quantization = "none",
     device: Device = None,
 ) -> None:
     """Adapt to each prompt, answer it, forget."""
     prompts = prompts_of(prompt, file)
     check_steps(steps, rate, init)
-    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device, "quantization": quantization}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
     _answer(lm, prompts, steps=steps, seed=seed, compare=compare, as_json=as_json, max_new_tokens=max_new_tokens)
@@ -98,11 +101,12 @@ def try_(
     rate: RateOption = None,
     reach: ReachOption = None,
     max_new_tokens: MaxNewTokens = 64,
+    quantization: Quantization = "none",
     device: Device = None,
 ) -> None:
     """Ask the model as in a chat, and see what adapting to the question changes: `answer --chat --compare`."""
     prompts = prompts_of(prompt, None)
-    lm = _load(model, init="zero", rate=rate, reach=reach, chat=True, device=device)
+    lm = _load(model, init="zero", rate=rate, reach=reach, chat=True, quantization=quantization, device=device)
     _say_unshipped(lm, model, steps, rate, "zero")
     _answer(lm, prompts, steps=steps, seed=0, compare=True, as_json=False, max_new_tokens=max_new_tokens)
 
@@ -189,6 +193,7 @@ def export(
     special_tokens: SpecialTokens = False,
     truncate: Truncate = None,
     dtype: Dtype = None,
+    quantization: Quantization = "none",
     device: Device = None,
 ) -> None:
     """Adapt to a prompt, or to each, and keep the adapter, in PEFT's format."""
@@ -198,7 +203,7 @@ def export(
         )
     prompts = prompts_of(prompt, file)
     check_steps(steps, rate, init)
-    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device, "quantization": quantization}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
     adaptation = lm.adapt(prompts, steps=steps, seed=seed)
@@ -241,6 +246,7 @@ def adapt(
     special_tokens: SpecialTokens = False,
     truncate: Truncate = None,
     dtype: Dtype = None,
+    quantization: Quantization = "none",
     device: Device = None,
 ) -> None:
     """Adapt once to prompts of a kind, without labels, and keep the one adapter, in PEFT's format.
@@ -248,7 +254,7 @@ def adapt(
     Other prompts of the kind then start there: `--init FOLDER` in answer, evaluate and serve."""
     texts = prompts_of(None, prompts)
     check_steps(steps, rate, init)
-    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device, "quantization": quantization}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     if lm.rate is None:
         raise ValueError(unshipped(model, lm.format, "there is no step to take"))
@@ -280,7 +286,9 @@ def _load(model: str, *, truncate: str | None = None, **options: Any) -> Any:
 
     quiet()
     side: Literal["left"] | None = "left" if truncate else None
-    return AdaptiveLM.from_pretrained(model, truncate=side, **options)
+    lm = AdaptiveLM.from_pretrained(model, truncate=side, **options)
+    say_quantised(lm.backbone)
+    return lm
 
 
 def prompts_of(prompt: str | None, file: Path | None) -> list[str]:

@@ -13,12 +13,14 @@ from ephemera.cli.options import (
     Dtype,
     InitOption,
     Model,
+    Quantization,
     RateOption,
     ReachOption,
     Seed,
     Steps,
     app,
     quiet,
+    say_quantised,
     standard_input,
     unshipped,
 )
@@ -49,6 +51,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     seed: Seed = 0,
     dtype: Dtype = None,
+    quantization: Quantization = "none",
     device: Device = None,
 ) -> None:
     """Talk to the model; before each answer it adapts to the conversation. Answers on stdout, the rest on stderr."""
@@ -62,7 +65,9 @@ def chat(
 
     quiet()
     options: dict[str, Any] = {"init": init, "rate": rate, "reach": reach, "dtype": dtype, "device": device}
+    options["quantization"] = quantization
     lm = in_passing_thread(lambda: AdaptiveLM.from_pretrained(model, chat=True, **options))
+    say_quantised(lm.backbone)
     if system and lm.backbone.tokenizer.chat_template:
         encode_prompt(lm.backbone.tokenizer, "a", chat=True, system=system)  # a refusal is known before anybody types
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000

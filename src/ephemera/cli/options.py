@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
@@ -13,6 +14,7 @@ from ephemera.downloads import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from ephemera.config import Settings
+    from ephemera.llm.frozen_lm import FrozenLM
 
 Config = TypeVar("Config", bound="Settings")
 
@@ -75,6 +77,14 @@ InitOption = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the adapters' start.")]
 Dtype = Annotated[str | None, typer.Option(help="float32 (default on CPU) or bfloat16 (default on CUDA).")]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        "--quantization",
+        help="int8 or nf4 (bitsandbytes, extra bnb), torchao-int8 (extra torchao). Default: weights as the files have them.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts in the model's chat template.")]
 Truncate = Annotated[
@@ -106,11 +116,22 @@ def standard_input() -> TextIO:
 
 def quiet() -> None:
     """Libraries' notices off; their progress bars only on a terminal."""
+    from logging import ERROR, getLogger
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    for library in ("bitsandbytes", "torchao"):
+        getLogger(library).setLevel(ERROR)
+    warnings.formatwarning = lambda message, *_args, **_more: f"{message}\n"  # without a line of our source
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+
+
+def say_quantised(backbone: FrozenLM) -> None:
+    """A line on stderr that names the form of quantised weights, and the code that computes with them."""
+    if backbone.quantization != "none":
+        print(f"weights are quantised ({backbone.quantization}); passes take {backbone.route}", file=sys.stderr)
 
 
 def settled(kind: type[Config], config: Path | None, overrides: list[str] | None, *, print_config: bool) -> Config:

@@ -51,6 +51,7 @@ def run(
     adapters: Annotated[str | None, typer.Option(help="Folder for task adapt; default: beside the output.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the adapters' start; default 0.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="As for `ephemera answer`.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
     engine: Annotated[str | None, typer.Option(help="local (default), or ray.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Ray's actors, each with a model.")] = None,
@@ -66,7 +67,7 @@ def run(
     flags |= {"reach": reach, "max_new_tokens": max_new_tokens, "truncate": truncate, "adapters": adapters}
     flags |= {"seed": seed, "engine": engine, "chat": chat or None}
     _lay_over(values, flags)
-    _lay_over(values["model"], {"name": model, "dtype": dtype, "device": device})
+    _lay_over(values["model"], {"name": model, "dtype": dtype, "quantization": quantization, "device": device})
     _lay_over(values["ray"], {"workers": workers})
     settings = check_config(Run, values)
     if print_config:

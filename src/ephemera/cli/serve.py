@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ephemera.cli.options import Device, Dtype, Model, ReachOption, app, quiet, unshipped
+from ephemera.cli.options import Device, Dtype, Model, Quantization, ReachOption, app, quiet, say_quantised, unshipped
 from ephemera.downloads import DEFAULT_MODEL
 from ephemera.made_for import FORMATS, checked_reach
 
@@ -66,6 +66,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     dtype: Dtype = None,
+    quantization: Quantization = "none",
     device: Device = None,
     api_key: Annotated[
         list[str] | None, typer.Option(help="A key that clients must send. Repeatable; or EPHEMERA_API_KEYS=A,B.")
@@ -87,8 +88,7 @@ def serve(
 
     from ephemera.serving.http.app import Settings, create_app
 
-    everywhere = None if reach is None else checked_reach(reach)
-    listening = _bind(host, port)
+    everywhere, listening = None if reach is None else checked_reach(reach), _bind(host, port)
     from ephemera.model import AdaptiveLM
     from ephemera.serving.engine import methods
     from ephemera.serving.engine.scheduler import Engine
@@ -100,21 +100,21 @@ def serve(
 
     def load() -> tuple[AdaptiveLM, list[methods.Method]]:
         found = methods.offer(model, rate or [], init)
-        lm = AdaptiveLM.from_pretrained(
-            model, init=found.init, rate=found.trained or "none", dtype=dtype, device=device
-        )
-        options: dict[str, Any] = {"defaults": found.defaults, "most_steps": max_steps, "reach": everywhere}
-        return lm, methods.build(lm.backbone, lm.init, found.rates, **options)
+        loading: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "device": device}
+        lm = AdaptiveLM.from_pretrained(model, init=found.init, rate=found.trained or "none", **loading)
+        more: dict[str, Any] = {"defaults": found.defaults, "most_steps": max_steps, "reach": everywhere}
+        return lm, methods.build(lm.backbone, lm.init, found.rates, **more)
 
     lm, known = in_passing_thread(load)
+    say_quantised(lm.backbone)
     limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
     metrics = Metrics()
     engine = Engine(lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics).start()
     reader = Reader(lm.backbone, known, limits=limits, steps=steps)
     web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
     _announce(model, known, told=not rate and init == "zero")
-    shown = f"[{host}]" if ":" in host else host
-    print(f"at http://{shown}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
+    at = f"[{host}]" if ":" in host else host
+    print(f"at http://{at}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
     config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=drain, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -21,6 +21,9 @@ class ModelSettings(Settings):
         default=None, description="default: float32 on CPU, bfloat16 on CUDA"
     )
     device: str | None = Field(default=None, description='"cpu", "cuda", ...; default: CUDA where there is one')
+    quantization: Literal["none", "int8", "nf4", "torchao-int8"] = Field(
+        default="none", description="int8 or nf4 (bitsandbytes), torchao-int8; none: weights as the files have them"
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         default=None,
         description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own",
@@ -28,7 +31,8 @@ class ModelSettings(Settings):
 
     @property
     def loading(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "device": self.device, "attn_implementation": self.attn_implementation}
+        same = ("dtype", "device", "quantization", "attn_implementation")
+        return {name: getattr(self, name) for name in same}
 
     def load(self, **instead: Any) -> FrozenLM:
         """The model as set here; `instead` stands in for some of `load_backbone`'s arguments."""

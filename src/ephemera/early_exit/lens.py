@@ -61,6 +61,8 @@ class Lens(OnHub, nn.Module):
                 f"this lens was trained for {self.trained_for['name']} (weights {self.trained_for['fingerprint']}); the "
                 f"model at hand is {backbone.name} (weights {backbone.fingerprint()}). Use that model, or train one for this."
             )
+        if self.trained_for is not None:
+            artifact.warn_of_quantization(self.trained_for, backbone, "lens")
         if self.weight_EDD.shape[1] != backbone.hidden_size:
             raise ValueError(
                 f"this lens is for hidden size {self.weight_EDD.shape[1]}; {backbone.name} has {backbone.hidden_size}."

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ephemera.llm.quantization import is_plain
 from ephemera.llm.replaced import Place, child
 from ephemera.lora import LoraBatch, by_module
 
@@ -60,7 +61,7 @@ def mergeable(model: nn.Module, lora: LoraBatch) -> bool:
     """
     modules = [model.get_submodule(p.module) for p in lora.projections]
     return lora.batch_size == 1 and all(
-        type(m) is nn.Linear and m.weight.dtype == A_BRI.dtype for m, A_BRI in zip(modules, lora.A, strict=True)
+        is_plain(m) and m.get_parameter("weight").dtype == A_BRI.dtype for m, A_BRI in zip(modules, lora.A, strict=True)
     )
 
 

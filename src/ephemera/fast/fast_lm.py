@@ -69,6 +69,12 @@ class FastLM(FrozenLM):
         other.prefix_cache = PrefixCache(prefixes)
         return other
 
+    @property
+    def route(self) -> str:
+        if self.quantization == "none":
+            return "the fast path"
+        return "the fast path, but transformers' own layers, whose weights are quantised"
+
     def layout(self, batch: TokenBatch) -> Layout:
         """Made on the host, once for each batch."""
         if batch not in self._layouts:

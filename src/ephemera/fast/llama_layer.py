@@ -31,6 +31,7 @@ from ephemera.fast.llama_parts import (
     side_by_side,
 )
 from ephemera.llm.architectures import ARCHITECTURES
+from ephemera.llm.quantization import is_plain
 from ephemera.llm.replaced import replaced
 from ephemera.lora import LoraBatch
 
@@ -66,7 +67,7 @@ def _is_plain(layer: nn.Module) -> bool:
     every = (layer, attention, mlp, *layer._modules.values(), *attention._modules.values(), *mlp._modules.values())
     return (
         isinstance(mlp._modules["act_fn"], nn.SiLU | SiLUActivation)
-        and all(type(m) is nn.Linear and "forward" not in m.__dict__ for m in maps)
+        and all(is_plain(m) and "forward" not in m.__dict__ for m in maps)
         and not any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in every)
     )
 

@@ -27,7 +27,8 @@ from ephemera.llm.cached_layers import CachedLayers, some_layers
 from ephemera.llm.head import Head, token_nll
 from ephemera.llm.model_files import called
 from ephemera.llm.projections import count_layers, find_projections
-from ephemera.llm.replaced import overheard
+from ephemera.llm.quantization import check_gradients, exact_places, quantised_modules, quantization_of
+from ephemera.llm.replaced import overheard, settle
 from ephemera.llm.tokenize import without_row
 from ephemera.llm.weights import check_logits
 from ephemera.lora import LoraBatch, LoraLinear, attach
@@ -72,6 +73,8 @@ class FrozenLM:
         only: Sequence[str] | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
+        settle(exact_places(model))
+        self.quantization = quantization_of(model)
         self.tokenizer = tokenizer
         self.name = name
         self.path = path
@@ -91,6 +94,7 @@ class FrozenLM:
         self.vocabulary_VD: Tensor = embedding.get_parameter("weight")
         self.hidden_size: int = self.vocabulary_VD.shape[1]
         self.max_length: int = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        check_gradients(model, name)
         self._check_head()
 
     def with_adapters_on(
@@ -117,6 +121,11 @@ class FrozenLM:
     @property
     def dtype(self) -> torch.dtype:
         return self.vocabulary_VD.dtype
+
+    @property
+    def route(self) -> str:
+        """Which code computes its passes, in words."""
+        return "the reference path"
 
     @property
     def pad_id(self) -> int:
@@ -237,10 +246,17 @@ class FrozenLM:
         return hidden_BTD, {layer: outputs[0] for layer, outputs in zip(exit_layers, kept, strict=True)}
 
     def fingerprint(self) -> str:
-        """Tells backbones apart whatever they are called: shapes, and some weights as bfloat16."""
+        """Tells backbones apart whatever they are called: shapes, and some weights as bfloat16.
+
+        A quantised model has its original's: quantised weights count by the shape that they stand for, and neither the
+        embedding nor the norms are quantised.
+        """
         digest = hashlib.sha256()
+        original = {
+            f"{path}.weight": (m.out_features, m.in_features) for path, m in quantised_modules(self.model).items()
+        }
         for key, parameter in sorted(self.model.named_parameters()):
-            digest.update(f"{key}{tuple(parameter.shape)}".encode())
+            digest.update(f"{key}{original.get(key, tuple(parameter.shape))}".encode())
         for weight in (self.vocabulary_VD[:64, :16], *_norm_weights(self.model)):
             digest.update(weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -297,4 +313,5 @@ def describe(backbone: FrozenLM) -> dict[str, Any]:
         "layers": backbone.adapted_layers,
         "projections": [p.name for p in backbone.projections],
         "fingerprint": backbone.fingerprint(),
+        **({} if backbone.quantization == "none" else {"quantization": backbone.quantization}),
     }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ephemera.llm.precision import wide_of
+from ephemera.llm.quantization import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Head:
     @property
     def plain(self) -> bool:
         """Whether it is a linear map and no more, whose words can be taken some at a time."""
-        return type(self.module) is nn.Linear
+        return is_plain(self.module)
 
 
 def token_nll(h_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ephemera.llm.model_files import (
     unreadable_weights,
 )
 from ephemera.llm.precision import DTYPES, multiplies_bfloat16
+from ephemera.llm.quantization import BITSANDBYTES, Quantization, checked_quantization, loading, of_files
 from ephemera.llm.weights import check_finite, check_fit
 from ephemera.messages import nearest, unknown
 from ephemera.saving import unreadable
@@ -52,16 +53,19 @@ def load_backbone(
     only: Sequence[str] | None = None,
     checkpoint: bool = False,
     fast: bool | None = None,
+    quantization: str = "none",
     **kwargs: Any,
 ) -> FrozenLM:
     """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
 
     `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
-    is one. `fast=False` runs the reference path: the same results up to rounding. Adapters sit on `target_modules` of `layers` (of these on `only`, by name). Further arguments go to
-    transformers (`quantization_config`, `attn_implementation`, ...). ValueError where a file cannot be read, or weights
+    is one. `fast=False` runs the reference path: the same results up to rounding. Adapters sit on `target_modules` of `layers` (of these on `only`, by name).
+    `quantization`: "int8" or "nf4" (bitsandbytes), "torchao-int8", or "none": as the files are. Further arguments go to
+    transformers (`quantization_config`, `attn_implementation`, ...). ModuleNotFoundError where a package for quantised
+    weights is missing. ValueError where no gradient passes through such weights, where a file cannot be read, or weights
     are missing, left over, of another shape or not finite: transformers would fill or drop them.
     """
-    device = find_device(device)
+    device, form = find_device(device), checked_quantization(quantization)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -79,14 +83,42 @@ def load_backbone(
         source, kwargs["gguf_file"] = str(path.parent), file
     kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
     which = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
-    if path.is_dir():  # a GGUF file's takes seconds
-        _read(name, path, unreadable_config, lambda: AutoConfig.from_pretrained(source, **which))
+    if "gguf_file" not in kwargs:  # a GGUF file's takes seconds
+        kwargs |= _placed(name, of_files(_config(name, path, source, which)), form, kwargs, device)
+    elif form != "none":
+        raise ValueError(
+            f"quantization={form!r} does not go with the GGUF file {name!r}: give the unquantised model's folder."
+        )
+    kwargs |= loading(form, dtype, device)
     tokenizer = _read(name, path, unreadable_tokenizer, lambda: AutoTokenizer.from_pretrained(source, **which))
     model = _load_weights(name, path, source, dtype, kwargs)
-    if "quantization_config" not in kwargs or "gguf_file" in kwargs:
+    if "device_map" not in kwargs and ("quantization_config" not in kwargs or "gguf_file" in kwargs):
         model = model.to(device)  # pyright: ignore[reportArgumentType]
     sits: dict[str, Any] = {"target_modules": target_modules, "layers": layers, "only": only}
     return frozen_lm(model, tokenizer, name=name, path=path, packs=packs, checkpoint=checkpoint, fast=fast, **sits)
+
+
+def _config(name: str, path: Path, source: str, which: dict[str, Any]) -> Any:
+    """A folder's configuration, or a hub id's; None where a hub id has none: an adapter's, of which the weights tell."""
+    if path.is_dir():
+        return _read(name, path, unreadable_config, lambda: AutoConfig.from_pretrained(source, **which))
+    try:
+        return AutoConfig.from_pretrained(source, **which)
+    except (OSError, ValueError):
+        return None
+
+
+def _placed(
+    name: str, brought: str | None, form: Quantization, kwargs: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Where weights go that are quantised already; ValueError if another form is asked for too."""
+    given = "quantization_config" in kwargs
+    if form != "none" and (brought is not None or given):
+        other = "quantization_config" if given else f"its own files, by {brought}"
+        raise ValueError(
+            f"quantization={form!r} for {name!r}, which is quantised by {other}: leave out one, or give the unquantised model."
+        )
+    return {"device_map": {"": device}} if brought == BITSANDBYTES and "device_map" not in kwargs else {}
 
 
 def frozen_lm(

@@ -25,6 +25,12 @@ def replaced(places: Iterable[Place]) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def settle(places: Iterable[Place]) -> None:
+    """The same for good: modes of a model that is loaded to be frozen, as `eval()` sets them."""
+    for owner, name, value in places:
+        setattr(owner, name, value)
+
+
 @contextmanager
 def overheard(module: nn.Module, into: list[Tensor] | None) -> Iterator[None]:
     """Collect what `module` returns; None: nothing."""

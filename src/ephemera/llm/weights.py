@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ephemera.llm.quantization import is_quantised
+
 SHOWN = 3  # names of a list; the rest is counted
 
 
@@ -64,7 +66,7 @@ def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 
 @torch.no_grad()
 def _finite(tensor: Tensor) -> bool:
-    if tensor.is_meta or not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
+    if tensor.is_meta or is_quantised(tensor) or not tensor.numel():
         return True  # what a quantised weight holds is its own affair
     least, most = tensor.aminmax()  # one pass without a copy; NaN passes through
     return bool(least.isfinite() & most.isfinite())
