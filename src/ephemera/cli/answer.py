@@ -282,9 +282,9 @@ def _say_unshipped(lm: Any, model: str, steps: int | None, rate: str | None, ini
 def _load(model: str, *, truncate: str | None = None, **options: Any) -> Any:
     if truncate not in (None, "left"):
         raise unknown("--truncate", truncate, ["left"])
+    quiet()  # before what torchao says when it is imported
     from ephemera.model import AdaptiveLM
 
-    quiet()
     side: Literal["left"] | None = "left" if truncate else None
     lm = AdaptiveLM.from_pretrained(model, truncate=side, **options)
     say_quantised(lm.backbone)

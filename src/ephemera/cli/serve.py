@@ -11,9 +11,11 @@ import typer
 
 from ephemera.cli.options import Device, Dtype, Model, Quantization, ReachOption, app, quiet, say_quantised, unshipped
 from ephemera.downloads import DEFAULT_MODEL
-from ephemera.made_for import FORMATS, checked_reach
+from ephemera.made_for import FORMATS
 
 if TYPE_CHECKING:
+    from ephemera.config import Serve
+    from ephemera.model import AdaptiveLM
     from ephemera.serving.engine.methods import Method
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -83,40 +85,43 @@ def serve(
     drain: Annotated[int, typer.Option(min=0, help="Seconds that a shutdown waits for answers under way.")] = 30,
 ) -> None:
     """Serve OpenAI's API, adapting to every request, and a page to try it."""
-    keys = _keys(api_key or [], host, insecure=insecure)
+    settings = _settings(
+        model={"name": model, "dtype": dtype, "quantization": quantization, "device": device},
+        rates=rate or [],
+        init=init,
+        steps=steps,
+        reach=reach,
+        api_keys=_keys(api_key or [], host, insecure=insecure),
+        cors=cors or [],
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_steps=max_steps,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        max_body=max_body,
+        timeout=timeout,
+        drain=drain,
+    )
     import uvicorn
 
-    from ephemera.serving.http.app import Settings, create_app
+    from ephemera.serving.build import build
 
-    everywhere, listening = None if reach is None else checked_reach(reach), _bind(host, port)
-    from ephemera.model import AdaptiveLM
-    from ephemera.serving.engine import methods
-    from ephemera.serving.engine.scheduler import Engine
-    from ephemera.serving.engine.threads import in_passing_thread
-    from ephemera.serving.http.requests import Limits, Reader
-    from ephemera.serving.metrics import Metrics
-
+    listening = _bind(host, port)
     quiet()
-
-    def load() -> tuple[AdaptiveLM, list[methods.Method]]:
-        found = methods.offer(model, rate or [], init)
-        loading: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "device": device}
-        lm = AdaptiveLM.from_pretrained(model, init=found.init, rate=found.trained or "none", **loading)
-        more: dict[str, Any] = {"defaults": found.defaults, "most_steps": max_steps, "reach": everywhere}
-        return lm, methods.build(lm.backbone, lm.init, found.rates, **more)
-
-    lm, known = in_passing_thread(load)
-    say_quantised(lm.backbone)
-    limits = Limits(prompt_tokens=max_prompt_tokens, answer_tokens=max_tokens, rows=max_batch, seconds=timeout)
-    metrics = Metrics()
-    engine = Engine(lm.backbone, max_rows=max_batch, max_queue=max_queue, observer=metrics).start()
-    reader = Reader(lm.backbone, known, limits=limits, steps=steps)
-    web = create_app(engine, reader, metrics, Settings(keys=tuple(keys), cors=tuple(cors or ()), max_body=max_body))
-    _announce(model, known, told=not rate and init == "zero")
-    at = f"[{host}]" if ":" in host else host
-    print(f"at http://{at}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
+    web = build(settings, lambda lm, known: _announce(lm, known, model, told=not rate and init == "zero"))
+    shown = f"[{host}]" if ":" in host else host
+    print(f"at http://{shown}:{listening.getsockname()[1]} (the page), .../v1 (the API)", file=sys.stderr, flush=True)
     config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=drain, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _settings(**values: Any) -> Serve:
+    from ephemera.config import Serve, check_config
+    from ephemera.made_for import checked_reach
+
+    if values["reach"] is not None:
+        checked_reach(values["reach"])
+    return check_config(Serve, values)
 
 
 def _keys(given: list[str], host: str, *, insecure: bool) -> list[str]:
@@ -132,10 +137,11 @@ def _keys(given: list[str], host: str, *, insecure: bool) -> list[str]:
     return keys
 
 
-def _announce(model: str, known: list[Method], *, told: bool) -> None:
+def _announce(lm: AdaptiveLM, known: list[Method], model: str, *, told: bool) -> None:
     """The ids that are served; if `told`, also the prompts' formats for which no network ships."""
     from ephemera.serving.engine.methods import DEFAULT
 
+    say_quantised(lm.backbone)
     print(f"serving {', '.join(dict.fromkeys(m.model_id for m in known))}", file=sys.stderr)
     missing = [f for f in FORMATS if all(m.name != DEFAULT or m.format != f for m in known)]
     if missing and told:

@@ -27,6 +27,7 @@ from ephemera.config.evaluate import (
 )
 from ephemera.config.many import RaySettings, Run
 from ephemera.config.reproduce import LdttaRecipe, Lengths, Recipe, TaskWeaverRecipe
+from ephemera.config.serve import ReplicaSettings, Serve
 from ephemera.config.settings import Settings, check_config, dump_yaml, load_config
 from ephemera.config.train import (
     AloneSettings,
@@ -67,9 +68,11 @@ __all__ = [
     "RateOptimizerSettings",
     "RaySettings",
     "Recipe",
+    "ReplicaSettings",
     "RowSettings",
     "Run",
     "ScaleNetSettings",
+    "Serve",
     "Settings",
     "Survey",
     "TaskSource",

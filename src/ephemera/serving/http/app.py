@@ -57,6 +57,7 @@ class Settings:
     keys: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     max_body: int = 1 << 20
+    drain: float = 30.0  # seconds that the end waits for answers under way
 
 
 def create_app(engine: Engine, reader: Reader, metrics: Metrics, settings: Settings) -> FastAPI:
@@ -65,7 +66,7 @@ def create_app(engine: Engine, reader: Reader, metrics: Metrics, settings: Setti
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI):
         yield
-        await asyncio.to_thread(engine.close, 30.0)
+        await asyncio.to_thread(engine.close, settings.drain)
 
     app = FastAPI(title="Ephemera", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     say_errors(app)
