@@ -69,6 +69,7 @@ def create_app(engine: Engine, reader: Reader, metrics: Metrics, settings: Setti
         await asyncio.to_thread(engine.close, settings.drain)
 
     app = FastAPI(title="Ephemera", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.engine = engine  # for whoever runs the application elsewhere than in uvicorn
     say_errors(app)
     _answer_routes(app, engine, reader)
     _adapt_route(app, engine, reader)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import secrets
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ephemera.serving.http.errors import ApiError, envelope
+from ephemera.serving.http.errors import ApiError, envelope, send_error
 
 OPEN_PATHS = ("/", "/health")  # and the page's files: they hold nothing of anyone's
 
@@ -46,10 +45,10 @@ class Guard:
         headers = {k.lower(): v for k, v in scope["headers"]}
         if self.keys and not self._open(scope) and not self._known(headers.get(b"authorization", b"")):
             body = envelope(401, "no valid API key: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key")
-            return await _answer(send, 401, body, [(b"www-authenticate", b"Bearer")])
+            return await send_error(send, 401, body, [(b"www-authenticate", b"Bearer")])
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
-            return await _answer(send, 413, self._too_large(), [(b"connection", b"close")])
+            return await send_error(send, 413, self._too_large(), [(b"connection", b"close")])
         seen = 0
 
         async def counted() -> Message:
@@ -75,10 +74,3 @@ class Guard:
     def _known(self, header: bytes) -> bool:
         scheme, _, key = header.decode("latin-1").partition(" ")
         return scheme.lower() == "bearer" and self.keys.allow(key.strip())
-
-
-async def _answer(send: Send, status: int, body: dict, headers: list[tuple[bytes, bytes]]) -> None:
-    payload = json.dumps(body).encode()
-    base = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": base + headers})
-    await send({"type": "http.response.body", "body": payload})
