@@ -43,6 +43,18 @@ def test_adapters_equal_those_of_plain_steps(architecture, packs):
     close(have.prompt_nll_BK, want.prompt_nll_BK)
 
 
+@pytest.mark.parametrize("packs", [True, False])
+def test_float32_models_whose_norms_are_written_out(packs):
+    """Float64 models of these tests have norms of their own; the second run must meet those of the first."""
+    plain = tiny_backbone("llama", dtype=torch.float32)
+    plain.packs = packs
+    assert plain.norms
+    batch = pad(random_ids(LENGTHS), side="left")
+    start = ZeroInit(r=2)(plain, batch, [0] * 3)
+    want = adapt(plain, batch, start, FixedRate(0.5), 2)
+    close(adapt(again(plain), batch, start, FixedRate(0.5), 2).lora.tensors, want.lora.tensors, 1e-5)
+
+
 def test_some_layers_an_exit_and_a_kept_bottom():
     backbone = tiny_backbone("llama", depth=4, layers=[1, 2])
     batch, start = left(random_ids(LENGTHS)), random_lora(backbone, 3)

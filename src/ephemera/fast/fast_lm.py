@@ -27,7 +27,7 @@ from ephemera.fast.shared_prefix import PrefixCache, Shared, of_scored, within_b
 from ephemera.fast.vocab_loss import HEAD_GRADIENT, block_nll
 from ephemera.llm.cached_layers import CachedLayers, some_layers
 from ephemera.llm.frozen_lm import Forward, FrozenLM
-from ephemera.llm.replaced import overheard, replaced
+from ephemera.llm.replaced import Place, overheard, replaced
 from ephemera.lora import Adapted, LoraBatch, attach
 
 
@@ -105,7 +105,7 @@ class FastLM(FrozenLM):
         if not plain and self._can_pack(batch):
             return self._forward_packed(batch, lora, embedded=embedded, lower=lower, stop=stop, keep=keep)
         again = self.recompute and not plain and torch.is_grad_enabled()
-        with replaced(self._norms()), self._recomputed(lora, self.adapted) if again else nullcontext():
+        with self._recomputed(lora, self.adapted) if again else nullcontext(), replaced(self._norms()):
             return super().forward(
                 batch,
                 None if again else lora,
@@ -175,15 +175,15 @@ class FastLM(FrozenLM):
         fuses = fuses and can_fuse(self.decoder, lora)
         plan = self._plan(layout, batch, lora, lower, stop, cached) if fuses else None
         adapted: Adapted = partial(FastLoraLinear, packing=layout.packing)
-        packed = partial(replaced, [(self.decoder.config, "_attn_implementation", ATTENTION)])
+        packed: list[Place] = [(self.decoder.config, "_attn_implementation", ATTENTION)]
         with (
+            self._recomputed(lora, adapted, packed) if again else nullcontext(),
             replaced(self._norms()),
             attach(self.model, None if again or fuses else lora, adapted),
-            self._recomputed(lora, adapted, packed) if again else nullcontext(),
             nullcontext() if plan is None else fused_layers(self.decoder, self._prefix, lora, plan),
             overheard(self.embedding, states if embedded else None),
             some_layers(self.decoder, self.final_norm or "", lower=below, stop=stop),
-            packed(),
+            replaced(packed),
         ):
             output = self.decoder(
                 input_ids=layout.real(batch.ids_BT)[None],
@@ -207,9 +207,11 @@ class FastLM(FrozenLM):
         self,
         lora: LoraBatch | None,
         adapted: Adapted,
-        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        places: Sequence[Place] = (),
     ) -> AbstractContextManager[None]:
-        return recomputed(self.decoder, self._prefix, lora, adapted, around)
+        """The second run comes when the pass is over: it brings the stand-ins of the norms, and `places`, itself."""
+        norms = self._norms()
+        return recomputed(self.decoder, self._prefix, lora, adapted, lambda: replaced([*norms, *places]))
 
     def _cache_of(self, layout: Layout, cached: KeysValues, lower: CachedLayers | None) -> DynamicCache:
         """A cache of a batch's tokens, zero at padding, from what the layers of a packed pass have left."""
