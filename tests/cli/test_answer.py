@@ -293,3 +293,45 @@ def test_adapt_without_a_rate_or_a_file_is_one_line(llama_folder, run, tmp_path)
     code, _, err = run(*asked, str(tmp_path / "none.jsonl"), "--rate", "1")
     assert (code, err.count("\n")) == (2, 1)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_quantised_weights(ships, run, serve):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    asked = ["answer", "--model", ships, "--max-new-tokens", "4", "--quantization", "int8", PROMPT]
+    code, out, err = run(*asked)
+    with pytest.warns(UserWarning, match="has int8 weights"):
+        lm = AdaptiveLM.from_pretrained(ships, quantization="int8")
+    assert (code, out.strip()) == (0, lm.generate(PROMPT, max_new_tokens=4)[0].strip())
+    assert "weights are quantised (int8); passes take the " in err
+    err, listed = serve("--model", ships, "--quantization", "int8")
+    assert "weights are quantised (int8)" in err
+    assert len(listed) == 3
+
+
+@pytest.mark.parametrize("command", ["answer", "adapt", "chat", "export", "run", "serve", "try"])
+def test_a_missing_package_for_quantised_weights_is_one_line(command, llama_folder, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    more = {
+        "adapt": ["--prompts", str(rows), "--export", str(tmp_path / "a")],
+        "export": ["--output", str(tmp_path / "a"), PROMPT],
+        "run": ["--input", str(rows), "--output", str(tmp_path / "out.jsonl")],
+        "serve": ["--port", "0"],
+        "chat": [],
+    }.get(command, [PROMPT])
+    code, out, err = run(command, "--model", str(llama_folder), "--quantization", "nf4", *more)
+    assert (code, out) == (2, "")
+    assert err.strip().splitlines()[-1] == (
+        "ephemera: bitsandbytes is not installed. Get it by: pip install 'ephemera[bnb]'"
+    )
+
+
+@pytest.mark.parametrize("command", ["answer", "serve", "chat"])
+def test_an_unknown_form_of_weights(command, llama_folder, run):
+    code, _, err = run(
+        command, "--model", str(llama_folder), "--quantization", "int4", *([PROMPT] * (command == "answer"))
+    )
+    assert (code, len(err.strip().splitlines())) == (2, 1)
+    assert "int4" in err
+    assert "torchao-int8" in err
