@@ -19,6 +19,7 @@ from ephemera.guard import guard, log_p, read_with, signals, trusted
 from ephemera.inits import LoraGenerator, ZeroInit, load_generator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.prefill import prefill
+from ephemera.llm.share import Share
 from ephemera.made_for import MadeFor, Reach
 from ephemera.model import AdaptiveLM
 from ephemera.rates import AveragedRate, PerProjectionRate, load_rate
@@ -202,7 +203,7 @@ def test_joined_rows_keep_their_shares_and_distances(llama):
         adapt_from(llama, left([PROMPTS[i] for i in rows]), ZeroInit(init_std=0.3), rows, rule, 1, "answer")[0]
         for rows in places
     ]
-    whole = Adaptation.joined(parts, places)
+    whole = Adaptation.joined(parts, [Share.whole(rows) for rows in places])
     for part, rows in zip(parts, places, strict=True):
         for own, all_B in ((part.share_B, whole.share_B), (part.kl_B, whole.kl_B)):
             assert own is not None
@@ -211,7 +212,7 @@ def test_joined_rows_keep_their_shares_and_distances(llama):
     assert whole.kl_B is not None
     assert len(set(whole.kl_B.tolist())) > 1
     ungated = replace(parts[1], share_B=None, kl_B=None)
-    apart = Adaptation.joined([parts[0], ungated], places)
+    apart = Adaptation.joined([parts[0], ungated], [Share.whole(rows) for rows in places])
     assert apart.share_B is apart.kl_B is None
 
 

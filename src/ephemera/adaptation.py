@@ -15,6 +15,7 @@ from ephemera.engine_export import export_all
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill
+from ephemera.llm.share import Share
 from ephemera.llm.tokenize import Prompt
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Format, MadeFor, Reach
@@ -122,9 +123,11 @@ class Adaptation:
     after_B: Tensor | None = None
 
     @staticmethod
-    def joined(parts: Sequence[Adaptation], batches: Sequence[Sequence[int]]) -> Adaptation:
-        """One of all rows, on the host but for the adapters: the rows of part n are those that `batches[n]` names."""
-        back = torch.tensor([i for rows in batches for i in rows]).argsort()
+    def joined(parts: Sequence[Adaptation], shares: Sequence[Share]) -> Adaptation:
+        """One of all rows of all processes, on the host but for the adapters: part n is of this process's `shares[n]`."""
+        cached = {tuple(s.own): p.reading for p, s in zip(parts, shares, strict=True) if p.reading is not None}
+        parts = [part.of_all(share) for part, share in zip(parts, shares, strict=True)]
+        back = torch.tensor([i for share in shares for i in share.order]).argsort()
         return Adaptation(
             lora=LoraBatch.cat([part.lora for part in parts]).rows(back),
             initial_lora=LoraBatch.cat([part.initial_lora for part in parts]).rows(back),
@@ -133,9 +136,21 @@ class Adaptation:
             fallback_B=torch.cat([part.fallback_B for part in parts]).cpu()[back],
             share_B=_of_all([part.share_B for part in parts], back),
             kl_B=_of_all([part.kl_B for part in parts], back),
-            cached={
-                tuple(rows): part.reading for part, rows in zip(parts, batches, strict=True) if part.reading is not None
-            },
+            cached=cached,
+        )
+
+    def of_all(self, share: Share) -> Adaptation:
+        """The adapters of every process's rows of a batch, in `share.order`, and how they came about."""
+        lora, initial = (x.with_buffers(*map(share.all_rows, x.buffers)) for x in (self.lora, self.initial_lora))
+        return replace(
+            self,
+            lora=lora,
+            initial_lora=initial,
+            prompt_nll_BK=share.all_rows(self.prompt_nll_BK),
+            rates_BKM=share.all_rows(self.rates_BKM.detach()),
+            fallback_B=share.all_rows(self.fallback_B),
+            share_B=None if self.share_B is None else share.all_rows(self.share_B),
+            kl_B=None if self.kl_B is None else share.all_rows(self.kl_B),
         )
 
     @property
@@ -154,6 +169,11 @@ class Adaptation:
         return replace(self, cached={} if reading is None else {rows: reading})
 
     @property
+    def leaves_a_loss(self) -> bool:
+        """Whether the prompts under their adapters have a loss that compares with what the steps saw."""
+        return self.reach == "all" and self.whole_loss and self.steps > 0
+
+    @property
     def abstained_B(self) -> Tensor:
         """Rows that the gate left alone: bool [B]."""
         return torch.zeros_like(self.fallback_B) if self.share_B is None else self.share_B == 0
@@ -168,7 +188,7 @@ class Adaptation:
         """The prompts of some rows, read with their adapters. What is cached is left if an answer's room has cut a prompt
         since."""
         cached = self.cached.get(tuple(rows))
-        if cached is not None and not torch.equal(cached.ids_BT, batch.ids_BT):
+        if backbone.anywhere(cached is not None and not torch.equal(cached.ids_BT, batch.ids_BT)):
             cached = None
         lora, initial = self.lora.rows(rows), self.initial_lora.rows(rows)
         return prefill(backbone, batch, lora, initial, cached=cached, reach=self.reach)

@@ -49,7 +49,7 @@ def trusted(
         read = read_with(backbone, batch, made, share_B)
         kl_B = torch.where(share_B > 0, kl(log_p(backbone, read.hidden_BTD[:, -1]), base_BV), 0.0)
         out_B = ~(kl_B <= tau) & (share_B > 0)
-        if not bool(out_B.any()):
+        if not backbone.anywhere(bool(out_B.any())):
             return read, share_B, kl_B
         # KL grows with the square of a small share: as many halvings at once as that asks for, one at least
         halvings_B = ((kl_B / tau).log2() / 2).nan_to_num(math.inf, math.inf).ceil().clamp(min=1)

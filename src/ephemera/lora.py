@@ -217,7 +217,7 @@ class LoraLinear(nn.Module):
         """y = W x + scaling * B A x (LDTTA Eq. 6), as two products of rank R: B A is never built."""
         y_BTO = self.base(x_BTI)
         for projection, A_BRI, B_BOR in self.pairs:
-            delta_BTO = self.scaling * torch.bmm(torch.bmm(x_BTI, A_BRI.to(x_BTI.dtype).mT), B_BOR.to(x_BTI.dtype).mT)
+            delta_BTO = self.scaling * torch.bmm(torch.bmm(x_BTI, A_BRI.to(x_BTI).mT), B_BOR.to(x_BTI).mT)
             rows = projection.rows
             y_BTO = y_BTO + delta_BTO if rows is None else y_BTO.index_add(2, rows.to(y_BTO.device), delta_BTO)
         return y_BTO

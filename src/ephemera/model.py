@@ -21,6 +21,7 @@ from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
 from ephemera.llm.quantization import Quantization
+from ephemera.llm.share import Parallel
 from ephemera.llm.tokenize import Prompt, encode_answer, encode_prompt
 from ephemera.llm.window import fit
 from ephemera.made_for import Format, MadeFor, Reach, checked_reach
@@ -76,6 +77,7 @@ class AdaptiveLM:
         special_tokens: bool = False,
         checkpoint: bool = False,
         quantization: Quantization = "none",
+        parallel: Parallel = "none",
         **kwargs: Any,
     ) -> AdaptiveLM:
         """Load a model.
@@ -92,8 +94,9 @@ class AdaptiveLM:
         is text. `truncate="left"`: cut prompts longer than the model's window instead of refusing them; BOS and the chat
         template's words stay, the beginning of the prompt's own text goes. `checkpoint`: steps keep only each layer's
         input and run the layer again in the backward pass: less memory, more time, the same adapters. `quantization`:
-        "int8" or "nf4" (bitsandbytes), or "torchao-int8"; "none": as the files are. `fast=False`: run the reference path.
-        Further keywords go to transformers. ValueError names what is wrong and what is allowed.
+        "int8" or "nf4" (bitsandbytes), or "torchao-int8"; "none": as the files are. `parallel`: "tensor" or "fsdp" over
+        the processes that torchrun started, or "offload" (accelerate's `device_map`), for models larger than a device.
+        `fast=False`: run the reference path. Further keywords go to transformers. ValueError names what is allowed.
         """
         reach, settings = None if reach is None else checked_reach(reach), dict(lora or {})
         allowed = ["r", "lora_alpha", "init_std", "target_modules", "layers"]
@@ -111,7 +114,7 @@ class AdaptiveLM:
         brought = init.lora_settings.get("target_modules")
         if brought is not None:
             adapted["target_modules"] = brought
-        kwargs |= {"checkpoint": checkpoint, "quantization": quantization}
+        kwargs |= {"checkpoint": checkpoint, "quantization": quantization, "parallel": parallel}
         backbone = load_backbone(name, dtype=dtype, device=device, **(adapted or adapted_by(rate)), **kwargs)
         about: dict[str, Any] = {"chat": chat, "truncate": truncate, "special_tokens": special_tokens}
         return cls(backbone, init=init, rate=rate, reach=reach, **about)
@@ -186,15 +189,16 @@ class AdaptiveLM:
         reach: Reach = self.reach or reach_of(start_from, rule)
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
-        batches, parts = self._batches(ids), list[Adaptation]()
+        shares, parts = [self.backbone.share(rows) for rows in self._batches(ids)], list[Adaptation]()
         with self.backbone.lock:
-            for rows in batches:
-                batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-                part, _ = adapt_from(self.backbone, batch, start_from, [seed] * len(rows), rule, steps, reach)
+            self.backbone.check_same("prompts or arguments", (ids, steps, seed, reach))
+            for share in shares:
+                batch = pad([ids[i] for i in share.own], pad_id=self.backbone.pad_id).to(self.backbone.device)
+                part, _ = adapt_from(self.backbone, batch, start_from, [seed] * len(share.own), rule, steps, reach)
                 if reach == "answer":
                     part = part.with_reading(whole_reading(self.backbone, batch, part.reading))
                 parts.append(part)
-        made = Adaptation.joined(parts, batches)
+        made = Adaptation.joined(parts, shares)
         facts = zip(made.fallback_B.tolist(), made.abstained_B.tolist(), ids, strict=True)
         return replace(
             made,
@@ -226,8 +230,8 @@ class AdaptiveLM:
         ids = [self.encode_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
         out = torch.zeros(len(prompts))
         with self.backbone.lock:
-            for rows, read in self._prefills(prompts, adaptation, reserve=[len(i) for i in ids]):
-                out[rows] = read.answer_nll([ids[i] for i in rows]).float().cpu()
+            for share, read in self._prefills(prompts, adaptation, reserve=[len(i) for i in ids]):
+                out[share.order] = share.all_rows(read.answer_nll([ids[i] for i in share.own])).float().cpu()
         return out
 
     def prompt_nll(self, prompts: Sequence[Prompt] | str, adaptation: Adaptation) -> Tensor | None:
@@ -235,13 +239,13 @@ class AdaptiveLM:
 
         None where there is none to compare: no step, an early exit's loss, or reach "answer".
         """
-        if not _leaves_a_loss(adaptation):
+        if not adaptation.leaves_a_loss:
             return None
         prompts = _prompts(prompts)
         out = torch.zeros(len(prompts))
         with self.backbone.lock:
-            for rows, read in self._prefills(prompts, adaptation, reserve=[0] * len(prompts)):
-                out[rows] = read.prompt_nll().float().cpu()
+            for share, read in self._prefills(prompts, adaptation, reserve=[0] * len(prompts)):
+                out[share.order] = share.all_rows(read.prompt_nll()).float().cpu()
         return out
 
     def generate(
@@ -288,15 +292,16 @@ class AdaptiveLM:
         """Answers; with `losses` also the prompts' own under their adapters, where those act on the prompts."""
         repeats = kwargs.get("num_return_sequences") or 1
         texts, left_B = [""] * (len(prompts) * repeats), [math.nan] * len(prompts)
-        losses = losses and _leaves_a_loss(adaptation)
+        losses = losses and adaptation.leaves_a_loss
         with self.backbone.lock:
-            for rows, read in self._prefills(prompts, adaptation, [new] * len(prompts)):
+            for share, read in self._prefills(prompts, adaptation, [new] * len(prompts)):
                 ids = read.generate(max_new_tokens=new, **kwargs)
                 said = self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                nll_B = read.prompt_nll().tolist() if losses else left_B
-                for place, i in enumerate(rows):
-                    texts[i * repeats : (i + 1) * repeats] = said[place * repeats : (place + 1) * repeats]
-                    left_B[i] = nll_B[place]
+                nll_B = read.prompt_nll().tolist() if losses else [math.nan] * len(share.own)
+                own = [(said[n * repeats : (n + 1) * repeats], nll) for n, nll in enumerate(nll_B)]
+                for i, (answers, nll) in zip(share.order, share.all_values(own), strict=True):
+                    texts[i * repeats : (i + 1) * repeats] = answers
+                    left_B[i] = nll
         return texts, left_B if losses else None
 
     def encode_answer(self, prompt: Prompt, answer: str) -> list[int]:
@@ -307,19 +312,19 @@ class AdaptiveLM:
         return self.backbone.check_ids(ids)
 
     def _prefills(self, prompts: Sequence[Prompt], adaptation: Adaptation | None, reserve: Sequence[int]):
-        """(row indices, Prefill) of all prompts, in batches of similar length."""
+        """(Share, Prefill of its own rows) of all prompts, in batches of similar length."""
         if adaptation is not None and adaptation.prompts != tuple(prompts):
             raise ValueError(
                 "the adaptation was made for other prompts; pass the same prompts, in the same order "
                 f"(it holds {len(adaptation.prompts)}, given were {len(prompts)})."
             )
         ids = [self.encode(p, reserve=room) for p, room in zip(prompts, reserve, strict=True)]
+        self.backbone.check_same("prompts", ids)
         for rows in self._batches(ids):
-            batch = pad([ids[i] for i in rows], pad_id=self.backbone.pad_id).to(self.backbone.device)
-            if adaptation is None:
-                yield rows, prefill(self.backbone, batch, None)
-                continue
-            yield rows, adaptation.read(self.backbone, batch, rows)
+            share = self.backbone.share(rows)
+            batch = pad([ids[i] for i in share.own], pad_id=self.backbone.pad_id).to(self.backbone.device)
+            read = None if adaptation is None else adaptation.read(self.backbone, batch, share.own)
+            yield share, prefill(self.backbone, batch, None) if read is None else read
 
     def _batches(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Row indices of batches of similar length, as large as this device likes them."""
@@ -334,11 +339,6 @@ class AdaptiveLM:
             return None
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
         return None if rule is None else place_rate(rule, self.backbone)
-
-
-def _leaves_a_loss(made: Adaptation) -> bool:
-    """Whether the prompts under their adapters have a loss that compares with what the steps saw."""
-    return made.reach == "all" and made.whole_loss and made.steps > 0
 
 
 def _prompts(prompts: Sequence[Prompt] | str) -> tuple[Prompt, ...]:

@@ -112,6 +112,8 @@ def load_objective(settings: dict[str, Any] | None, folder: Path) -> PromptLoss:
 def common_nll(backbone: FrozenLM, hidden_BTD: Tensor, tokens: ScoredTokens, vocabulary: int) -> Tensor:
     """As `mean_nll`, with a softmax over the ids below `vocabulary` and the target: the head's cost falls by their share."""
     h_ND, targets_N = tokens.states(hidden_BTD), tokens.targets_N
+    if not backbone.plain_head:
+        return tokens.means(_common_of_all(backbone.logits(h_ND), targets_N, vocabulary))
     weight_VD, bias_V = backbone.head.get_parameter("weight"), getattr(backbone.head, "bias", None)
     wide = torch.promote_types(h_ND.dtype, torch.float32)
     common_NV = F.linear(h_ND, weight_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]).to(wide)
@@ -122,3 +124,11 @@ def common_nll(backbone: FrozenLM, hidden_BTD: Tensor, tokens: ScoredTokens, voc
     total_N = common_NV.logsumexp(1)
     total_N = torch.where(targets_N < vocabulary, total_N, torch.logaddexp(total_N, own_N))
     return tokens.means(total_N - own_N)
+
+
+def _common_of_all(logits_NV: Tensor, targets_N: Tensor, vocabulary: int) -> Tensor:
+    """The same [N] of whole logits: of a head whose weight is sharded or not in memory."""
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    own_N = wide_NV.gather(1, targets_N[:, None])[:, 0]
+    total_N = wide_NV[:, :vocabulary].logsumexp(1)
+    return torch.where(targets_N < vocabulary, total_N, torch.logaddexp(total_N, own_N)) - own_N

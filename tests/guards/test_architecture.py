@@ -11,9 +11,18 @@ SRC = Path(ephemera.__file__).parent
 # From the ground up; a module may import what stands before it, a package's modules their neighbours.
 LAYERS = (
     *("messages", "files", "saving", "made_for", "downloads", "tasks", "cards", "hub", "batch"),
-    *("llm.precision", "llm.replaced", "llm.quantization", "llm.weights", "llm.gguf_header", "llm.model_files"),
-    *("llm.tokenize", "llm.architectures", "llm.head", "lora", "llm.cached_layers", "llm.projections", "llm.frozen_lm"),
-    *("fast", "llm.window", "llm.load", "llm.prefill"),
+    *(
+        "llm.precision",
+        "llm.replaced",
+        "llm.quantization",
+        "llm.weights",
+        "llm.processes",
+        "llm.share",
+        "llm.collectives",
+    ),
+    *("llm.gguf_header", "llm.model_files", "llm.tokenize", "llm.architectures"),
+    *("llm.head", "lora", "llm.cached_layers", "llm.projections", "llm.recompute", "llm.frozen_lm"),
+    *("fast", "llm.parallel", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "gate", "inits", "rates"),
     *("peft_export", "engine_export", "adaptation", "adapt", "second_order", "prepared", "guard", "begin", "together"),
     *("scoring", "rate_search", "config", "rows", "as_generate", "model", "run_info", "cost", "plan"),

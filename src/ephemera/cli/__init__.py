@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -31,19 +36,41 @@ def _options(
 
 
 def main() -> NoReturn:
-    """One line on stderr and exit code 2 for a mistake of the user's or a full disk; never a traceback for these."""
+    """One line on stderr and exit code 2 for a mistake of the user's or a full disk; never a traceback for these.
+
+    Of the processes that torchrun started the first speaks for all.
+    """
+    rank = os.environ.get("RANK", "0")
     try:
-        app()
-    except ValueError as error:
-        print(f"ephemera: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except ModuleNotFoundError as error:
-        if (line := missing_extra(error)) is None:
+        with nullcontext() if rank == "0" else _silent():
+            app()
+    except Exception as error:
+        if (line := _line(error)) is None:
             raise
-        print(f"ephemera: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        place = f" {error.filename}" if error.filename else ""
-        print(f"ephemera: {error.strerror or error}{place}; nothing finished was lost.", file=sys.stderr)
+        if rank != "0":
+            time.sleep(2)  # if the first process says the same, torchrun has ended this one by then
+        print(f"ephemera{'' if rank == '0' else f', process {rank}'}: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)
+
+
+def _line(error: Exception) -> str | None:
+    """What is said of a mistake of the user's, a full disk or a lost process; None for an error of ours."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return missing_extra(error)
+    if isinstance(error, OSError):
+        place = f" {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{place}; nothing finished was lost."
+    if isinstance(error, RuntimeError):  # torch's collectives raise no narrower one
+        from ephemera.llm.processes import lost_process
+
+        return lost_process(error)
+    return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

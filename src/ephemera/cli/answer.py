@@ -16,6 +16,7 @@ from ephemera.cli.options import (
     Dtype,
     InitOption,
     Model,
+    Parallel,
     Quantization,
     RateOption,
     ReachOption,
@@ -49,7 +50,9 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 
     ephemera answer --compare --init taskweaver "Question: what turns a mill? Answer:"
 
-    cat article.txt | ephemera answer --rate 0.05 --max-new-tokens 100"""
+    cat article.txt | ephemera answer --rate 0.05 --max-new-tokens 100
+
+    torchrun --nproc-per-node 2 -m ephemera answer --parallel tensor --model MODEL --rate 0.05 "Who wrote Hamlet?\""""
 )
 def answer(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; without one, --file or standard input.")] = None,
@@ -76,11 +79,13 @@ def answer(
     dtype: Dtype = None,
     quantization: Quantization = "none",
     device: Device = None,
+    parallel: Parallel = "none",
 ) -> None:
     """Adapt to each prompt, answer it, forget."""
     prompts = prompts_of(prompt, file)
     check_steps(steps, rate, init)
-    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device, "quantization": quantization}
+    options = {"init": init, "rate": rate, "reach": reach, "chat": chat, "device": device}
+    options |= {"quantization": quantization, "parallel": parallel}
     lm = _load(model, truncate=truncate, special_tokens=special_tokens, dtype=dtype, **options)
     _say_unshipped(lm, model, steps, rate, init)
     _answer(lm, prompts, steps=steps, seed=seed, compare=compare, as_json=as_json, max_new_tokens=max_new_tokens)
@@ -103,10 +108,12 @@ def try_(
     max_new_tokens: MaxNewTokens = 64,
     quantization: Quantization = "none",
     device: Device = None,
+    parallel: Parallel = "none",
 ) -> None:
     """Ask the model as in a chat, and see what adapting to the question changes: `answer --chat --compare`."""
     prompts = prompts_of(prompt, None)
-    lm = _load(model, init="zero", rate=rate, reach=reach, chat=True, quantization=quantization, device=device)
+    options = {"quantization": quantization, "device": device, "parallel": parallel}
+    lm = _load(model, init="zero", rate=rate, reach=reach, chat=True, **options)
     _say_unshipped(lm, model, steps, rate, "zero")
     _answer(lm, prompts, steps=steps, seed=0, compare=True, as_json=False, max_new_tokens=max_new_tokens)
 

@@ -86,6 +86,13 @@ Quantization = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Parallel = Annotated[
+    str,
+    typer.Option(
+        help="For models larger than a device: tensor or fsdp (over the processes that torchrun started), or offload "
+        "(weights in host memory or on disk)."
+    ),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Put prompts in the model's chat template.")]
 Truncate = Annotated[
     str | None,

@@ -29,10 +29,25 @@ class ModelSettings(Settings):
         description="default: eager for bfloat16 on CPU (faster there on short prompts), else the model's own",
     )
 
+    parallel: Literal["none", "tensor", "fsdp", "offload"] = Field(
+        default="none",
+        description="for models larger than a device: cut each layer (tensor) or spread the layers' weights (fsdp) over the "
+        "processes that torchrun started; or keep weights in host memory or on disk (offload)",
+    )
+    max_memory: dict[int | str, str] | None = Field(
+        default=None,
+        description="offload: most that weights take on each device, {0: 20GB, cpu: 100GB}; default: what is free",
+    )
+    offload_folder: str | None = Field(default=None, description="offload: folder for weights that fit nowhere else")
+
     @property
     def loading(self) -> dict[str, Any]:
-        same = ("dtype", "device", "quantization", "attn_implementation")
-        return {name: getattr(self, name) for name in same}
+        asked = {"max_memory": self.max_memory, "offload_folder": self.offload_folder}
+        asked = {key: value for key, value in asked.items() if value is not None}
+        if asked and self.parallel != "offload":
+            raise ValueError(f"model.{next(iter(asked))} is for model.parallel=offload; leave it out, or set that.")
+        same = ("dtype", "device", "quantization", "attn_implementation", "parallel")
+        return {name: getattr(self, name) for name in same} | asked
 
     def load(self, **instead: Any) -> FrozenLM:
         """The model as set here; `instead` stands in for some of `load_backbone`'s arguments."""

@@ -21,12 +21,12 @@ from ephemera.fast.llama_layer import can_fuse, fused_layers
 from ephemera.fast.llama_parts import PassPlan
 from ephemera.fast.lora_matmul import FastLoraLinear
 from ephemera.fast.packing import Layout
-from ephemera.fast.recompute import recomputed
 from ephemera.fast.rms_norm import FastNorm, NormPlace, fast_norms
 from ephemera.fast.shared_prefix import PrefixCache, Shared, of_scored, within_batch
 from ephemera.fast.vocab_loss import HEAD_GRADIENT, block_nll
 from ephemera.llm.cached_layers import CachedLayers, some_layers
 from ephemera.llm.frozen_lm import Forward, FrozenLM
+from ephemera.llm.recompute import recomputed
 from ephemera.llm.replaced import Place, overheard, replaced
 from ephemera.lora import Adapted, LoraBatch, attach
 
@@ -51,7 +51,7 @@ class FastLM(FrozenLM):
 
     def __init__(self, *args: Any, packs: bool = True, recompute: bool = False, **kwargs: Any):
         """`packs`: passes without a cache may leave out padding. `recompute`: passes that a gradient is taken of keep only
-        each layer's input, and run the layer again (fast/recompute.py)."""
+        each layer's input, and run the layer again (llm/recompute.py)."""
         self.packs = packs
         self.recompute = recompute
         self.fuses_layers = packs

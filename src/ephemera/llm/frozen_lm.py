@@ -29,9 +29,10 @@ from ephemera.llm.model_files import called
 from ephemera.llm.projections import count_layers, find_projections
 from ephemera.llm.quantization import check_gradients, exact_places, quantised_modules, quantization_of
 from ephemera.llm.replaced import overheard, settle
+from ephemera.llm.share import Parallel, Share
 from ephemera.llm.tokenize import without_row
-from ephemera.llm.weights import check_logits
-from ephemera.lora import LoraBatch, LoraLinear, attach
+from ephemera.llm.weights import check_logits, first_rows
+from ephemera.lora import Adapted, LoraBatch, LoraLinear, attach
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,8 @@ class FrozenLM:
     `name` is what the user called the model, `path` the local folder it was read from.
     """
 
-    adapted = LoraLinear  # the module that stands in for an adapted one
+    adapted: Adapted = LoraLinear  # the module that stands in for an adapted one
+    parallel: Parallel = "none"  # how the model is laid over devices and processes (llm/parallel)
 
     def __init__(
         self,
@@ -215,7 +217,7 @@ class FrozenLM:
         """How the model decodes with these adapters, one token a row: a context, to be entered as often as needed.
 
         `merge`: a single row's adapter may go into the weights."""
-        return partial(attach, self.model, lora)
+        return partial(attach, self.model, lora, self.adapted)
 
     def make_room(self, cache: Cache, tokens: int | None) -> None:
         """A filled cache is about to take so many tokens more (None: not known)."""
@@ -255,11 +257,42 @@ class FrozenLM:
         original = {
             f"{path}.weight": (m.out_features, m.in_features) for path, m in quantised_modules(self.model).items()
         }
-        for key, parameter in sorted(self.model.named_parameters()):
+        for key, parameter in sorted(self.named_weights().items()):
             digest.update(f"{key}{original.get(key, tuple(parameter.shape))}".encode())
-        for weight in (self.vocabulary_VD[:64, :16], *_norm_weights(self.model)):
-            digest.update(weight.detach().to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+        vocabulary = next(
+            key for key, p in self.model.named_parameters() if p is self.embedding.get_parameter("weight")
+        )
+        for weight in (self.weight(vocabulary, 64)[:, :16], *map(self.weight, _norm_weights(self.model))):
+            digest.update(weight.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Every weight by its first name; it may be a part only, or lie elsewhere: `weight` gives it whole."""
+        return dict(self.model.named_parameters())
+
+    def weight(self, name: str, rows: int | None = None) -> Tensor:
+        """A weight, or its first rows, whole, wherever it lies. With a sharded model every process calls it."""
+        return first_rows(self.model.get_parameter(name).detach(), rows)
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether the head's weight can be read as a plain tensor; else the head is only to be called."""
+        return isinstance(self.head, nn.Linear)
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether `flag` is true here, or on any process that the model is spread over: they choose together."""
+        return flag
+
+    def check_same(self, what: str, value: object) -> None:
+        """ValueError unless every process that the model is spread over was given the same; `what` names it."""
+
+    def share(self, rows: Sequence[int]) -> Share:
+        """Which of a batch's rows this process takes: all of them, unless each takes its own."""
+        return Share.whole(rows)
+
+    def generation(self, *, sampled: bool) -> dict[str, Any]:
+        """What transformers' `generate` has to be told besides; `sampled`: it will draw tokens at random."""
+        return {}
 
     def _check_head(self) -> None:
         """Some architectures scale logits in ways of their own; better an error than wrong losses."""
@@ -298,8 +331,8 @@ def _detach(cache: Cache) -> None:
             layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
 
-def _norm_weights(model: nn.Module) -> Sequence[Tensor]:
-    norms = [p for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower()]
+def _norm_weights(model: nn.Module) -> Sequence[str]:
+    norms = [name for name, p in model.named_parameters() if p.ndim == 1 and "norm" in name.lower()]
     return norms[:1] + norms[-1:]
 
 

@@ -20,7 +20,7 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, h: Tensor) -> Tensor:
-        logits = self.module(h)
+        logits = self.module(h).to(h.device)  # a head may lie elsewhere (device_map)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ephemera.downloads import DEFAULT_MODEL, fetch_default_model
+from ephemera.llm import processes
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.gguf_header import read_header
 from ephemera.llm.model_files import (
@@ -22,8 +24,20 @@ from ephemera.llm.model_files import (
     unreadable_tokenizer,
     unreadable_weights,
 )
+from ephemera.llm.parallel.choose import (
+    check_device,
+    check_quantised,
+    laid_out,
+    layout_of,
+    line_of,
+    settled,
+    tensor_options,
+)
+from ephemera.llm.parallel.fsdp import shard
+from ephemera.llm.parallel.tensor import check_divides
 from ephemera.llm.precision import DTYPES, multiplies_bfloat16
 from ephemera.llm.quantization import BITSANDBYTES, Quantization, checked_quantization, loading, of_files
+from ephemera.llm.share import Parallel
 from ephemera.llm.weights import check_finite, check_fit
 from ephemera.messages import nearest, unknown
 from ephemera.saving import unreadable
@@ -54,18 +68,22 @@ def load_backbone(
     checkpoint: bool = False,
     fast: bool | None = None,
     quantization: str = "none",
+    parallel: str | None = None,
     **kwargs: Any,
 ) -> FrozenLM:
     """A hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` from the package index.
 
     `dtype` defaults to float32 on a CPU and bfloat16 on an accelerator; `device` to CUDA where there
-    is one. `fast=False` runs the reference path: the same results up to rounding. Adapters sit on `target_modules` of `layers` (of these on `only`, by name).
-    `quantization`: "int8" or "nf4" (bitsandbytes), "torchao-int8", or "none": as the files are. Further arguments go to
-    transformers (`quantization_config`, `attn_implementation`, ...). ModuleNotFoundError where a package for quantised
-    weights is missing. ValueError where no gradient passes through such weights, where a file cannot be read, or weights
-    are missing, left over, of another shape or not finite: transformers would fill or drop them.
+    is one. `fast=False` runs the reference path: the same results up to rounding. Adapters sit on `target_modules` of
+    `layers` (of these on `only`, by name). `quantization`: "int8" or "nf4" (bitsandbytes), "torchao-int8", or "none": as the
+    files are. `parallel`: how the model is laid over devices: "none", "tensor" or "fsdp" (over the processes that torchrun
+    started), "offload" (accelerate's device_map). Further arguments go to transformers (`quantization_config`,
+    `attn_implementation`, ...). ModuleNotFoundError where a package for quantised weights is missing. ValueError where no
+    gradient passes through such weights, where a file cannot be read, or weights are missing, left over, of another shape or
+    not finite: transformers would fill or drop them.
     """
     device, form = find_device(device), checked_quantization(quantization)
+    layout = settled(parallel, kwargs)
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -81,19 +99,22 @@ def load_backbone(
     source = str(path) if path.exists() else name
     if path.exists() and (file := check_files(path)) is not None:
         source, kwargs["gguf_file"] = str(path.parent), file
+    settled(layout, kwargs)  # a GGUF file shows only now
     kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
     which = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
     if "gguf_file" not in kwargs:  # a GGUF file's takes seconds
-        kwargs |= _placed(name, of_files(_config(name, path, source, which)), form, kwargs, device)
+        brought = of_files(_config(name, path, source, which))
+        check_quantised(layout, form if brought is None else brought)
+        kwargs |= _placed(name, brought, form, kwargs, device)
     elif form != "none":
         raise ValueError(
             f"quantization={form!r} does not go with the GGUF file {name!r}: give the unquantised model's folder."
         )
     kwargs |= loading(form, dtype, device)
     tokenizer = _read(name, path, unreadable_tokenizer, lambda: AutoTokenizer.from_pretrained(source, **which))
-    model = _load_weights(name, path, source, dtype, kwargs)
-    if "device_map" not in kwargs and ("quantization_config" not in kwargs or "gguf_file" in kwargs):
-        model = model.to(device)  # pyright: ignore[reportArgumentType]
+    if layout in ("tensor", "fsdp"):
+        device = processes.join(layout, device)
+    model = _laid_out(name, path, source, dtype, kwargs, layout, device)
     sits: dict[str, Any] = {"target_modules": target_modules, "layers": layers, "only": only}
     return frozen_lm(model, tokenizer, name=name, path=path, packs=packs, checkpoint=checkpoint, fast=fast, **sits)
 
@@ -121,6 +142,33 @@ def _placed(
     return {"device_map": {"": device}} if brought == BITSANDBYTES and "device_map" not in kwargs else {}
 
 
+def _laid_out(
+    name: str,
+    path: Path,
+    source: str,
+    dtype: torch.dtype,
+    kwargs: dict[str, Any],
+    layout: Parallel,
+    device: torch.device,
+) -> PreTrainedModel:
+    """The model's weights where its layout has them."""
+    if layout == "tensor":
+        which = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+        config = _read(name, path, unreadable_config, lambda: AutoConfig.from_pretrained(source, **which))
+        check_device(device)
+        check_divides(name, config, processes.size())
+        kwargs = {**kwargs, **tensor_options(kwargs)}
+    elif layout == "offload":
+        kwargs = {"device_map": "auto", **kwargs}
+    model = _load_weights(name, path, source, dtype, kwargs)
+    if layout == "fsdp":
+        return shard(model, device)
+    own = "quantization_config" not in kwargs or "gguf_file" in kwargs  # quantised weights are where they were made
+    if layout == "none" and "device_map" not in kwargs and own:
+        return model.to(device)  # pyright: ignore[reportArgumentType]
+    return model
+
+
 def frozen_lm(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -131,6 +179,13 @@ def frozen_lm(
     **where: Any,
 ) -> FrozenLM:
     """A model that is loaded already, on the fast path or the reference path. `where`: as for `FrozenLM`."""
+    layout = layout_of(model)
+    if layout != "none":
+        if checkpoint and layout != "offload":
+            raise ValueError(f"checkpoint is not for parallel={layout!r}; leave it off.")
+        if processes.is_first():
+            print(line_of(layout), file=sys.stderr)
+        return laid_out(layout)(model, tokenizer, **where)
     if not (uses_fast() if fast is None else fast):
         if checkpoint:
             raise ValueError("checkpoint is part of the fast path, which is off (EPHEMERA_FAST=0 or fast=False).")

@@ -83,8 +83,10 @@ class Prefill:
         if rows is not None:
             last_B1D, past_mask_BT = last_B1D[list(rows)], past_mask_BT[list(rows)]
         hidden_BSD = last_B1D
-        if answer.ids_BT.shape[1] > 1:
+        if self.backbone.anywhere(answer.ids_BT.shape[1] > 1):
             fed = TokenBatch(answer.ids_BT[:, :-1], answer.mask_BT[:, :-1])
+            if fed.ids_BT.shape[1] == 0:  # another process's answers are longer: it is not left to pass alone
+                fed = TokenBatch(answer.ids_BT, torch.zeros_like(answer.mask_BT))
             lora = lora.rows(rows) if lora is not None and rows is not None else lora
             out = self.backbone.forward(fed, lora, cache=fork(self.cache, rows), past_mask_BT=past_mask_BT)
             hidden_BSD = torch.cat([last_B1D, out.hidden_BTD], 1)
@@ -112,6 +114,7 @@ class Prefill:
         if not inputs["do_sample"]:  # the model's own sampling defaults do not apply to greedy decoding
             inputs = {"temperature": None, "top_p": None, "top_k": None, **inputs}
         with self.backbone.decoding(lora)():
+            inputs = {**self.backbone.generation(sampled=bool(inputs["do_sample"])), **inputs}
             ids = self.backbone.model.generate(  # pyright: ignore[reportCallIssue]
                 input_ids=self.batch.ids_BT,
                 attention_mask=self.batch.mask_BT.long(),
@@ -142,7 +145,7 @@ def prefill(
         return _prefill_answer(backbone, batch, lora, initial_lora, cached)
     hidden_BTD, cache = _read(backbone, batch, lora, cached)
     fallback_B = ~hidden_BTD[:, -1].isfinite().all(1)
-    if initial_lora is not None and lora is not None and bool(fallback_B.any()):
+    if initial_lora is not None and lora is not None and backbone.anywhere(bool(fallback_B.any())):
         lora = lora.where(~fallback_B, initial_lora)
         hidden_BTD, cache = _read(backbone, batch, lora, cached)
     return Prefill(backbone, batch, lora, hidden_BTD, cache, fallback_B)
@@ -164,7 +167,7 @@ def _prefill_answer(
 
     hidden_B1D, cache = read_last(lora)
     fallback_B = ~hidden_B1D[:, -1].isfinite().all(1)
-    if initial_lora is not None and bool(fallback_B.any()):
+    if initial_lora is not None and backbone.anywhere(bool(fallback_B.any())):
         lora = lora.where(~fallback_B, initial_lora)
         hidden_B1D, cache = read_last(lora)
     return Prefill(backbone, batch, lora, hidden_B1D, cache, fallback_B, reading.hidden_BTD[:, -1])

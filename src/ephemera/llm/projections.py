@@ -130,7 +130,8 @@ def _of_kind(model: nn.Module, modules: Sequence[tuple[str, nn.Module]], kind: s
             return [_whole(path, module, kind, layer)]
         if leaf in FUSED_NAMES and kind in "qkv":
             in_features, out_features = _features(module) or (0, 0)
-            rows = _fused_rows(model, leaf, kind, out_features).to(next(module.parameters()).device)
+            rows, device = _fused_rows(model, leaf, kind, out_features), next(module.parameters()).device
+            rows = rows if device.type == "meta" else rows.to(device)  # an offloaded weight has no place of its own
             return [Projection(path, kind, layer, in_features, out_features, rows)]
     return []
 

@@ -6,7 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ephemera.llm.quantization import is_quantised
 
@@ -68,6 +70,8 @@ def check_finite(what: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
 def _finite(tensor: Tensor) -> bool:
     if tensor.is_meta or is_quantised(tensor) or not tensor.numel():
         return True  # what a quantised weight holds is its own affair
+    if isinstance(tensor, DTensor):  # each process looks at its own part
+        return _finite(tensor.to_local())
     least, most = tensor.aminmax()  # one pass without a copy; NaN passes through
     return bool(least.isfinite() & most.isfinite())
 
@@ -79,6 +83,23 @@ def check_logits(model: str, logits_BTV: Tensor) -> None:
             f"{model} gives logits that are NaN or infinite in {logits_BTV.dtype}. Its weights are damaged, or too large "
             "for that dtype: take its files again, or try another dtype."
         )
+
+
+@torch.no_grad()
+def first_rows(weight: Tensor, rows: int | None) -> Tensor:
+    """A weight's first rows (None: all), as a plain tensor. If it is sharded, every process calls this, and gets them."""
+    if not isinstance(weight, DTensor):
+        return weight[:rows]
+    mesh, (placement, *more) = weight.device_mesh, weight.placements
+    if rows is None or more or not placement.is_shard(0):
+        return weight.full_tensor()[:rows]
+    own = weight.to_local()
+    start = mesh.get_local_rank() * -(-weight.shape[0] // mesh.size())
+    first = own.new_zeros(min(rows, weight.shape[0]), *weight.shape[1:])
+    mine = own[: max(0, len(first) - start)]
+    first[start : start + len(mine)] = mine
+    dist.all_reduce(first, group=mesh.get_group())  # all others hold zero there
+    return first
 
 
 def listed(names: Collection[str]) -> str:

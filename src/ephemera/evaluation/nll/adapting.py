@@ -10,6 +10,7 @@ from ephemera.adaptation import Adaptation
 from ephemera.begin import adapt_from, reach_of
 from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.share import Share
 from ephemera.rates import Rate
 from ephemera.scoring import Encoded, parts_of, prompt_batch
 
@@ -24,5 +25,5 @@ def adapted(
         batch = prompt_batch(backbone, rows[place])
         part, _ = adapt_from(backbone, batch, init, [seed] * len(batch.ids_BT), rule, K, reach)
         parts.append(replace(part, cached={}))  # each method reads its prompts anew
-    whole = Adaptation.joined(parts, [range(len(rows))[place] for place in places])
+    whole = Adaptation.joined(parts, [Share.whole(range(len(rows))[place]) for place in places])
     return replace(whole, seconds=time.perf_counter() - start, reach=reach)

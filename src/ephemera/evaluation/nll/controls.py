@@ -19,6 +19,7 @@ from ephemera.adaptation import Adaptation
 from ephemera.evaluation.nll.adapting import adapted
 from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.share import Share
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
 from ephemera.rates import Rate, Trains
@@ -188,4 +189,4 @@ def _at_rates(material: Material, rows: Sequence[Encoded], rates_BKM: Tensor) ->
         )
         for place in places
     ]
-    return Adaptation.joined(parts, [range(len(rows))[place] for place in places])
+    return Adaptation.joined(parts, [Share.whole(range(len(rows))[place]) for place in places])
