@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +58,26 @@ def found(folder: Path, *, parallel: str, reach: str = "all", prompts: int = 5, 
     }
 
 
-def launch(count: int, *args: str, script: str = __file__) -> list[subprocess.Popen[str]]:
-    """So many processes, as torchrun starts them."""
+def launch(
+    *args: Sequence[str], script: str = __file__, folders: Sequence[Path] | None = None
+) -> list[subprocess.Popen[str]]:
+    """A process for each list of arguments, as torchrun starts them: of a script, or of a module. `folders`: where each runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(count), "PYTHONPATH": os.pathsep.join(sys.path)}
+    common |= {"WORLD_SIZE": str(len(args)), "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    program = [sys.executable, script] if script.endswith(".py") else [sys.executable, "-m", script]
     return [
         subprocess.Popen(
-            [sys.executable, script, *args] if script.endswith(".py") else [sys.executable, "-m", script, *args],
+            [*program, *own],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=None if folders is None else folders[rank],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(count)
+        for rank, own in enumerate(args)
     ]
 
 

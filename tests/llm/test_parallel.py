@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found."""
     out = tmp_path_factory.mktemp("two")
-    for code, _, errors in ended(launch(2, "all", str(models), str(out))):
+    for code, _, errors in ended(launch(*[["all", str(models), str(out)]] * 2)):
         assert code == 0, errors
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -76,7 +76,7 @@ def test_different_prompts_are_refused_on_every_process(of_two: list[dict[str, A
 
 
 def test_who_loses_another_process_says_so_in_one_line(models: Path):
-    (code, said, errors), (other, _, _) = ended(launch(2, "dies", str(models)))
+    (code, said, errors), (other, _, _) = ended(launch(*[["dies", str(models)]] * 2))
     assert other == 3
     assert code == 0, errors
     assert said.startswith("another process ended before its work was done")
@@ -84,7 +84,8 @@ def test_who_loses_another_process_says_so_in_one_line(models: Path):
 
 def test_the_command_answers_once(models: Path):
     asked = ["answer", "--parallel", "tensor", "--model", str(models / "llama"), "--rate", "0.1", "--device", "cpu"]
-    first, second = ended(launch(2, *asked, "--max-new-tokens", "3", "Who wrote it?", script="ephemera"))
+    asked += ["--max-new-tokens", "3", "Who wrote it?"]
+    first, second = ended(launch(asked, asked, script="ephemera"))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
     assert first[1].strip()
     assert "parallel: tensor over 2 processes, on the reference path" in first[2]

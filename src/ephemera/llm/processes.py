@@ -9,9 +9,9 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 TIMEOUT = timedelta(minutes=30)  # loading a large model at different speeds
+T = TypeVar("T")
 LOST = ("Connection closed by peer", "Connection reset", "NCCL error", "timed out", "Timed out", "Broken pipe")
 
 
@@ -116,6 +117,22 @@ def from_first(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """What the first process makes, on every process; a ValueError of its is raised on all of them."""
+    if size() == 1:
+        return make()
+    made, error = None, None
+    if rank() == 0:
+        try:
+            made = make()
+        except ValueError as raised:
+            error = str(raised)
+    made, error = from_first((made, error))
+    if error is not None:
+        raise ValueError(error)
+    return made
 
 
 def all_rows(own: Tensor, counts: Sequence[int]) -> Tensor:

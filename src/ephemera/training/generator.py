@@ -27,6 +27,7 @@ from ephemera.training.many_steps import fit_normalization
 from ephemera.training.meta_gradient import rates_backward
 from ephemera.training.mixture import mix, task_rows
 from ephemera.training.run import begin, kept_settings, open_run
+from ephemera.training.spread import of_all, own
 
 NORMALIZATION_PROMPTS = 256
 VALIDATION_BATCH = 8
@@ -101,27 +102,33 @@ class GeneratorTrainee:
     def validate(self) -> dict[str, float]:
         """Mean answer NLL of each task; with a neighbour's adapter (does it ignore its input?); after one step."""
         report: dict[str, float] = {}
-        own, swapped, stepped = [], [], []
+        every, swapped, stepped = [], [], []
         for task, rows in self.validation.items():
-            nlls = []
-            for some in batches_of(self.backbone, rows, VALIDATION_BATCH):
-                batch = prompt_batch(self.backbone, some)
-                lora, reading = self._start(batch)
-                nlls.append(self._answer_nll(some, lora, reading))
-                if len(some) > 1:  # a row alone has no neighbour
-                    neighbours = lora.rows(torch.arange(len(some)).roll(1))
-                    swapped.append(self._answer_nll(some, neighbours, reading) - nlls[-1])
-                if self.scalenet is not None:
-                    trace = adapt(self.backbone, batch, lora, self.scalenet, 1)
-                    stepped.append(self._answer_nll(some, trace.lora, reading))
+            found = of_all([self._validated(some) for some in own(batches_of(self.backbone, rows, VALIDATION_BATCH))])
+            nlls = [nll_B for nll_B, _, _ in found]
+            swapped += [change_B for _, change_B, _ in found if change_B is not None]
+            stepped += [nll_B for _, _, nll_B in found if nll_B is not None]
             report[f"validation_nll_{task}"] = torch.cat(nlls).mean().item()
-            own += nlls
-        report["validation_nll"] = torch.cat(own).mean().item()
+            every += nlls
+        report["validation_nll"] = torch.cat(every).mean().item()
         if swapped:
             report["validation_nll_swapped"] = report["validation_nll"] + torch.cat(swapped).mean().item()
         if stepped:
             report["validation_nll_1"] = torch.cat(stepped).mean().item()
         return report
+
+    def _validated(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A batch's answer NLL [B], its change with a neighbour's adapter, and the NLL after one step."""
+        batch = prompt_batch(self.backbone, rows)
+        lora, reading = self._start(batch)
+        nll_B, change_B, after_B = self._answer_nll(rows, lora, reading), None, None
+        if len(rows) > 1:  # a row alone has no neighbour
+            neighbours = lora.rows(torch.arange(len(rows)).roll(1))
+            change_B = (self._answer_nll(rows, neighbours, reading) - nll_B).cpu()
+        if self.scalenet is not None:
+            trace = adapt(self.backbone, batch, lora, self.scalenet, 1)
+            after_B = self._answer_nll(rows, trace.lora, reading).cpu()
+        return nll_B.cpu(), change_B, after_B
 
 
 @torch.no_grad()

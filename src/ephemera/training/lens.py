@@ -20,6 +20,7 @@ from ephemera.scoring import Encoded, batches_of, prompt_batch
 from ephemera.training.card import write_lens_card
 from ephemera.training.loop import Schedule, train
 from ephemera.training.run import begin, kept_settings, open_run
+from ephemera.training.spread import of_all, own
 
 SCALE_PROMPTS = 64
 MOST_TOKENS = 512  # of a batch: whole distributions over the vocabulary are held
@@ -61,14 +62,16 @@ class LensTrainee:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean KL per token in nats at each exit layer, and that of the untrained lens."""
-        kls: dict[str, list[Tensor]] = {}
-        for i, rows in enumerate(batches_of(self.backbone, self.validation, self.batch_size)):
+        found: list[dict[str, Tensor]] = []
+        for i, rows in own(list(enumerate(batches_of(self.backbone, self.validation, self.batch_size)))):
             final_NV, states = self._read(rows, f"validation:{i}")
+            found.append({})
             for layer, h_ND in states.items():
                 for name, lens in (("", self.network), ("untrained_", None)):
                     kl_N = divergence(final_NV, self._logits(h_ND, layer, lens))
-                    kls.setdefault(f"validation_kl_{name}{layer}", []).append(kl_N)
-        return {key: torch.cat(values).mean().item() for key, values in kls.items()}
+                    found[-1][f"validation_kl_{name}{layer}"] = kl_N.cpu()
+        batches = of_all(found)
+        return {key: torch.cat([batch[key] for batch in batches]).mean().item() for key in batches[0]}
 
     @torch.no_grad()
     def _read(self, rows: Sequence[Encoded], draw: str) -> tuple[Tensor, dict[int, Tensor]]:

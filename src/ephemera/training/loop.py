@@ -23,8 +23,10 @@ from torch import nn
 
 from ephemera.batch import batch_tokens, length_batches
 from ephemera.config import OptimizerSettings
+from ephemera.llm import processes
 from ephemera.saving import json_text, save_tensors
 from ephemera.scoring import Encoded
+from ephemera.training.spread import as_the_first
 
 SKIPS = 10  # steps in a row without a finite gradient, after which training stops
 BUCKET = 50  # batches that are sorted by length together
@@ -113,7 +115,11 @@ def train(
     lengths = [len(row.prompt) + len(row.answer) for row in rows]
     whole = plan is not None
     plan = plan or list(batches(lengths, batch_size=settings.batch_size, total=settings.samples, seed=settings.seed))
-    done = _restore(folder, network, optimizer) if resume else 0
+    processes.check_same(
+        "rows to train on", ([(row.id, row.prompt, row.answer) for row in rows], plan), accelerator.device
+    )
+    done = _restore(folder, network, optimizer) if resume and accelerator.is_main_process else 0
+    done = as_the_first(network, optimizer, done)
     metrics = Metrics(folder, accelerator, keep_below=done)
     start = time.perf_counter()
     skipped = skipped_in_a_row = 0
@@ -124,11 +130,12 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         take = trainee.backward if whole else partial(_backward, trainee, accelerator=accelerator)
         report = take([rows[i] for i in share], step) if share else None
+        report = _pooled(processes.gathered((len(share), report)))
         if accelerator.num_processes > 1:
             _average_gradients(network, accelerator, weight=len(share) / len(plan[step]))
         if _has_gradients(network):
             norm = nn.utils.clip_grad_norm_(network.parameters(), settings.clip_norm)
-            if bool(norm.isfinite()) and not _lost(report, accelerator):
+            if bool(norm.isfinite()) and not _lost(report):
                 optimizer.step()
                 skipped_in_a_row = 0
             else:
@@ -168,16 +175,15 @@ def _backward(
     parts = length_batches(lengths, batch_size=len(rows), max_tokens=batch_tokens(accelerator.device))
     if len(parts) == 1:
         return trainee.backward(rows, step)
-    reports: list[tuple[int, dict[str, float]]] = []
+    reports: list[tuple[int, dict[str, float] | None]] = []
     last = len(parts[0])
     for part in parts:
         _scale_gradients(trainee.network, last / len(part))
         last = len(part)
         report = trainee.backward([rows[i] for i in part], step)
-        if report is not None:
-            reports.append((len(part), report))
+        reports.append((len(part), report))
     _scale_gradients(trainee.network, last / len(rows))
-    return _pooled(reports) if reports else None
+    return _pooled(reports)
 
 
 def _scale_gradients(network: nn.Module, factor: float) -> None:
@@ -186,8 +192,11 @@ def _scale_gradients(network: nn.Module, factor: float) -> None:
             parameter.grad.mul_(factor)
 
 
-def _pooled(reports: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+def _pooled(parts: Sequence[tuple[int, dict[str, float] | None]]) -> dict[str, float] | None:
     """One report of several parts: rows lost are counted, all else is the mean over the rows that have it."""
+    reports = [(n, report) for n, report in parts if report is not None]
+    if len(reports) < 2:
+        return reports[0][1] if reports else None
     pooled: dict[str, float] = {}
     for key in reports[0][1]:
         if key == "non_finite":
@@ -200,14 +209,9 @@ def _pooled(reports: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]
     return pooled
 
 
-def _lost(report: dict[str, float] | None, accelerator: Accelerator) -> bool:
+def _lost(report: dict[str, float] | None) -> bool:
     """Did every row of the batch, of all processes, come out non-finite? Then there is nothing to learn from it."""
-    lost = torch.tensor(
-        [float(report is not None and not math.isfinite(report.get("nll", 0.0)))], device=accelerator.device
-    )
-    if accelerator.num_processes > 1:
-        lost = accelerator.reduce(lost, reduction="mean")
-    return lost.item() == 1.0  # pyright: ignore[reportAttributeAccessIssue]
+    return report is not None and not math.isfinite(report.get("nll", 0.0))
 
 
 def _has_gradients(network: nn.Module) -> bool:

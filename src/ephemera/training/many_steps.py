@@ -15,6 +15,7 @@ from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.rates import AveragedRate, PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, answer_nll, batches_of, prompt_batch
 from ephemera.training.meta_gradient import scalenet_backward
+from ephemera.training.spread import of_all, own
 
 
 class WithLens(nn.Module):
@@ -82,13 +83,14 @@ class ScaleNetTrainee:
         """Mean answer NLL per K, and the deviation of log rates over prompts: has ScaleNet collapsed?"""
         report = {}
         for K in self.validation_steps:
-            nlls, rates = [], []
-            for rows in batches_of(self.backbone, self.validation, self.batch_size):
+            found = []
+            for rows in own(batches_of(self.backbone, self.validation, self.batch_size)):
                 batch = prompt_batch(self.backbone, rows)
                 lora = self.init(self.backbone, batch, [0] * len(rows))
                 trace = adapt(self.backbone, batch, lora, self.rates, K)
-                nlls.append(answer_nll(self.backbone, rows, trace.lora, reach=self.rates.reach))
-                rates.append(trace.rates_BKM)
+                nll_B = answer_nll(self.backbone, rows, trace.lora, reach=self.rates.reach)
+                found.append((nll_B.cpu(), trace.rates_BKM.detach().cpu()))
+            nlls, rates = zip(*of_all(found), strict=True)
             log_rates_NKM = torch.cat(rates).clamp(min=1e-12).log()
             report[f"validation_nll_{K}"] = torch.cat(nlls).mean().item()
             report[f"validation_spread_prompts_{K}"] = log_rates_NKM.std(0).mean().item()

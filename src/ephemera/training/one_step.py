@@ -21,6 +21,7 @@ from ephemera.prepared import Prepared, prepare
 from ephemera.rates import PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, batches_of, parts_of
 from ephemera.training.loop import BUCKET
+from ephemera.training.spread import of_all, own
 
 HARM = 0.05  # nats per answer token by which an answer must have become less likely to count as harmed
 
@@ -131,17 +132,17 @@ class OneStepTrainee:
     def validate(self) -> dict[str, float]:
         """Mean answer NLL before and after, the share of rows harmed, and the deviation of log rates over prompts."""
         if self.checked is None:  # kept for the whole run
-            groups = batches_of(self.backbone, self.validation, self.batch_size)
+            groups = own(batches_of(self.backbone, self.validation, self.batch_size))
             self.checked = [scored(self.backbone, self.init, rows, self.network, 0) for rows in groups]
-        base, after, rates = [], [], []
+        found = []
         for some in self.checked:
             rates_BM = some.prepared.rates_BM(self.network)
             lora = some.prepared.step(rates_BM)
-            base.append(some.base_B)
-            after.append(some.prepared.answer_nll([row.answer for row in some.rows], lora))
-            rates.append(rates_BM)
+            after_B = some.prepared.answer_nll([row.answer for row in some.rows], lora)
+            found.append((some.base_B.cpu(), after_B.cpu(), rates_BM.detach().cpu(), [row.task for row in some.rows]))
+        base, after, rates, of_tasks = zip(*of_all(found), strict=True)
         base_N, after_N, log_rates_NM = torch.cat(base), torch.cat(after), torch.cat(rates).clamp(min=1e-12).log()
-        tasks = [row.task for some in self.checked for row in some.rows]
+        tasks = [task for some in of_tasks for task in some]
         report = {
             "validation_nll_0": base_N.mean().item(),
             "validation_nll_1": after_N.mean().item(),

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from ephemera.config import TrainGenerator, TrainLens, TrainScaleNet, TrainTaskLora, check_config, dump_yaml
+from ephemera.llm import processes
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.saving import json_text
 from ephemera.training.loop import clear
@@ -24,12 +25,20 @@ def open_run(config: Run, folder: Path, **sits: Any) -> tuple[Accelerator, Froze
     for tracker in config.trackers:
         if not available[tracker]:
             raise ValueError(f"trackers names {tracker}, which is not installed: pip install 'ephemera[{tracker}]'.")
+    if config.model.parallel in ("tensor", "fsdp"):
+        raise ValueError(
+            f"model.parallel={config.model.parallel}: a training process holds the whole model, and takes its own rows. Leave it "
+            "out (torchrun alone trains on several processes), or use offload."
+        )
     accelerator = Accelerator(
         cpu=config.model.device == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder)
     )
     if config.trackers:
         accelerator.init_trackers("ephemera", config=_flat(config.model_dump(mode="json")))
-    return accelerator, config.model.load(device=config.model.device or accelerator.device, **sits)
+    backbone = config.model.load(device=config.model.device or accelerator.device, **sits)
+    settings = config.model_dump(mode="json", exclude={"output"})
+    processes.check_same("settings or models", (settings, backbone.fingerprint()), accelerator.device)
+    return accelerator, backbone
 
 
 def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
@@ -44,7 +53,14 @@ def _flat(settings: dict[str, Any], start: str = "") -> dict[str, Any]:
 
 
 def kept_settings(config: Settings, folder: Path) -> Settings | None:
-    """The settings of the run that a resumed one goes on with; others would be ignored, so they are refused."""
+    """The settings of the run that a resumed one goes on with; others would be ignored, so they are refused.
+
+    The first process reads them for all.
+    """
+    return processes.by_first(lambda: _kept_settings(config, folder))
+
+
+def _kept_settings(config: Settings, folder: Path) -> Settings | None:
     saved = folder / "config.json"
     if not saved.exists():
         return None

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from ephemera.config import ObjectiveSettings, OptimizerSettings, TrainScaleNet
 from ephemera.early_exit.lens import load_lens
 from ephemera.inits import Init, ZeroInit
+from ephemera.llm import processes
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.made_for import MadeFor
 from ephemera.prepared import bytes_of
@@ -55,8 +56,9 @@ def train_scalenet(config: TrainScaleNet, *, resume: bool = False) -> Path:
         first = _constants(config, trainee, backbone, objective)
         train(first, rows, _faster(config), schedule, folder / "constants", accelerator, resume=resume, plan=plan)
         assert isinstance(first.network, PerProjectionRate)
-        first.network.made_for = _made_for(config, folder / "constants")
-        first.network.save_pretrained(folder / "constants" / "network")
+        if accelerator.is_main_process:
+            first.network.made_for = _made_for(config, folder / "constants")
+            first.network.save_pretrained(folder / "constants" / "network")
         network.start_from(first.network.log_rates_KM.detach().exp().cpu())
         trainee.take_over(first)
     if isinstance(network, ScaleNet):
@@ -232,7 +234,7 @@ def _settle(
     if config.scalenet.base_rates is None:
         batch_size, reach = config.optimizer.batch_size, config.scalenet.reach
         search = RateSearch(backbone, init, validation[:100], batch_size, objective=objective, reach=reach)
-        rates, tables = search.schedule(config.scalenet.max_steps)
+        rates, tables = processes.from_first(search.schedule(config.scalenet.max_steps))
         config = config.model_copy(update={"scalenet": config.scalenet.model_copy(update={"base_rates": rates})})
         print(f"base rates from {len(validation[:100])} validation rows: {rates}", file=sys.stderr)
     elif len(config.scalenet.base_rates) != config.scalenet.max_steps:

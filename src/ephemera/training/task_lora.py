@@ -17,6 +17,7 @@ from ephemera.scoring import Encoded, batches_of
 from ephemera.training.loop import Schedule, train
 from ephemera.training.mixture import mix, task_rows
 from ephemera.training.run import begin, kept_settings, open_run
+from ephemera.training.spread import of_all, own
 
 VALIDATION_BATCH = 8
 
@@ -53,7 +54,8 @@ class TaskLoraTrainee:
     def validate(self) -> dict[str, float]:
         report, every = {}, []
         for task, rows in self.validation.items():
-            nll_N = torch.cat([self._nll(some) for some in batches_of(self.backbone, rows, VALIDATION_BATCH)])
+            groups = own(batches_of(self.backbone, rows, VALIDATION_BATCH))
+            nll_N = torch.cat(of_all([self._nll(some).cpu() for some in groups]))
             report[f"validation_nll_{task}"] = nll_N.mean().item()
             every.append(nll_N)
         return {**report, "validation_nll": torch.cat(every).mean().item()}
