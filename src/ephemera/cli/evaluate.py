@@ -27,8 +27,11 @@ def evaluate(config: ConfigFile = None, set_: SetOption = None, print_config: Pr
     settings = settled(Evaluate, config, set_, print_config=print_config)
     from ephemera.evaluation.nll.grid import evaluate as run
     from ephemera.evaluation.nll.report import write_report
+    from ephemera.llm.processes import is_first
 
     folder = run(settings)
+    if not is_first():
+        return
     page = write_report(folder)
     print((folder / "table.md").read_text())
     print(f"report: {page}", file=sys.stderr)

@@ -49,10 +49,27 @@ class ModelSettings(Settings):
         same = ("dtype", "device", "quantization", "attn_implementation", "parallel")
         return {name: getattr(self, name) for name in same} | asked
 
-    def load(self, **instead: Any) -> FrozenLM:
-        """The model as set here; `instead` stands in for some of `load_backbone`'s arguments."""
-        from ephemera.llm.load import load_backbone
+    @property
+    def cut(self) -> bool:
+        """Whether processes hold parts of the model: all of them then run the same rows."""
+        return self.parallel in ("tensor", "fsdp")
 
+    def load(self, *, spread: bool = False, **instead: Any) -> FrozenLM:
+        """The model as set here; `instead` stands in for some of `load_backbone`'s arguments.
+
+        `spread`: the command knows what to do in each of several processes; ValueError for one that does not.
+        """
+        from ephemera.llm import processes
+        from ephemera.llm.load import find_device, load_backbone
+
+        if (processes.started() > 1 or self.cut) and not spread:
+            raise ValueError(
+                f"this command runs in one process, on a whole model; {processes.started()} were started, with "
+                f"model.parallel={self.parallel}. Start it without torchrun, or see docs/guides/larger-models.md."
+            )
+        if processes.started() > 1 and not self.cut:
+            device = processes.join(self.parallel, find_device(instead.get("device", self.device)))
+            instead["device"] = device
         return load_backbone(self.name, **{**self.loading, **instead})
 
 

@@ -110,6 +110,17 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def dealt(groups: Sequence[T]) -> list[T]:
+    """Every n-th of some groups: this process's."""
+    return list(groups[rank() :: size()])
+
+
+def of_all(values: Sequence[T]) -> list[T]:
+    """What every process made of the groups `dealt` to it, in the groups' order. Tensors in it lie on the host."""
+    parts = gathered(list(values))
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
 def from_first(value: Any) -> Any:
     """The first process's value, on every process."""
     if size() == 1:

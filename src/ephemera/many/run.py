@@ -23,6 +23,11 @@ def run(settings: Run) -> Path:
     """
     if not settings.input or not settings.output:
         raise ValueError("--input and --output are needed: a file of prompts, and the file of their answers.")
+    if settings.model.cut:
+        raise ValueError(
+            f"model.parallel={settings.model.parallel} is not for `ephemera run` yet. Leave it out or use offload; "
+            "`ephemera answer --file` takes tensor and fsdp."
+        )
     if settings.engine == "ray":
         check_ray(Path(settings.input))
     source, path = Source(Path(settings.input), settings.window), Path(settings.output)
@@ -51,7 +56,8 @@ def identity(settings: Run) -> dict[str, Any]:
     """What an answer follows from, by name."""
     values = settings.model_dump(mode="json", exclude=UNCHANGING)
     model = values.pop("model")
-    del model["device"]
+    for key in ("device", "parallel", "max_memory", "offload_folder"):  # where, not what
+        del model[key]
     values["adapters"] = str(settings.adapters_folder) if settings.task == "adapt" else None
     return {**values, **{f"model.{key}": value for key, value in model.items()}}
 

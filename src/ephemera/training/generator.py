@@ -17,6 +17,7 @@ from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.llm.precision import DTYPES
 from ephemera.llm.prefill import prefill, whole_reading
+from ephemera.llm.processes import dealt, of_all
 from ephemera.lora import LoraBatch
 from ephemera.made_for import MadeFor
 from ephemera.rates import ScaleNet
@@ -27,7 +28,6 @@ from ephemera.training.many_steps import fit_normalization
 from ephemera.training.meta_gradient import rates_backward
 from ephemera.training.mixture import mix, task_rows
 from ephemera.training.run import begin, kept_settings, open_run
-from ephemera.training.spread import of_all, own
 
 NORMALIZATION_PROMPTS = 256
 VALIDATION_BATCH = 8
@@ -104,7 +104,7 @@ class GeneratorTrainee:
         report: dict[str, float] = {}
         every, swapped, stepped = [], [], []
         for task, rows in self.validation.items():
-            found = of_all([self._validated(some) for some in own(batches_of(self.backbone, rows, VALIDATION_BATCH))])
+            found = of_all([self._validated(some) for some in dealt(batches_of(self.backbone, rows, VALIDATION_BATCH))])
             nlls = [nll_B for nll_B, _, _ in found]
             swapped += [change_B for _, change_B, _ in found if change_B is not None]
             stepped += [nll_B for _, _, nll_B in found if nll_B is not None]

@@ -14,13 +14,13 @@ from ephemera.batch import TokenBatch
 from ephemera.config import TrainLens
 from ephemera.early_exit.lens import Lens
 from ephemera.llm.frozen_lm import FrozenLM, describe
+from ephemera.llm.processes import dealt, of_all
 from ephemera.prompt_loss import PromptLoss
 from ephemera.rows import load_rows
 from ephemera.scoring import Encoded, batches_of, prompt_batch
 from ephemera.training.card import write_lens_card
 from ephemera.training.loop import Schedule, train
 from ephemera.training.run import begin, kept_settings, open_run
-from ephemera.training.spread import of_all, own
 
 SCALE_PROMPTS = 64
 MOST_TOKENS = 512  # of a batch: whole distributions over the vocabulary are held
@@ -63,7 +63,7 @@ class LensTrainee:
     def validate(self) -> dict[str, float]:
         """Mean KL per token in nats at each exit layer, and that of the untrained lens."""
         found: list[dict[str, Tensor]] = []
-        for i, rows in own(list(enumerate(batches_of(self.backbone, self.validation, self.batch_size)))):
+        for i, rows in dealt(list(enumerate(batches_of(self.backbone, self.validation, self.batch_size)))):
             final_NV, states = self._read(rows, f"validation:{i}")
             found.append({})
             for layer, h_ND in states.items():

@@ -12,10 +12,10 @@ from ephemera.adapt import adapt
 from ephemera.early_exit.lens import Lens
 from ephemera.inits import Init
 from ephemera.llm.frozen_lm import FrozenLM, describe
+from ephemera.llm.processes import dealt, of_all
 from ephemera.rates import AveragedRate, PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, answer_nll, batches_of, prompt_batch
 from ephemera.training.meta_gradient import scalenet_backward
-from ephemera.training.spread import of_all, own
 
 
 class WithLens(nn.Module):
@@ -84,7 +84,7 @@ class ScaleNetTrainee:
         report = {}
         for K in self.validation_steps:
             found = []
-            for rows in own(batches_of(self.backbone, self.validation, self.batch_size)):
+            for rows in dealt(batches_of(self.backbone, self.validation, self.batch_size)):
                 batch = prompt_batch(self.backbone, rows)
                 lora = self.init(self.backbone, batch, [0] * len(rows))
                 trace = adapt(self.backbone, batch, lora, self.rates, K)

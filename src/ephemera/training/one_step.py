@@ -17,11 +17,11 @@ from torch import Tensor
 from ephemera.adapt import meta_gradient
 from ephemera.inits import ZeroInit
 from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.processes import dealt, of_all
 from ephemera.prepared import Prepared, prepare
 from ephemera.rates import PerProjectionRate, ScaleNet
 from ephemera.scoring import Encoded, batches_of, parts_of
 from ephemera.training.loop import BUCKET
-from ephemera.training.spread import of_all, own
 
 HARM = 0.05  # nats per answer token by which an answer must have become less likely to count as harmed
 
@@ -132,7 +132,7 @@ class OneStepTrainee:
     def validate(self) -> dict[str, float]:
         """Mean answer NLL before and after, the share of rows harmed, and the deviation of log rates over prompts."""
         if self.checked is None:  # kept for the whole run
-            groups = own(batches_of(self.backbone, self.validation, self.batch_size))
+            groups = dealt(batches_of(self.backbone, self.validation, self.batch_size))
             self.checked = [scored(self.backbone, self.init, rows, self.network, 0) for rows in groups]
         found = []
         for some in self.checked:

@@ -25,7 +25,7 @@ def open_run(config: Run, folder: Path, **sits: Any) -> tuple[Accelerator, Froze
     for tracker in config.trackers:
         if not available[tracker]:
             raise ValueError(f"trackers names {tracker}, which is not installed: pip install 'ephemera[{tracker}]'.")
-    if config.model.parallel in ("tensor", "fsdp"):
+    if config.model.cut:
         raise ValueError(
             f"model.parallel={config.model.parallel}: a training process holds the whole model, and takes its own rows. Leave it "
             "out (torchrun alone trains on several processes), or use offload."
@@ -35,7 +35,7 @@ def open_run(config: Run, folder: Path, **sits: Any) -> tuple[Accelerator, Froze
     )
     if config.trackers:
         accelerator.init_trackers("ephemera", config=_flat(config.model_dump(mode="json")))
-    backbone = config.model.load(device=config.model.device or accelerator.device, **sits)
+    backbone = config.model.load(spread=True, device=config.model.device or accelerator.device, **sits)
     settings = config.model_dump(mode="json", exclude={"output"})
     processes.check_same("settings or models", (settings, backbone.fingerprint()), accelerator.device)
     return accelerator, backbone

@@ -5,8 +5,7 @@ What the first process resumed, searched or standardised by goes to all of them:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -14,19 +13,7 @@ from torch import Tensor, nn
 
 from ephemera.llm import processes
 
-T = TypeVar("T")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def own(groups: Sequence[T]) -> list[T]:
-    """Every n-th of some groups of rows: this process's."""
-    return list(groups[processes.rank() :: processes.size()])
-
-
-def of_all(values: Sequence[T]) -> list[T]:
-    """What every process made of its `own` groups, in the groups' order. Tensors in it lie on the host."""
-    parts = processes.gathered(list(values))
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
 @torch.no_grad()

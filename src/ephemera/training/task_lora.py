@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ephemera.batch import last_tokens, pad
 from ephemera.config import TrainTaskLora
 from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm.processes import dealt, of_all
 from ephemera.saving import whole_folder
 from ephemera.scoring import Encoded, batches_of
 from ephemera.training.loop import Schedule, train
 from ephemera.training.mixture import mix, task_rows
 from ephemera.training.run import begin, kept_settings, open_run
-from ephemera.training.spread import of_all, own
 
 VALIDATION_BATCH = 8
 
@@ -54,7 +54,7 @@ class TaskLoraTrainee:
     def validate(self) -> dict[str, float]:
         report, every = {}, []
         for task, rows in self.validation.items():
-            groups = own(batches_of(self.backbone, rows, VALIDATION_BATCH))
+            groups = dealt(batches_of(self.backbone, rows, VALIDATION_BATCH))
             nll_N = torch.cat(of_all([self._nll(some).cpu() for some in groups]))
             report[f"validation_nll_{task}"] = nll_N.mean().item()
             every.append(nll_N)

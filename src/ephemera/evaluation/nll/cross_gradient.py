@@ -44,7 +44,8 @@ def write_cross_gradients(
     folder: Path, backbone: FrozenLM, init: Init, rule: Rate, batches: Sequence[Sequence[Encoded]], *, seed: int
 ) -> None:
     """cross_gradient.jsonl: a line for each prompt at its start adapter; a stopped run goes on where it was."""
-    file, reach = RecordFile(folder, CrossGradient, name=CROSS_GRADIENTS), reach_of(init, rule)
+    alike = backbone.parallel in ("tensor", "fsdp")
+    file, reach = RecordFile(folder, CrossGradient, name=CROSS_GRADIENTS, alike=alike), reach_of(init, rule)
     for rows in track(batches, "cross-gradients", console=console(), disable=not sys.stderr.isatty()):
         if file.has(row.id for row in rows):
             continue
@@ -59,3 +60,4 @@ def write_cross_gradients(
                     for b, row in enumerate(some)
                 ]
             )
+    file.gather()

@@ -21,7 +21,8 @@ from ephemera.evaluation.shared.progress import STOPPED, console
 from ephemera.evaluation.shared.records import RUN, Record, RecordFile, write_json
 from ephemera.evaluation.shared.rouge import rouge_lsum
 from ephemera.inits import Init
-from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.llm import processes
+from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.llm.prefill import prefill
 from ephemera.llm.tokenize import encode_prompt
 from ephemera.made_for import Reach
@@ -110,12 +111,16 @@ def _prompt_end(backbone: FrozenLM, row: Encoded, characters: int = 300) -> str:
 
 
 def evaluate(config: Evaluate) -> Path:
-    """Fill the grid, resuming what the folder already holds. Ctrl-C keeps all finished records."""
+    """Fill the grid, resuming what the folder already holds. Ctrl-C keeps all finished records.
+
+    Several processes share the batches, unless they hold parts of the model: then all of them run every batch.
+    """
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     model, init = config.model.started(config.init)
     config = config.model_copy(update={"model": model})
-    backbone = config.model.load()
+    backbone = config.model.load(spread=True)
+    processes.check_same("settings", config.model_dump(mode="json", exclude={"output"}), backbone.device)
     init = init.placed(backbone)
     rules = load_rules(config, backbone)
     if "+" in config.data.task:
@@ -124,8 +129,9 @@ def evaluate(config: Evaluate) -> Path:
     if len(data.rows) < 2:
         equal = f" (and {data.repeated} equal to another)" if data.repeated else ""
         raise ValueError(f"an evaluation needs at least 2 different rows; {data.source} gave {len(data.rows)}{equal}.")
-    records = RecordFile(folder, Record)
-    run = _open_run(folder, config, data, backbone, fresh=not records.records)
+    records = RecordFile(folder, Record, alike=config.model.cut)
+    about, fresh = describe(backbone), not records.records
+    run = processes.by_first(lambda: _open_run(folder, config, data, about, backbone, fresh=fresh))
     decays = set(DECAYS) & set(config.methods)
     if ("uniform" in config.methods or decays) and any(config.steps):
         run = _settle_uniform(folder, run, config, backbone, init)
@@ -140,17 +146,24 @@ def evaluate(config: Evaluate) -> Path:
     cells = cells_of(config, rules, uniform)
     material = material_of(config, backbone, init, rules, data)
     batches = at_least_two(batches_of(backbone, data.rows, config.batch_size))
+    batches = batches if config.model.cut else processes.dealt(batches)
     try:
         for batch_rows in track(batches, "evaluating", console=console(), disable=not sys.stderr.isatty()):
             _fill(backbone, init, cells, batch_rows, config, records, data, material)
         if config.cross_gradient:
             write_cross_gradients(folder, backbone, init, rules["layerwise"], batches, seed=config.seed)
+        records.gather()
     except KeyboardInterrupt:
         print("\n" + STOPPED.format(n=len(records.records), folder=folder), file=sys.stderr)
         raise SystemExit(130) from None
     run["peak_memory_bytes"] = peak_memory()
-    write_json(folder / RUN, run)
+    _write_run(folder, run)
     return folder
+
+
+def _write_run(folder: Path, run: dict[str, Any]) -> None:
+    if processes.rank() == 0:
+        write_json(folder / RUN, run)
 
 
 def _fill(
@@ -232,7 +245,9 @@ def load_rules(config: Evaluate, backbone: FrozenLM) -> dict[str, Rate]:
     return rules
 
 
-def _open_run(folder: Path, config: Evaluate, data: TaskRows, backbone: FrozenLM, *, fresh: bool) -> dict[str, Any]:
+def _open_run(
+    folder: Path, config: Evaluate, data: TaskRows, about: dict[str, Any], backbone: FrozenLM, *, fresh: bool
+) -> dict[str, Any]:
     """run.json: what was run, on what. A folder holds one run; another configuration is refused."""
     settings = config.model_dump(mode="json")
     path = folder / RUN
@@ -240,6 +255,8 @@ def _open_run(folder: Path, config: Evaluate, data: TaskRows, backbone: FrozenLM
         run = json.loads(path.read_text())
         old = {"init": "zero", "reach": "all", **run["config"]}  # runs made before there was a choice
         free = {"output", "methods", "cross_gradient"} | ({"other"} if old.get("other") is None else set())
+        free_too = {key: settings["model"][key] for key in ("parallel", "max_memory", "offload_folder")}
+        old["model"] = {**old["model"], **free_too}  # they change no result
         changed = sorted(k for k in settings if settings[k] != old.get(k) and k not in free)
         if changed:
             raise ValueError(
@@ -256,7 +273,7 @@ def _open_run(folder: Path, config: Evaluate, data: TaskRows, backbone: FrozenLM
         "left_out_as_equal": data.repeated,
         "uniform_rates": config.uniform_rates,
         "uniform_search": None,
-        "model": {"name": backbone.name, "fingerprint": backbone.fingerprint(), "dtype": str(backbone.dtype)},
+        "model": {"name": backbone.name, "fingerprint": about["fingerprint"], "dtype": str(backbone.dtype)},
         "projections": [[p.layer, p.kind] for p in backbone.projections],
         "versions": versions(),
         "commit": commit(),
@@ -277,5 +294,5 @@ def _settle_uniform(
     search = RateSearch(backbone, init, rows, config.batch_size, config.seed, reach=config.reach)
     table = search.uniform(max(config.steps), config.uniform_grid)
     run = {**run, "uniform_rates": {str(K): best(t) for K, t in table.items()}, "uniform_search": table}
-    write_json(folder / RUN, run)
-    return run
+    _write_run(folder, run)
+    return processes.from_first(run)

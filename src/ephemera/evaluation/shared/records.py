@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator
 
+from ephemera.llm import processes
 from ephemera.saving import json_text, reason
 
 RECORDS, RUN, CROSS_GRADIENTS = "records.jsonl", "run.json", "cross_gradient.jsonl"
@@ -116,20 +117,48 @@ R = TypeVar("R", Record, AnswerRecord, ControlRecord, SurveyRecord, CrossGradien
 
 
 class RecordFile(Generic[R]):
-    """A run folder's file of records. Lines of an interrupted write are dropped on reading."""
+    """A run folder's file of records. Lines of an interrupted write are dropped on reading.
 
-    def __init__(self, folder: Path, kind: type[R], *, name: str = RECORDS):
-        self.path = folder / name
-        self.records: list[R] = []
-        if self.path.exists():
-            self.records = read_records(self.path, kind)
-            self._rewrite()
+    Of several processes the first reads and writes it. The others know what it holds, and keep what they find in files of
+    their own until `gather`; not with `alike`, where all of them find the same.
+    """
+
+    def __init__(self, folder: Path, kind: type[R], *, name: str = RECORDS, alike: bool = False):
+        self.path, self.kind, self.alike = folder / name, kind, alike
+        self.records: list[R] = processes.by_first(self._begun)
         self.done: set[Any] = {r.key for r in self.records}
+        self.begun = len(self.records)
+
+    def _begun(self) -> list[R]:
+        """What there is, with what processes of a run that was stopped had found."""
+        parts = sorted(self.path.parent.glob(f"{self.path.name}.*.part"))
+        files = [path for path in (self.path, *parts) if path.exists()]
+        every = [record for path in files for record in read_records(path, self.kind)]
+        self.records = list({record.key: record for record in every}.values()) if parts else every
+        if files:
+            self._rewrite()
+        for part in parts:
+            part.unlink()
+        return self.records
+
+    @property
+    def own(self) -> Path:
+        """The file that this process writes."""
+        return self.path if processes.rank() == 0 else self.path.with_name(f"{self.path.name}.{processes.rank()}.part")
+
+    def gather(self) -> None:
+        """What every process found goes to the first one's file. All of them call it."""
+        if self.alike or processes.size() == 1:
+            return
+        for found in processes.gathered(self.records[self.begun :]):
+            self.add([record for record in found if record.key not in self.done], write=processes.rank() == 0)
+        if processes.rank():
+            self.own.unlink(missing_ok=True)
 
     def has(self, keys: Iterable[Any]) -> bool:
         return all(key in self.done for key in keys)
 
-    def add(self, records: Sequence[R]) -> None:
+    def add(self, records: Sequence[R], *, write: bool = True) -> None:
         """Append what is new, in one write. Rows of the data that repeat a prompt and answer count once."""
         unwritten: dict[Any, R] = {}
         for record in records:
@@ -137,8 +166,9 @@ class RecordFile(Generic[R]):
                 unwritten.setdefault(record.key, record)
         new = list(unwritten.values())
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(_line(r) for r in new))
+            if write and not (self.alike and processes.rank()):
+                with self.own.open("a", encoding="utf-8") as file:
+                    file.write("".join(_line(r) for r in new))
         except OSError as error:
             raise ValueError(
                 f"cannot write {self.path}: {error.strerror}. The {len(self.records)} finished records are kept; free "
