@@ -18,9 +18,11 @@ import torch
 
 from ephemera import AdaptiveLM
 from ephemera.llm import processes
+from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.made_for import MadeFor
 from ephemera.prompt_loss import PromptLoss
-from ephemera.rates import FixedRate
-from tiny_models import VOCABULARY, random_scalenet
+from ephemera.rates import FixedRate, ScaleNet
+from tiny_models import VOCABULARY, length_gate, random_scalenet
 
 PROMPTS = [
     "The river runs past the old mill.",
@@ -42,6 +44,8 @@ def found(folder: Path, *, parallel: str, reach: str = "all", prompts: int = 5, 
     texts, answers = PROMPTS[:prompts], ANSWERS[:prompts]
     made = lm.adapt(texts, steps=2)
     left_B = lm.prompt_nll(texts, made)
+    lm.rate = random_rate(lm.backbone)
+    gated = lm.adapt(texts) if reach == "answer" else None
     common = lm.adapt(texts, steps=1, rate=FixedRate(0.1, objective=PromptLoss(vocabulary=40)))
     return {
         "class": type(lm.backbone).__name__,
@@ -54,8 +58,17 @@ def found(folder: Path, *, parallel: str, reach: str = "all", prompts: int = 5, 
         "base nll": lm.answer_nll(texts, answers).tolist(),
         "left": None if left_B is None else left_B.tolist(),
         "common words": [common.prompt_nll_BK.tolist(), common.lora.B_BN.sum(1, keepdim=True).tolist()],
+        "gated": None if gated is None else [x.tolist() for x in (gated.share_B, gated.kl_B, gated.lora.B_BN[:, 0])],
         "texts": lm.generate(texts, adaptation=made, max_new_tokens=8, eos_token_id=STOPS),
     }
+
+
+def random_rate(backbone: FrozenLM) -> ScaleNet:
+    """One bold step with reach answer, and a gate that shrinks some rows more often than others."""
+    rule = random_scalenet(backbone)
+    rule.made_for = MadeFor(("own",), "plain", "answer", 1)
+    rule.gate = length_gate(backbone, 0.6, tau=1e-4, by_length=-0.5, tokens=3.0)
+    return rule
 
 
 def launch(

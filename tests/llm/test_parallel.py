@@ -49,6 +49,10 @@ def check(have: dict[str, Any], want: dict[str, Any]) -> None:
     for key in ("nll", "rates", "A", "B", "answer nll", "base nll", "left"):
         if want[key] is not None:
             close(torch.tensor(have[key]).double(), torch.tensor(want[key]).double(), 1e-6)
+    if want["gated"] is not None:
+        assert len(set(want["gated"][0])) > 2, "the gate keeps different shares"
+        for mine, theirs in zip(have["gated"], want["gated"], strict=True):
+            close(torch.tensor(mine).double(), torch.tensor(theirs).double(), 1e-6)
     for mine, theirs in zip(have["common words"], want["common words"], strict=True):
         close(torch.tensor(mine).double(), torch.tensor(theirs).double(), 1e-6)
 

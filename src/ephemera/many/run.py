@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ephemera.config import Run
+from ephemera.llm import processes
+from ephemera.llm.load import find_device
 from ephemera.many.output import Output
 from ephemera.many.progress import Progress
 from ephemera.many.ray_engine import check_ray, run_on_ray
@@ -23,17 +30,20 @@ def run(settings: Run) -> Path:
     """
     if not settings.input or not settings.output:
         raise ValueError("--input and --output are needed: a file of prompts, and the file of their answers.")
-    if settings.model.cut:
-        raise ValueError(
-            f"model.parallel={settings.model.parallel} is not for `ephemera run` yet. Leave it out or use offload; "
-            "`ephemera answer --file` takes tensor and fsdp."
-        )
     if settings.engine == "ray":
+        if settings.model.cut:
+            raise ValueError(
+                f"model.parallel={settings.model.parallel} is for --engine local, started by torchrun; Ray's actors hold whole "
+                "models. Leave out one of them."
+            )
         check_ray(Path(settings.input))
     source, path = Source(Path(settings.input), settings.window), Path(settings.output)
     if path.exists() and path.samefile(source.path):
         raise ValueError(f"--output {path} is the input; give another file.")
-    with Output(path, source, identity(settings)) as output:
+    with _place(path, settings) as own, Output(own.path, source, identity(settings)) as output:
+        settings = own.settings
+        if settings.model.cut:
+            processes.check_same("outputs", (output.window, sorted(output.known)), find_device(settings.model.device))
         progress = Progress(source.rows, output.rows)
         if output.rows and not output.finished:
             print(f"{path}: going on after {output.rows:,} of {source.rows:,} rows.", file=sys.stderr)
@@ -50,6 +60,33 @@ def run(settings: Run) -> Path:
         progress.close()
         print(f"{path}: {source.rows:,} rows, {output.errors:,} with an error.", file=sys.stderr)
     return path
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process writes, and its settings."""
+
+    path: Path
+    settings: Run
+
+
+@contextmanager
+def _place(path: Path, settings: Run) -> Iterator[Place]:
+    """The output itself. If processes hold parts of the model, all of them run every row: only the first one's count, and
+    the others write to copies that go at the end."""
+    if not settings.model.cut:
+        yield Place(path, settings)
+        return
+    processes.join(settings.model.parallel, find_device(settings.model.device))
+    with nullcontext() if processes.rank() == 0 else TemporaryDirectory() as scratch:
+        own = Place(path, settings)
+        if scratch is not None:
+            for file in path.parent.glob(f"{path.name}*"):
+                shutil.copy(file, scratch)
+            elsewhere = settings.model_copy(update={"adapters": f"{scratch}/adapters"})
+            own = Place(Path(scratch) / path.name, elsewhere)
+        processes.gathered(None)  # copied before the first one changes anything
+        yield own
 
 
 def identity(settings: Run) -> dict[str, Any]:

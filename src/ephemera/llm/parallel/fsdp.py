@@ -37,13 +37,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     of_layers = set(layers.parameters())
     fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if p not in of_layers})
-    for module in model.modules():  # .to() would look into the layers' parts
-        for parameter in module.parameters(recurse=False):
-            if parameter not in of_layers:
-                parameter.data = parameter.data.to(device)
-        for key, buffer in module.named_buffers(recurse=False):
-            setattr(module, key, buffer.to(device))
-    return model
+    return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 class FsdpLM(FrozenLM):

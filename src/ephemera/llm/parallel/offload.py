@@ -29,7 +29,8 @@ class OffloadLM(FrozenLM):
     def device(self) -> torch.device:
         """Where the model computes; a weight that is not in memory has no device."""
         hook = getattr(self.embedding, "_hf_hook", None)
-        device = getattr(hook, "execution_device", None)
+        found = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", [hook])]
+        device = next((device for device in found if device is not None), None)
         return self.vocabulary_VD.device if device is None else torch.device(device)
 
     @property
