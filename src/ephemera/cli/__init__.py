@@ -40,7 +40,7 @@ def main() -> NoReturn:
 
     Of the processes that torchrun started the first speaks for all.
     """
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
     try:
         with nullcontext() if rank == "0" else _silent():
             app()

@@ -30,7 +30,7 @@ def started() -> int:
 
 def is_first() -> bool:
     """Whether this is the process that writes: the first of those that `torchrun` started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return started() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def join(mode: str, device: torch.device) -> torch.device:
