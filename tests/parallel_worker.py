@@ -32,6 +32,7 @@ PROMPTS = [
     "a book about the winter",
 ]
 ANSWERS = [" and down to the sea", " a", " in", " w", " of 1820."]
+UNEVEN = [" river", " and down to the sea"]
 STOPS = list(range(3, VOCABULARY, 3))  # a third of the tokens end an answer, so that rows end at different ones
 
 
@@ -61,6 +62,13 @@ def found(folder: Path, *, parallel: str, reach: str = "all", prompts: int = 5, 
         "gated": None if gated is None else [x.tolist() for x in (gated.share_B, gated.kl_B, gated.lora.B_BN[:, 0])],
         "texts": lm.generate(texts, adaptation=made, max_new_tokens=8, eos_token_id=STOPS),
     }
+
+
+def uneven(lm: AdaptiveLM) -> list[float]:
+    """NLL of an answer of one token, which needs no pass of its own, and of one that does: a process has one of them each."""
+    made = lm.adapt(PROMPTS[:2], steps=1)
+    assert len(lm.encode_answer(PROMPTS[0], UNEVEN[0])) == 1 < len(lm.encode_answer(PROMPTS[1], UNEVEN[1]))
+    return lm.answer_nll(PROMPTS[:2], UNEVEN, adaptation=made).tolist()
 
 
 def random_rate(backbone: FrozenLM) -> ScaleNet:
@@ -112,6 +120,7 @@ def all_results(folder: Path, out: Path) -> None:
                 results[f"{mode} {model.name} {reach}"] = found(model, parallel=mode, reach=reach)
     results["fsdp llama one row"] = found(folder / "llama", parallel="fsdp", prompts=1)
     lm = AdaptiveLM.from_pretrained(str(folder / "llama"), parallel="fsdp", rate=0.1)
+    results["uneven answers"] = uneven(lm)
     try:
         lm.generate(PROMPTS[: 2 + processes.rank()], steps=1)
     except ValueError as error:

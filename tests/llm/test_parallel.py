@@ -16,7 +16,7 @@ from ephemera import AdaptiveLM
 from ephemera.llm.load import frozen_lm, load_backbone
 from ephemera.llm.parallel.offload import OffloadLM
 from ephemera.llm.parallel.tensor import check_divides
-from parallel_worker import PROMPTS, ended, found, launch
+from parallel_worker import PROMPTS, ended, found, launch, uneven
 from reference import close
 from tiny_models import save_tiny, tiny_tokenizer
 
@@ -72,6 +72,12 @@ def test_fewer_rows_than_processes(models: Path, of_two: list[dict[str, Any]]):
     want = found(models / "llama", parallel="none", prompts=1, fast=False)
     for have in of_two:
         check(have["fsdp llama one row"], want)
+
+
+def test_processes_whose_answers_need_unequal_numbers_of_passes(models: Path, of_two: list[dict[str, Any]]):
+    want = uneven(AdaptiveLM.from_pretrained(str(models / "llama"), rate=0.1, fast=False))
+    for have in of_two:
+        assert have["uneven answers"] == pytest.approx(want, abs=1e-4)  # float32
 
 
 def test_different_prompts_are_refused_on_every_process(of_two: list[dict[str, Any]]):
