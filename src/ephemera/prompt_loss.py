@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ephemera import artifact
 from ephemera.batch import ScoredTokens, TokenBatch
@@ -61,7 +61,8 @@ class PromptLoss:
 
     def check(self, backbone: FrozenLM) -> None:
         """ValueError where it does not fit the model and its adapted layers, as loaded."""
-        if self.vocabulary is not None and not backbone.logits.plain:
+        readable = backbone.logits.plain or not backbone.plain_head  # a head that is spread gives whole logits
+        if self.vocabulary is not None and not (isinstance(backbone.head, nn.Linear) and readable):
             raise ValueError(
                 f"vocabulary needs a plain linear head; {backbone.name} has a {type(backbone.head).__name__}."
             )

@@ -117,7 +117,9 @@ def train_gate(config: TrainGate) -> Path:
             "Save it first: load_rate(...).save_pretrained(folder)."
         )
     home, network = _network(config.network)
-    targets = {"target_modules": network.target_modules} if isinstance(network, LoraGenerator) else adapted_by(network)
+    targets: dict[str, Any] = (
+        {"target_modules": network.target_modules} if isinstance(network, LoraGenerator) else adapted_by(network)
+    )
     backbone = config.model.load(**targets)
     adapted = (
         Generated(backbone, network) if isinstance(network, LoraGenerator) else Rated(backbone, network, config.seed)
