@@ -59,6 +59,7 @@ def rows_of(
         system=data.task.system,
         task=name,
         max_answer_tokens=settings.max_answer_tokens,
+        end_token=settings.end_token,
     )
     print(
         f"{name} {settings.split}: {len(rows)} rows from {data.source} "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ephemera.batch import TokenBatch, batch_tokens, last_tokens, length_batches, pad
+from ephemera.llm.answer_end import end_of_answer
 from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import nll_after, prefill, whole_reading
@@ -37,18 +38,20 @@ def encode_examples(
     system: str | None = None,
     task: str = "",
     max_answer_tokens: int | None = None,
+    end_token: bool = False,
 ) -> tuple[list[Encoded], int]:
     """Token ids of each example, and how many were left out because they are longer than `max_tokens`.
 
-    `system` is the system message of the chat format; the plain format has none. Answers end after `max_answer_tokens`.
-    ValueError names the row of a prompt that has no tokens.
+    `system` is the system message of the chat format; the plain format has none. `end_token`: answers go on to the token
+    that ends them. They are cut after `max_answer_tokens`. ValueError names the row of a prompt that has no tokens.
     """
+    end = [end_of_answer(backbone.tokenizer, chat=chat)] if end_token else []
     room = min(max_tokens, backbone.max_length)
     encoded = [
         Encoded(
             e.id,
             backbone.check_ids(encode_prompt(backbone.tokenizer, e.prompt, chat=chat, system=system)),
-            backbone.check_ids(encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system))[
+            backbone.check_ids(encode_answer(backbone.tokenizer, e.prompt, e.answer, chat=chat, system=system) + end)[
                 :max_answer_tokens
             ],
             task,

@@ -148,6 +148,9 @@ class RowSettings(Settings):
     max_answer_tokens: int | None = Field(
         default=None, ge=1, description="only so many of an answer's first tokens count; default: all"
     )
+    end_token: bool = Field(
+        default=False, description="answers go on to the token that ends a turn, so that adapters learn to stop there"
+    )
 
 
 class DataSettings(RowSettings):

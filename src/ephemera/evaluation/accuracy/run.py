@@ -55,6 +55,7 @@ class Rows:
             max_tokens=config.data.max_tokens,
             system=system,
             max_answer_tokens=config.data.max_answer_tokens,
+            end_token=config.data.end_token,
         )
         for row in self.rows:
             self._check_room(self.examples[row.id], len(row.prompt), backbone)

@@ -1,0 +1,26 @@
+"""The token that ends an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+TURNS = ({"role": "user", "content": "Where?"}, {"role": "assistant", "content": "The mill"})
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int:
+    """The id that ends an answer: in a chat what the template puts behind it, else the tokenizer's end token.
+
+    ValueError where there is none.
+    """
+    if chat and tokenizer.chat_template:
+        answer = TURNS[-1]["content"]
+        text = str(tokenizer.apply_chat_template(list(TURNS), tokenize=False))
+        after: Any = tokenizer(text[text.rindex(answer) + len(answer) :], add_special_tokens=False)["input_ids"]
+        found = [token for token in after if token in tokenizer.added_tokens_decoder]
+        if found:
+            return found[0]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("this model's tokenizer has no token that ends a text; leave end_token off.")
+    return int(tokenizer.eos_token_id)

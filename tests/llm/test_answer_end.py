@@ -1,0 +1,60 @@
+"""The token that ends an answer, against whole chats as transformers renders them."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ephemera.downloads import fetch_default_model
+from ephemera.llm.answer_end import end_of_answer
+from ephemera.scoring import encode_examples
+from ephemera.tasks.base import Example
+from tiny_models import tiny_backbone
+
+OTHER = (
+    "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+
+
+def tokenizer():
+    try:
+        folder = fetch_default_model()
+    except ValueError as error:
+        pytest.skip(f"the default model cannot be fetched: {error}")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def other_template():
+    """A turn's end that is not the tokenizer's end token, as Gemma's."""
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<turn>", "<end_of_turn>"]})
+    made.chat_template = OTHER
+    return made
+
+
+@pytest.mark.parametrize(("make", "token"), [(tokenizer, "<|im_end|>"), (other_template, "<end_of_turn>")])
+def test_an_answer_in_a_chat_ends_as_the_template_ends_it(make, token):
+    backbone = tiny_backbone()
+    backbone.tokenizer, backbone.max_length = make(), 512
+    backbone.vocabulary_VD = torch.empty(len(backbone.tokenizer), 0)  # nothing is run: ids only need their rows
+    assert backbone.tokenizer.convert_ids_to_tokens(end_of_answer(backbone.tokenizer, chat=True)) == token
+    rows = [Example("1", "Where is it?", "By the mill, <|im_end|> on the river.")]
+    (with_end,), _ = encode_examples(backbone, rows, chat=True, max_tokens=512, end_token=True)
+    (without,), _ = encode_examples(backbone, rows, chat=True, max_tokens=512)
+    assert with_end.answer == [*without.answer, end_of_answer(backbone.tokenizer, chat=True)]
+    turns = [{"role": "user", "content": "Where is it?"}, {"role": "assistant", "content": "By the mill"}]
+    (row,), _ = encode_examples(
+        backbone, [Example("1", "Where is it?", "By the mill")], chat=True, max_tokens=512, end_token=True
+    )
+    whole = backbone.tokenizer.apply_chat_template(turns, return_dict=False)
+    assert whole[: len(row.prompt + row.answer)] == row.prompt + row.answer
+    (cut,), _ = encode_examples(backbone, rows, chat=True, max_tokens=512, max_answer_tokens=3, end_token=True)
+    assert cut.answer == without.answer[:3], "an answer that is cut does not end there"
+
+
+def test_a_plain_answer_ends_with_the_tokenizers_end_token():
+    made = tokenizer()
+    assert end_of_answer(made, chat=False) == made.eos_token_id
+    made.eos_token = None
+    with pytest.raises(ValueError, match=r"no token that ends a text; leave end_token off"):
+        end_of_answer(made, chat=False)
