@@ -21,6 +21,7 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> int:
         found = [token for token in after if token in tokenizer.added_tokens_decoder]
         if found:
             return found[0]
-    if tokenizer.eos_token_id is None:
+    end: Any = tokenizer.eos_token_id
+    if end is None:
         raise ValueError("this model's tokenizer has no token that ends a text; leave end_token off.")
-    return int(tokenizer.eos_token_id)
+    return int(end)
