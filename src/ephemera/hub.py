@@ -40,9 +40,7 @@ def fetch(spec: str, *kinds: str) -> Path:
     patterns = list(dict.fromkeys(pattern for kind in kinds for pattern in FILES[kind]))
     what = " or ".join(kinds)
     try:
-        folder = Path(
-            snapshot_download(repo_id=found["repo"], revision=found["revision"], allow_patterns=patterns)  # type: ignore[call-overload]
-        )
+        folder = Path(snapshot_download(repo_id=found["repo"], revision=found["revision"], allow_patterns=patterns))
     except errors.HFValidationError as error:
         raise ValueError(
             f"{spec!r} is no hub id ({_line(error)}). Allowed: user/repo or user/repo@revision."
@@ -146,7 +144,7 @@ def _http_errors() -> Iterable[type[Exception]]:
     """The errors of the client that huggingface_hub uses: no connection, a proxy, a timeout."""
     from huggingface_hub import errors
 
-    return tuple(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # type: ignore[return-value]
+    return tuple(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 def _line(error: Exception) -> str:

@@ -61,8 +61,7 @@ class PromptLoss:
 
     def check(self, backbone: FrozenLM) -> None:
         """ValueError where it does not fit the model and its adapted layers, as loaded."""
-        readable = backbone.logits.plain or not backbone.plain_head  # a head that is spread gives whole logits
-        if self.vocabulary is not None and not (isinstance(backbone.head, nn.Linear) and readable):
+        if self.vocabulary is not None and not isinstance(backbone.head, nn.Linear):
             raise ValueError(
                 f"vocabulary needs a plain linear head; {backbone.name} has a {type(backbone.head).__name__}."
             )

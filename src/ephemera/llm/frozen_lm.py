@@ -277,7 +277,7 @@ class FrozenLM:
     @property
     def plain_head(self) -> bool:
         """Whether the head's weight can be read as a plain tensor; else the head is only to be called."""
-        return isinstance(self.head, nn.Linear)
+        return self.logits.plain
 
     def anywhere(self, flag: bool) -> bool:
         """Whether `flag` is true here, or on any process that the model is spread over: they choose together."""

@@ -25,8 +25,8 @@ from ephemera.llm.model_files import (
     unreadable_weights,
 )
 from ephemera.llm.parallel.choose import (
+    check_cut,
     check_device,
-    check_quantised,
     laid_out,
     layout_of,
     line_of,
@@ -104,7 +104,7 @@ def load_backbone(
     which = {key: kwargs[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in kwargs}
     if "gguf_file" not in kwargs:  # a GGUF file's takes seconds
         brought = of_files(_config(name, path, source, which))
-        check_quantised(layout, form if brought is None else brought)
+        check_cut(layout, form if brought is None else brought)
         kwargs |= _placed(name, brought, form, kwargs, device)
     elif form != "none":
         raise ValueError(

@@ -33,22 +33,17 @@ def settled(parallel: str | None, kwargs: Mapping[str, Any]) -> Parallel:
             f"parallel={asked!r} and keywords that ask for {by_keywords!r} do not go together. Give one of them."
         )
     chosen = by_keywords if asked == "none" else known[known.index(asked)]
-    if chosen in ("tensor", "fsdp"):
-        for key in ("gguf_file", "quantization_config"):
-            if kwargs.get(key) is not None:
-                raise ValueError(
-                    f"parallel={chosen!r} does not cut {key.partition('_')[0]} weights. Give a model in float32 or bfloat16, "
-                    "or leave out parallel."
-                )
+    for key in ("gguf_file", "quantization_config"):
+        if kwargs.get(key) is not None:
+            check_cut(chosen, key.partition("_")[0])
     return chosen
 
 
-def check_quantised(layout: Parallel, form: str) -> None:
-    """ValueError where quantised weights (`form`: how, or "none") were to be cut."""
+def check_cut(layout: Parallel, form: str) -> None:
+    """ValueError where weights of another form than "none" (gguf, int8, ...) were to be cut."""
     if form != "none" and layout in ("tensor", "fsdp"):
         raise ValueError(
-            f"parallel={layout!r} does not cut quantised weights ({form}). Give a model in float32 or bfloat16, or leave out "
-            "parallel."
+            f"parallel={layout!r} does not cut {form} weights. Give a model in float32 or bfloat16, or leave out parallel."
         )
 
 

@@ -101,10 +101,6 @@ class TensorLM(FrozenLM):
                     'other modules (target_modules="qv"), or use parallel="fsdp".'
                 )
 
-    @property
-    def plain_head(self) -> bool:
-        return False
-
     def anywhere(self, flag: bool) -> bool:
         return processes.anywhere(flag, self.device)
 
