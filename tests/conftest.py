@@ -7,10 +7,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test r
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from ephemera.downloads import fetch_default_model
 from ephemera.llm.frozen_lm import FrozenLM
 from tiny_models import save_tiny, tiny_backbone
 
@@ -39,6 +42,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():  # real rows have licences of their own and are not in the repository
         pytest.skip(f"real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def smol() -> Any:
+    """The default model's tokenizer; who changes it takes a copy."""
+    try:
+        folder = fetch_default_model()
+    except ValueError as error:  # an offline machine that has not fetched it yet
+        pytest.skip(f"the default model cannot be fetched: {error}")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 SKIPPED: dict[str, int] = {}

@@ -16,17 +16,17 @@ from ephemera.begin import adapt_from
 from ephemera.config import TrainGate
 from ephemera.gate import SHARES, SIGNALS, load_gate
 from ephemera.guard import guard, log_p, read_with, signals, trusted
-from ephemera.inits import LoraGenerator, ZeroInit, load_generator
+from ephemera.inits import ZeroInit, load_generator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.prefill import prefill
 from ephemera.llm.share import Share
-from ephemera.made_for import MadeFor, Reach
+from ephemera.made_for import MadeFor
 from ephemera.model import AdaptiveLM
 from ephemera.rates import AveragedRate, PerProjectionRate, load_rate
 from ephemera.training.gate import auroc, calibrated, fit, most_harmed, out_of_fold, train_gate
 from ephemera.training.gate_rows import Measured
 from reference import close, merged_model
-from tiny_models import left, length_gate, random_ids
+from tiny_models import generator_of, left, length_gate, random_ids
 
 PROMPTS = random_ids([5, 9, 7])
 
@@ -307,22 +307,6 @@ def test_training_a_generators_gate(llama_folder, tmp_path):
     everywhere = generator_of(tmp_path / "all", plain.backbone, reach="all")
     with pytest.raises(ValueError, match=r"a gate is for a trained network with reach answer; this one has reach all"):
         train_gate(config.model_copy(update={"network": str(everywhere)}))
-
-
-def generator_of(folder: Path, backbone, reach: Reach = "answer") -> Path:
-    """One that changes answers, untrained."""
-    torch.manual_seed(3)
-    made = LoraGenerator(
-        projections=backbone.projections,
-        state_size=backbone.hidden_size,
-        hidden_size=8,
-        trained_for=describe(backbone),
-        reach=reach,
-    )
-    for weight in made.parameters():
-        weight.data.add_(torch.randn_like(weight) * 0.1)
-    made.save_pretrained(folder)
-    return folder
 
 
 def test_shares_are_halves():

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ephemera.batch import TokenBatch, pad
 from ephemera.fast.fast_lm import FastLM
 from ephemera.gate import SIGNALS, Gate
-from ephemera.llm.frozen_lm import FrozenLM
+from ephemera.inits import LoraGenerator
+from ephemera.llm.frozen_lm import FrozenLM, describe
 from ephemera.llm.load import uses_fast
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Reach
 from ephemera.prompt_loss import PROMPT
 from ephemera.rates import ScaleNet
 
@@ -237,6 +239,22 @@ def length_gate(
     state = {"weight_F": weight_F, "mean_F": mean_F, "std_F": torch.ones_like(weight_F)}
     state |= {"weight_H": zero_H, "mean_H": zero_H.clone(), "std_H": torch.ones_like(zero_H)}
     return Gate(tau, threshold, 1.0, {**state, "bias": torch.zeros(()), "slope": torch.zeros(())}, {})
+
+
+def generator_of(folder: Path, backbone: FrozenLM, reach: Reach = "answer") -> Path:
+    """The folder of an untrained generator that changes answers."""
+    torch.manual_seed(3)
+    made = LoraGenerator(
+        projections=backbone.projections,
+        state_size=backbone.hidden_size,
+        hidden_size=8,
+        trained_for=describe(backbone),
+        reach=reach,
+    )
+    for weight in made.parameters():
+        weight.data.add_(torch.randn_like(weight) * 0.1)
+    made.save_pretrained(folder)
+    return folder
 
 
 def random_ids(lengths: Sequence[int], *, seed: int = 2) -> list[list[int]]:

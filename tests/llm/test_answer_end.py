@@ -1,10 +1,10 @@
 """The token that ends an answer, against whole chats as transformers renders them."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from ephemera.downloads import fetch_default_model
 from ephemera.llm.answer_end import end_of_answer
 from ephemera.scoring import encode_examples
 from ephemera.tasks.base import Example
@@ -16,26 +16,18 @@ OTHER = (
 )
 
 
-def tokenizer():
-    try:
-        folder = fetch_default_model()
-    except ValueError as error:
-        pytest.skip(f"the default model cannot be fetched: {error}")
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def other_template():
+def other_template(smol):
     """A turn's end that is not the tokenizer's end token, as Gemma's."""
-    made = tokenizer()
+    made = copy.deepcopy(smol)
     made.add_special_tokens({"additional_special_tokens": ["<turn>", "<end_of_turn>"]})
     made.chat_template = OTHER
     return made
 
 
-@pytest.mark.parametrize(("make", "token"), [(tokenizer, "<|im_end|>"), (other_template, "<end_of_turn>")])
-def test_an_answer_in_a_chat_ends_as_the_template_ends_it(make, token):
+@pytest.mark.parametrize(("make", "token"), [(copy.deepcopy, "<|im_end|>"), (other_template, "<end_of_turn>")])
+def test_an_answer_in_a_chat_ends_as_the_template_ends_it(smol, make, token):
     backbone = tiny_backbone()
-    backbone.tokenizer, backbone.max_length = make(), 512
+    backbone.tokenizer, backbone.max_length = make(smol), 512
     backbone.vocabulary_VD = torch.empty(len(backbone.tokenizer), 0)  # nothing is run: ids only need their rows
     assert backbone.tokenizer.convert_ids_to_tokens(end_of_answer(backbone.tokenizer, chat=True)) == token
     rows = [Example("1", "Where is it?", "By the mill, <|im_end|> on the river.")]
@@ -52,8 +44,8 @@ def test_an_answer_in_a_chat_ends_as_the_template_ends_it(make, token):
     assert cut.answer == without.answer[:3], "an answer that is cut does not end there"
 
 
-def test_a_plain_answer_ends_with_the_tokenizers_end_token():
-    made = tokenizer()
+def test_a_plain_answer_ends_with_the_tokenizers_end_token(smol):
+    made = copy.deepcopy(smol)
     assert end_of_answer(made, chat=False) == made.eos_token_id
     made.eos_token = None
     with pytest.raises(ValueError, match=r"no token that ends a text; leave end_token off"):

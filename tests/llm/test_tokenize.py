@@ -14,13 +14,12 @@ import httpx
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ephemera.cli import app
 from ephemera.config import Benchmark, DataSettings, MixtureSettings, MixtureTask
 from ephemera.config.evaluate import BenchmarkData
-from ephemera.downloads import fetch_default_model
 from ephemera.evaluation.accuracy.run import Rows
 from ephemera.llm.tokenize import chat_beginning, encode_answer, encode_chat, encode_prompt
 from ephemera.model import AdaptiveLM
@@ -46,15 +45,6 @@ HARMLESS = {
     "user": "When, 1600 < 7 - 3 >?",
 }
 ROLES = {"system": "system", "earlier": "user", "answered": "assistant", "user": "user"}
-
-
-@pytest.fixture(scope="module")
-def smol():
-    try:
-        folder = fetch_default_model()
-    except ValueError as error:
-        pytest.skip(f"the default model cannot be fetched: {error}")
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from ephemera import AdaptiveLM
 from ephemera.config import Survey, check_config
@@ -12,12 +11,11 @@ from ephemera.evaluation.shared.records import RECORDS, SurveyRecord, read_json,
 from ephemera.evaluation.survey.report import changed
 from ephemera.evaluation.survey.run import survey
 from ephemera.evaluation.survey.tables import cells_of, verdict
-from ephemera.inits import LoraGenerator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
-from ephemera.made_for import MadeFor
+from ephemera.made_for import MadeFor, Reach
 from ephemera.rates import FixedRate, PerProjectionRate, load_rate
-from tiny_models import length_gate
+from tiny_models import generator_of, length_gate
 
 ROWS = [{"prompt": f"The river {'runs ' * (i % 4)}past {i}", "answer": f"the mill {i % 3}"} for i in range(7)]
 
@@ -86,18 +84,9 @@ def test_a_survey(material, llama_folder, tmp_path):
 def test_generated_adapters(material, llama_folder, tmp_path):
     """Own and neighbour's, from the kept reading: as AdaptiveLM generates and scores them; reach all is refused."""
     lm = AdaptiveLM.from_pretrained(str(llama_folder), rate="none", dtype="float32", device="cpu")
-    for reach in ("answer", "all"):
-        torch.manual_seed(0)
-        generator = LoraGenerator(
-            projections=lm.backbone.projections,
-            state_size=lm.backbone.hidden_size,
-            hidden_size=8,
-            trained_for=describe(lm.backbone),
-            reach=reach,
-        )
-        for p in generator.parameters():
-            p.data.add_(torch.randn_like(p) * 0.1)
-        generator.save_pretrained(tmp_path / reach)
+    reaches: tuple[Reach, ...] = ("answer", "all")
+    for reach in reaches:
+        generator_of(tmp_path / reach, lm.backbone, reach)
     more = {"methods": ["none", "network", "generated", "generated-swapped"], "generate": ["generated"]}
     folder = survey(settings(material, llama_folder, tmp_path / "run", generator=str(tmp_path / "answer"), **more))
     records = read_records(folder / RECORDS, SurveyRecord)
