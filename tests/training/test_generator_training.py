@@ -15,6 +15,7 @@ from torch import nn
 from ephemera.config import JointSettings, MixtureSettings, MixtureTask, OptimizerSettings, TrainGenerator, load_config
 from ephemera.fast.vocab_loss import Head
 from ephemera.inits import LoraGenerator, load_generator
+from ephemera.made_for import MadeFor
 from ephemera.rates import ScaleNet, load_rate
 from ephemera.scoring import Encoded, prompt_batch
 from ephemera.training.generator import GeneratorTrainee, train_generator
@@ -22,7 +23,7 @@ from ephemera.training.loop import Schedule, train
 from ephemera.training.meta_gradient import scalenet_backward
 from ephemera.training.mixture import mix
 from reference import close, merged_weights, slow_nll, slow_representation
-from tiny_models import random_ids, random_scalenet, tiny_backbone
+from tiny_models import length_gate, random_ids, random_scalenet, tiny_backbone
 from training_runs import common, kill_and_resume, metrics, write_material
 
 M = 4  # projections of a tiny model
@@ -400,7 +401,15 @@ def test_a_run_goes_on_from_a_trained_generator(material, finished, tmp_path):
     ]
     with pytest.raises(ValueError, match=r"hidden_size=99 has no effect: start=.* was made with hidden_size=8"):
         train_generator(settings(material, tmp_path / "run", *more, "generator.hidden_size=99"))
+    start = load_generator(finished / "network")
+    assert start.made_for == MadeFor(("own",), steps=0)
+    start.made_for, start.gate = MadeFor(("snli",), "chat", steps=0), length_gate(tiny_backbone(), 0.5)
+    start.save_pretrained(tmp_path / "start")
+    more[0] = f"start={tmp_path / 'start'}"
     folder = train_generator(settings(material, tmp_path / "run", *more))
+    again = load_generator(folder)
+    assert again.made_for == MadeFor(("own",), steps=0), "what it was trained on last"
+    assert again.gate is None, "which was calibrated for the start"
     have, want = load_generator(folder).state_dict(), load_generator(finished / "network").state_dict()
     assert have.keys() == want.keys()
     close([have[key] for key in want], list(want.values()), 1e-6)

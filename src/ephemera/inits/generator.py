@@ -93,7 +93,6 @@ class LoraGenerator(OnHub, nn.Module, Init):
             "projections": [[p.kind, p.layer, p.in_features, p.out_features] for p in projections],
             "trained_for": trained_for,
             "reach": checked_reach(reach),
-            "made_for": None if made_for is None else made_for.describe(),
         }
         self.reach: Reach = reach
         self.made_for = made_for
@@ -225,7 +224,8 @@ class LoraGenerator(OnHub, nn.Module, Init):
         """
         kept = {"mean_H", "std_H"}
         state = {key: t if dtype is None or key in kept else t.to(dtype) for key, t in self.state_dict().items()}
-        artifact.save(Path(folder), NAME, self.config, state)
+        made_for = None if self.made_for is None else self.made_for.describe()
+        artifact.save(Path(folder), NAME, {**self.config, "made_for": made_for}, state)
         if self.gate is not None:
             self.gate.save(folder)
 

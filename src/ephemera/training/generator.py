@@ -153,6 +153,9 @@ def train_generator(config: TrainGenerator, *, resume: bool = False) -> Path:
     some = random.Random(config.optimizer.seed).sample(rows, min(NORMALIZATION_PROMPTS, len(rows)))
     generator = start or _fresh(backbone, config, some)
     generator.check(backbone)
+    generator.gate = None  # a start's was calibrated for other weights
+    tasks = tuple(entry.task for entry in config.train.tasks)
+    generator.made_for = MadeFor(tasks, config.train.format, config.generator.reach, steps=0)
     scalenet = _scalenet(backbone, config, some) if config.scalenet else None
     if kept is None:
         begin(config, folder, accelerator)
@@ -207,7 +210,6 @@ def _fresh(backbone: FrozenLM, config: TrainGenerator, rows: Sequence[Encoded]) 
         target_modules=lora.target_modules,
         hidden_size=config.generator.hidden_size,
         reach=config.generator.reach,
-        made_for=MadeFor(tuple(t.task for t in config.train.tasks), config.train.format, config.generator.reach, 0),
     )
     fit_states(backbone, generator, rows)
     return generator
