@@ -26,6 +26,7 @@ from ephemera.config import (
     TrainTaskLora,
     check_config,
 )
+from ephemera.config.base import ModelSettings
 from ephemera.evaluation.accuracy.run import benchmark
 from ephemera.evaluation.adapters.analysis import analyse
 from ephemera.evaluation.nll.grid import evaluate
@@ -33,6 +34,8 @@ from ephemera.evaluation.survey.run import survey
 from ephemera.inits import LoraGenerator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
+from ephemera.llm.quantization import Quantization
+from ephemera.llm.share import Parallel
 from ephemera.made_for import MadeFor
 from ephemera.many.run import run
 from ephemera.rates import PerProjectionRate
@@ -219,3 +222,10 @@ def test_a_setting_that_nothing_reads_would_be_found(monkeypatch):
     assert read == {"train", "train.task", "optimizer", "optimizer.seed"}
     assert {"train.split", "validation.task", "optimizer.samples", "output"} <= leaves - read
     assert not {"train", "optimizer"} & leaves
+
+
+def test_closed_sets_are_those_of_the_modules_that_read_them():
+    """They are written twice, as settings load without torch."""
+    fields = ModelSettings.model_fields
+    assert fields["quantization"].annotation == Quantization
+    assert fields["parallel"].annotation == Parallel

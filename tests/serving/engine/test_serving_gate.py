@@ -6,7 +6,7 @@ import pytest
 
 from ephemera.adaptation import LeftAlone
 from ephemera.gate import Gate
-from ephemera.inits import ZeroInit
+from ephemera.inits import ZeroInit, load_generator
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.made_for import MadeFor
 from ephemera.model import AdaptiveLM
@@ -15,7 +15,7 @@ from ephemera.serving.engine.messages import Report
 from ephemera.serving.engine.methods import Method
 from ephemera.serving.engine.scheduler import Engine
 from serving_fixtures import PROMPTS, collect, job_for, running, text_of
-from tiny_models import length_gate, tiny_backbone
+from tiny_models import generator_of, length_gate, tiny_backbone
 
 
 def network(backbone: FrozenLM, gate: Gate | None) -> PerProjectionRate:
@@ -25,9 +25,9 @@ def network(backbone: FrozenLM, gate: Gate | None) -> PerProjectionRate:
     return rate
 
 
-def served(backbone: FrozenLM, method: Method, prompts) -> list[tuple[str, dict]]:
+def served(backbone: FrozenLM, method: Method, prompts, *, steps: int = 1) -> list[tuple[str, dict]]:
     with running(Engine(backbone)) as engine:
-        found = collect([job_for(backbone, method, p, steps=1, tokens=8) for p in prompts], engine)
+        found = collect([job_for(backbone, method, p, steps=steps, tokens=8) for p in prompts], engine)
     return [(text_of(events), next(e for e in events if isinstance(e, Report)).facts) for events in found]
 
 
@@ -62,6 +62,23 @@ def test_each_prompt_is_judged_by_itself():
     assert texts == want
 
 
+def test_a_generators_gate(tmp_path):
+    """Without a step: short prompts keep the generated adapter, long ones are the base model's."""
+    backbone = tiny_backbone("llama")
+    generator = load_generator(generator_of(tmp_path / "g", backbone)).to(backbone.dtype)
+    prompts = ["The sea", "Give a short answer of the following question. Who wrote it in the winter?", "The mill runs"]
+    plain, free = AdaptiveLM(backbone, rate="none"), AdaptiveLM(backbone, init=generator)
+    want = [lm.generate(p, max_new_tokens=8)[0] for p, lm in zip(prompts, (free, plain, free), strict=True)]
+    assert free.generate(prompts[1], max_new_tokens=8) != want[1:2]
+    generator.gate = length_gate(backbone, 0.5, by_length=9.0, state_size=backbone.hidden_size)
+    texts, adaptation = free.reply(prompts, max_new_tokens=8)
+    server = served(backbone, Method("m", "generated", generator, None, 0), prompts, steps=0)
+    assert texts == [text for text, _ in server] == want
+    notes = [None, LeftAlone.ABSTAINED.words(), None]
+    assert list(adaptation.notes) == [facts["note"] for _, facts in server] == notes
+    assert [facts["abstained"] for _, facts in server] == [False, True, False]
+
+
 def test_a_trust_region_alone():
     """Where no share of the adapter keeps the first token near the base model's, none is kept."""
     backbone = tiny_backbone("llama")
@@ -76,8 +93,8 @@ def test_a_gate_is_for_the_reach_it_was_made_for():
     rate = network(backbone, length_gate(backbone, 0.4))
     everywhere = AdaptiveLM(backbone, rate=rate, reach="all")
     assert everywhere.adapt(PROMPTS[0]).notes[0] != LeftAlone.ABSTAINED.words()
-    assert Method("m", "c", ZeroInit(), rate, 1, "all").gate is None
-    assert Method("m", "c", ZeroInit(), FixedRate(0.1), 1, "answer").gate is None
+    assert Method("m", "c", ZeroInit(), rate, 1, "all").gate(1) is None
+    assert Method("m", "c", ZeroInit(), FixedRate(0.1), 1, "answer").gate(1) is None
     assert AdaptiveLM(backbone, rate=rate).adapt(PROMPTS[0], steps=0).notes == (None,)
     backbone.tokenizer.backend_tokenizer.post_processor = None  # no BOS: "a" is one token
     assert AdaptiveLM(backbone, rate=rate).adapt("a").notes == (LeftAlone.ONE_TOKEN.words(),)

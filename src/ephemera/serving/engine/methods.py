@@ -54,9 +54,8 @@ class Method:
             return self.rate.made_for.format
         return None if self.init is None else self.init.format
 
-    @property
-    def gate(self) -> Gate | None:
-        return None if self.init is None else gate_of(self.rate, self.reach, self.init, self.steps(None))
+    def gate(self, steps: int) -> Gate | None:
+        return None if self.init is None else gate_of(self.rate, self.reach, self.init, steps)
 
     def adapts(self, steps: int) -> bool:
         """Whether an adapter is needed at all: LoRA's own start without a step changes nothing."""
@@ -66,10 +65,9 @@ class Method:
         """As asked, else what the rate was validated at; never more than may be asked for."""
         return min(default_steps(self.rate) if asked is None else asked, self.max_steps)
 
-    @property
-    def started(self) -> bool:
+    def started(self, steps: int) -> bool:
         """Whether a row that is left alone is answered from something else than the base model."""
-        return self.init is not None and self.init.label is not None and self.gate is None
+        return self.init is not None and self.init.label is not None and self.gate(steps) is None
 
     def beyond(self, format: Format, steps: int) -> str | None:
         """What to say where a network answers prompts of another kind than it was trained on."""

@@ -51,7 +51,7 @@ def reports(
         if left is None:
             note = told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K))
         else:
-            note = left.words(started=method.started)
+            note = left.words(started=method.started(job.steps))
         facts = {
             "method": method.name,
             "steps": job.steps,
