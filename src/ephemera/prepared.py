@@ -53,6 +53,19 @@ class Prepared:
         rates_BM = self.rates_BM(rate)
         return replace(self.made, lora=self.step(rates_BM), rates_BKM=rates_BM[:, None], h_BH=self.h_BH)
 
+    def unstepped(self, lora: LoraBatch) -> Adaptation:
+        """What `adapt` gives for no step from these adapters, over the base model's reading."""
+        made = self.made
+        return replace(
+            made,
+            lora=lora,
+            initial_lora=lora,
+            prompt_nll_BK=made.prompt_nll_BK[:, :0],
+            rates_BKM=made.rates_BKM[:, :0],
+            fallback_B=torch.zeros_like(made.fallback_B),
+            grads=[],
+        )
+
     def read(self, lora: LoraBatch | None) -> Prefill:
         """The prompts read by the base model; with adapters, which act from the last token on."""
         reading = self.made.reading

@@ -165,7 +165,16 @@ class Analyse(Settings):
 
 
 SurveyMethod = Literal[
-    "none", "uniform", "constants", "network", "ungated", "swapped", "generated", "generated-swapped", "lora"
+    "none",
+    "uniform",
+    "constants",
+    "network",
+    "ungated",
+    "swapped",
+    "generated",
+    "generated-ungated",
+    "generated-swapped",
+    "lora",
 ]
 
 
@@ -195,7 +204,7 @@ class Survey(Settings):
             raise ValueError("methods has constants: give their folder (constants=FOLDER), or leave the method out")
         if "lora" in self.methods and self.lora is None:
             raise ValueError("methods has lora: give the adapter's folder (lora=FOLDER), or leave the method out")
-        if self.generator is None and {"generated", "generated-swapped"} & set(self.methods):
+        if self.generator is None and any(m.startswith("generated") for m in self.methods):
             raise ValueError("methods has generated: give a generator (generator=FOLDER), or leave the method out")
         if not {"none", "network"} <= set(self.methods):
             raise ValueError("methods needs none, the base model, and network, which is compared with it")

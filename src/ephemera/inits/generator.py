@@ -231,7 +231,7 @@ class LoraGenerator(OnHub, nn.Module, Init):
 
 
 def last_state(hidden_BTD: Tensor, batch: TokenBatch) -> Tensor:
-    """h [B,D] in float32: each row's last real token's state, on either padding side."""
+    """h [B,D] in float32: each row's last real token's state, on either padding side, or the only one that was kept."""
     rows_B = torch.arange(hidden_BTD.shape[0], device=hidden_BTD.device)
     places_BT = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) * batch.mask_BT
     return hidden_BTD[rows_B, places_BT.argmax(1)].float()

@@ -11,6 +11,7 @@ from ephemera.evaluation.shared.records import RECORDS, SurveyRecord, read_json,
 from ephemera.evaluation.survey.report import changed
 from ephemera.evaluation.survey.run import survey
 from ephemera.evaluation.survey.tables import cells_of, verdict
+from ephemera.inits import load_generator
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
 from ephemera.made_for import MadeFor, Reach
@@ -100,6 +101,30 @@ def test_generated_adapters(material, llama_folder, tmp_path):
     assert all((r.text is not None) == (r.method == "generated") for r in records)
     with pytest.raises(ValueError, match=r"reach all; a survey compares reach answer"):
         survey(settings(material, llama_folder, tmp_path / "x", generator=str(tmp_path / "all"), **more))
+
+
+def test_a_gated_generator(material, llama_folder, tmp_path):
+    """Under its gate as AdaptiveLM applies it, some rows left alone; whole as without the gate's file."""
+    lm = AdaptiveLM.from_pretrained(str(llama_folder), rate="none", dtype="float32", device="cpu")
+    generator = load_generator(generator_of(tmp_path / "gated", lm.backbone, "answer"))
+    generator.gate = length_gate(lm.backbone, 0.5, by_length=50.0, tokens=9.5, state_size=lm.backbone.hidden_size)
+    generator.save_pretrained(tmp_path / "gated")
+    more = {"methods": ["none", "network", "generated", "generated-ungated"], "generate": ["generated"]}
+    folder = survey(settings(material, llama_folder, tmp_path / "run", generator=str(tmp_path / "gated"), **more))
+    records = read_records(folder / RECORDS, SurveyRecord)
+    by = {m: {r.id: r for r in records if r.method == m} for m in ("none", "generated", "generated-ungated")}
+    made = AdaptiveLM.from_pretrained(str(llama_folder), init=tmp_path / "gated", dtype="float32", device="cpu")
+    prompts, answers = [r["prompt"] for r in ROWS], [r["answer"] for r in ROWS]
+    adapted = made.adapt(prompts)
+    assert adapted.share_B is not None
+    assert sorted(r.share for r in by["generated"].values()) == sorted(adapted.share_B.tolist())
+    wanted = made.answer_nll(prompts, answers, adapted).tolist()
+    assert sorted(r.nll for r in by["generated"].values()) == pytest.approx(sorted(wanted), abs=1e-4)
+    alone = [i for i, r in by["generated"].items() if r.share == 0]
+    assert 0 < len(alone) < len(ROWS)
+    assert all(by["generated"][i].nll == pytest.approx(by["none"][i].nll, abs=1e-5) for i in alone)
+    assert all(r.share == 1 and abs(r.nll - by["none"][i].nll) > 1e-3 for i, r in by["generated-ungated"].items())
+    assert sum(c.abstained * c.n for c in cells_of(records) if c.method == "generated") == pytest.approx(len(alone))
 
 
 def test_what_changed():

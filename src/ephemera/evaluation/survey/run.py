@@ -17,12 +17,16 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from ephemera.adaptation import Adaptation
+from ephemera.batch import TokenBatch
+from ephemera.begin import from_base
 from ephemera.config import Survey
 from ephemera.evaluation.shared.progress import STOPPED
 from ephemera.evaluation.shared.records import RUN, RecordFile, SurveyRecord, write_json
 from ephemera.evaluation.shared.rouge import rouge_lsum
 from ephemera.evaluation.survey.report import write_survey_report
 from ephemera.evaluation.survey.tables import write_tables
+from ephemera.gate import Gate
 from ephemera.guard import guard
 from ephemera.inits import LoraGenerator, PeftInit, ZeroInit, load_generator
 from ephemera.llm.frozen_lm import FrozenLM
@@ -86,27 +90,34 @@ class Methods:
             batch = prompt_batch(self.backbone, rows)
             return Answered(prefill(self.backbone, batch, self.lora(self.backbone, batch, [0] * len(rows))), one_B)
         if method.startswith("generated"):
-            return Answered(self._generated(ready, swapped=method != "generated"), one_B)
+            return self._generated(ready, method)
         trace = ready.adapted(self.rules[method])
         if method == "swapped":  # each prompt with its neighbour's adapter
             return Answered(ready.read(trace.lora.rows(torch.arange(len(rows)).roll(1))), one_B)
         gate = self.network.gate if method == "network" else None
-        if gate is None:
-            return Answered(ready.read(trace.lora), one_B)
-        made, read = guard(gate, self.backbone, ready.batch, trace)
-        assert made.share_B is not None
-        assert made.kl_B is not None
-        return Answered(read, made.share_B.cpu(), made.kl_B.cpu())
+        return Answered(ready.read(trace.lora), one_B) if gate is None else _guarded(gate, self.backbone, ready.batch, trace)
 
-    def _generated(self, ready: Prepared, *, swapped: bool) -> Prefill:
-        """Adapters from the base model's own reading, each prompt's or its neighbour's."""
+    def _generated(self, ready: Prepared, method: str) -> Answered:
+        """Adapters from the base model's own reading: each prompt's, as the generator's gate leaves them or whole, or its
+        neighbour's."""
         reading, generator = ready.made.reading, self.generator
         assert reading is not None
         assert generator is not None
-        lora = generator.lora(self.backbone.projections, reading.hidden_BTD[:, -1].float())
-        if swapped:
+        lora = generator.after(self.backbone, ready.batch, reading)
+        if method == "generated-swapped":
             lora = lora.rows(torch.arange(len(lora.B_BN)).roll(1))
-        return prefill(self.backbone, ready.batch, lora, reach="answer", cached=reading)
+        gate = generator.gate if method == "generated" else None
+        if gate is None:
+            whole_B = torch.ones(len(lora.B_BN))
+            return Answered(prefill(self.backbone, ready.batch, lora, reach="answer", cached=reading), whole_B)
+        return _guarded(gate, self.backbone, ready.batch, from_base(ready.unstepped(lora), ready.batch))
+
+
+def _guarded(gate: Gate, backbone: FrozenLM, batch: TokenBatch, made: Adaptation) -> Answered:
+    made, read = guard(gate, backbone, batch, made)
+    assert made.share_B is not None
+    assert made.kl_B is not None
+    return Answered(read, made.share_B.cpu(), made.kl_B.cpu())
 
 
 def survey(config: Survey) -> Path:
