@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ephemera.lora import LoraBatch
     from ephemera.model import AdaptiveLM
     from ephemera.rates import AveragedRate, FixedRate, ScaleNet, load_rate
+    from ephemera.together import SharedAdapter
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FixedRate",
     "LoraBatch",
     "ScaleNet",
+    "SharedAdapter",
     "ZeroInit",
     "as_generate",
     "load_rate",
@@ -36,6 +38,8 @@ def __getattr__(name: str) -> Any:
         from ephemera.as_generate import as_generate as found
     elif name == "LoraBatch":
         from ephemera.lora import LoraBatch as found
+    elif name == "SharedAdapter":
+        from ephemera.together import SharedAdapter as found
     elif name == "ZeroInit":
         from ephemera.inits import ZeroInit as found
     elif name in __all__:

@@ -50,3 +50,10 @@ def test_a_plain_answer_ends_with_the_tokenizers_end_token(smol):
     made.eos_token = None
     with pytest.raises(ValueError, match=r"no token that ends a text; leave end_token off"):
         end_of_answer(made, chat=False)
+
+
+def test_a_template_that_takes_no_answers_is_refused(smol):
+    made = copy.deepcopy(smol)
+    made.chat_template = "{% for m in messages %}{% if m['role'] != 'user' %}{{ raise_exception('questions only') }}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match=r"refuses a question and its answer: questions only\. Leave end_token off"):
+        end_of_answer(made, chat=True)

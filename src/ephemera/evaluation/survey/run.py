@@ -95,7 +95,11 @@ class Methods:
         if method == "swapped":  # each prompt with its neighbour's adapter
             return Answered(ready.read(trace.lora.rows(torch.arange(len(rows)).roll(1))), one_B)
         gate = self.network.gate if method == "network" else None
-        return Answered(ready.read(trace.lora), one_B) if gate is None else _guarded(gate, self.backbone, ready.batch, trace)
+        return (
+            Answered(ready.read(trace.lora), one_B)
+            if gate is None
+            else _guarded(gate, self.backbone, ready.batch, trace)
+        )
 
     def _generated(self, ready: Prepared, method: str) -> Answered:
         """Adapters from the base model's own reading: each prompt's, as the generator's gate leaves them or whole, or its

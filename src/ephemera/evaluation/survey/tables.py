@@ -90,7 +90,7 @@ def table_of(cells: Sequence[SurveyCell]) -> Table:
         ]
         for c in cells
     ]
-    return Table("What one step does to the answers", NOTE, header, rows, labels=2)
+    return Table("What adapting does to the answers", NOTE, header, rows, labels=2)
 
 
 def write_tables(folder: Path, records: Sequence[SurveyRecord], run: dict[str, Any]) -> None:
