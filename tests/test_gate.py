@@ -22,7 +22,7 @@ from ephemera.llm.prefill import prefill
 from ephemera.llm.share import Share
 from ephemera.made_for import MadeFor
 from ephemera.model import AdaptiveLM
-from ephemera.rates import AveragedRate, PerProjectionRate, load_rate
+from ephemera.rates import AveragedRate, FixedRate, PerProjectionRate, load_rate
 from ephemera.training.gate import auroc, calibrated, fit, most_harmed, out_of_fold, train_gate
 from ephemera.training.gate_rows import Measured
 from reference import close, merged_model
@@ -75,6 +75,35 @@ def test_a_trust_region_that_no_share_is_in(llama):
     assert share_B.tolist() == kl_B.tolist() == [0.0] * 3
     answers = [[5, 6], [7], [8, 9]]
     close(read.answer_nll(answers), prefill(llama, batch, None).answer_nll(answers), 1e-9)
+
+
+def first_token_kl_everywhere(backbone, trace, row: int, share: float) -> float:
+    """As `first_token_kl`, of adapters that act on the prompt too."""
+    ids = torch.tensor([PROMPTS[row]])
+    shrunk = trace.lora.with_tensors([*trace.lora.A, *(b * share for b in trace.lora.B)])
+    with torch.no_grad():
+        base = backbone.model(ids).logits[0, -1].log_softmax(-1)
+        own = merged_model(backbone, shrunk, row)(ids).logits[0, -1].log_softmax(-1)
+    return (own.exp() * (own - base)).sum().item()
+
+
+@pytest.mark.parametrize(("reach", "eta"), [("answer", 3.0), ("all", 0.5)])
+def test_a_bound_without_a_gate_by_merged_weights(llama, reach, eta):
+    batch = left(PROMPTS)
+    start, rate = ZeroInit(init_std=0.3), FixedRate(eta, reach=reach)
+    free, _ = adapt_from(llama, batch, start, [0] * 3, rate, 1, reach)
+    far = first_token_kl if reach == "answer" else first_token_kl_everywhere
+    whole = [far(llama, free, row, 1.0) for row in range(3)]
+    bound = max(max(whole) / 3, min(whole)) + 1e-9
+    made, read = adapt_from(llama, batch, start, [0] * 3, rate, 1, reach, max_kl=bound)
+    assert made.share_B is not None
+    assert made.kl_B is not None
+    assert read is not None
+    assert 0 < made.share_B.min() < made.share_B.max() == 1
+    for row in range(3):
+        assert made.kl_B[row].item() == pytest.approx(far(llama, made, row, 1.0), abs=1e-5)
+        assert made.kl_B[row] <= bound + 1e-6
+        close(made.lora.B[0][row], free.lora.B[0][row] * made.share_B[row], 1e-12)
 
 
 def test_a_row_left_alone_is_the_base_models(llama):

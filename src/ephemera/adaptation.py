@@ -43,6 +43,7 @@ class LeftAlone(Enum):
     ONE_TOKEN = "one-token prompt: nothing to learn from, answered {how}"
     NOT_FINITE = "non-finite loss or update: answered {how}"
     ABSTAINED = "abstained: adapting to this prompt would probably make its answer worse, answered {how}"
+    TOO_FAR = "the adapter would move the answer's first token further than the server allows, answered {how}"
 
     def words(self, *, started: bool = False) -> str:
         """`started`: that start is not the base model."""

@@ -11,7 +11,7 @@ from ephemera.adapt import adapt
 from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.gate import Gate
-from ephemera.guard import guard
+from ephemera.guard import bounded, guard
 from ephemera.inits import Init
 from ephemera.inits.generator import last_state
 from ephemera.llm.frozen_lm import FrozenLM
@@ -39,8 +39,11 @@ def gate_of(rule: Rate | None, reach: Reach, init: Init, steps: int) -> Gate | N
 def from_base(made: Adaptation, batch: TokenBatch) -> Adaptation:
     """Generated adapters as a change of the base model: a gate's share of zero is then the base model's answer."""
     assert made.reading is not None, "a generator with reach answer begins there"
-    base = made.lora.with_buffers(made.lora.A_BN, torch.zeros_like(made.lora.B_BN))
-    return replace(made, initial_lora=base, h_BH=last_state(made.reading.hidden_BTD, batch))
+    return replace(_no_start(made), h_BH=last_state(made.reading.hidden_BTD, batch))
+
+
+def _no_start(made: Adaptation) -> Adaptation:
+    return replace(made, initial_lora=made.lora.with_buffers(made.lora.A_BN, torch.zeros_like(made.lora.B_BN)))
 
 
 def adapt_from(
@@ -53,11 +56,12 @@ def adapt_from(
     reach: Reach,
     *,
     after_step: Callable[[int], None] | None = None,
+    max_kl: float | None = None,
 ) -> tuple[Adaptation, Prefill | None]:
-    """`adapt` from an init, and what the gate leaves of its adapters.
+    """`adapt` from an init, and what the gate leaves of its adapters; and what a bound on the first token's KL leaves.
 
     With reach `answer` the prompts are read without adapters once: by the first step from B = 0, or for a generator's h.
-    The prompts as they were read then are the gate's; None without one.
+    The prompts as they were read then are the gate's or the bound's; None without either.
     """
     reading = None
     with torch.no_grad():
@@ -71,6 +75,9 @@ def adapt_from(
     if reading is not None:
         made = made.with_reading(reading)
     gate = gate_of(rule, reach, init, steps)
-    if gate is None:
+    if gate is None and max_kl is None:
         return made, None
-    return guard(gate, backbone, batch, made if init.zero else from_base(made, batch))
+    if gate is not None:
+        return guard(gate, backbone, batch, made if init.zero else from_base(made, batch), max_kl)
+    assert max_kl is not None
+    return bounded(max_kl, backbone, batch, _no_start(made) if init.reads_prompts else made, reach)

@@ -14,15 +14,20 @@ from torch import Tensor
 from ephemera.adaptation import Adaptation
 from ephemera.batch import TokenBatch
 from ephemera.gate import SHARES, Gate
-from ephemera.llm.cached_layers import CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import Prefill, prefill, whole_reading
 from ephemera.lora import LoraBatch
+from ephemera.made_for import Reach
 
 
 @torch.no_grad()
-def guard(gate: Gate, backbone: FrozenLM, batch: TokenBatch, made: Adaptation) -> tuple[Adaptation, Prefill]:
-    """What the gate leaves of the adapters, and the prompts read with those: no prompt is read a second time."""
+def guard(
+    gate: Gate, backbone: FrozenLM, batch: TokenBatch, made: Adaptation, max_kl: float | None = None
+) -> tuple[Adaptation, Prefill]:
+    """What the gate leaves of the adapters, and the prompts read with those: no prompt is read a second time.
+
+    `max_kl`: a bound beside the gate's own trust region.
+    """
     h_BH = made.h_BH
     assert h_BH is not None, "the rate looks at h(x), or the generator at its own h"
     reading = whole_reading(backbone, batch, made.reading)
@@ -31,13 +36,37 @@ def guard(gate: Gate, backbone: FrozenLM, batch: TokenBatch, made: Adaptation) -
     risk_BS = gate.risk_BS(signals(base_BV, batch, made), h_BH)
     share_B = gate.share_B(risk_BS)
     share_B = torch.where(made.fallback_B, 0.0, share_B)
-    read, share_B, kl_B = trusted(backbone, batch, made, share_B, gate.tau, base_BV)
+    tau = gate.tau if max_kl is None else min(gate.tau, max_kl)
+    read, share_B, kl_B = trusted(backbone, batch, made, share_B, tau, base_BV)
+    assert read.lora is not None
+    return replace(made, lora=read.lora, share_B=share_B, kl_B=kl_B), read
+
+
+@torch.no_grad()
+def bounded(
+    max_kl: float, backbone: FrozenLM, batch: TokenBatch, made: Adaptation, reach: Reach
+) -> tuple[Adaptation, Prefill]:
+    """Adapters that move the first token's distribution by `max_kl` nats at most, and the prompts read with those.
+
+    Without a gate, for either reach: with reach `all` each try reads the prompts again.
+    """
+    if reach == "answer":
+        made = made.with_reading(whole_reading(backbone, batch, made.reading))
+    base_BV = log_p(backbone, read_with(backbone, batch, made, 0.0, reach).hidden_BTD[:, -1])
+    whole_B = torch.where(made.fallback_B, 0.0, 1.0)
+    read, share_B, kl_B = trusted(backbone, batch, made, whole_B, max_kl, base_BV, reach)
     assert read.lora is not None
     return replace(made, lora=read.lora, share_B=share_B, kl_B=kl_B), read
 
 
 def trusted(
-    backbone: FrozenLM, batch: TokenBatch, made: Adaptation, share_B: Tensor, tau: float, base_BV: Tensor
+    backbone: FrozenLM,
+    batch: TokenBatch,
+    made: Adaptation,
+    share_B: Tensor,
+    tau: float,
+    base_BV: Tensor,
+    reach: Reach = "answer",
 ) -> tuple[Prefill, Tensor, Tensor]:
     """The prompts read with a share of their adapters; rows whose first-token distribution is then further than `tau` from
     the base model's are shrunk until it is not.
@@ -46,7 +75,7 @@ def trusted(
     log-probabilities.
     """
     while True:
-        read = read_with(backbone, batch, made, share_B)
+        read = read_with(backbone, batch, made, share_B, reach)
         kl_B = torch.where(share_B > 0, kl(log_p(backbone, read.hidden_BTD[:, -1]), base_BV), 0.0)
         out_B = ~(kl_B <= tau) & (share_B > 0)
         if not backbone.anywhere(bool(out_B.any())):
@@ -57,10 +86,11 @@ def trusted(
         share_B = torch.where(out_B, torch.where(smaller_B < SHARES[-1], 0.0, smaller_B), share_B)
 
 
-def read_with(backbone: FrozenLM, batch: TokenBatch, made: Adaptation, share: Tensor | float) -> Prefill:
-    """The prompts with a share of their adapters, for all rows or [B], over the base model's reading of them."""
-    lora = shrunk(made, share)
-    return prefill(backbone, batch, lora, made.initial_lora, reach="answer", cached=_reading(made))
+def read_with(
+    backbone: FrozenLM, batch: TokenBatch, made: Adaptation, share: Tensor | float, reach: Reach = "answer"
+) -> Prefill:
+    """The prompts with a share of their adapters, for all rows or [B]; with reach `answer` over what was read of them."""
+    return prefill(backbone, batch, shrunk(made, share), made.initial_lora, reach=reach, cached=made.reading)
 
 
 def shrunk(made: Adaptation, share: Tensor | float) -> LoraBatch:
@@ -95,8 +125,3 @@ def log_p(backbone: FrozenLM, h_BD: Tensor) -> Tensor:
 def kl(p_BV: Tensor, q_BV: Tensor) -> Tensor:
     """KL(p || q) [B] in nats, of log-probabilities."""
     return (p_BV.exp() * (p_BV - q_BV)).sum(1)
-
-
-def _reading(made: Adaptation) -> CachedLayers:
-    assert made.reading is not None, "the base model's whole reading was kept"
-    return made.reading

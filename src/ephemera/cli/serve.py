@@ -78,6 +78,15 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more get 429.")] = 256,
     max_steps: Annotated[int, typer.Option(min=1, help="Most steps a request may ask for.")] = 8,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help="Most nats of KL by which an adapter may move an answer's first token; it is shrunk until it does. "
+            "Default: no bound.",
+            show_default=False,
+        ),
+    ] = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt.")] = 4096,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request body, in bytes.")] = 1 << 20,
@@ -96,6 +105,7 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         max_steps=max_steps,
+        max_kl=max_kl,
         max_prompt_tokens=max_prompt_tokens,
         max_tokens=max_tokens,
         max_body=max_body,

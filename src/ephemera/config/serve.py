@@ -33,6 +33,11 @@ class Serve(Settings):
     init: str = Field(default="zero", description="where adapters start: zero, a generator, or a plain PEFT LoRA")
     steps: int | None = Field(default=None, ge=0, description="of a request that names none; default: as validated")
     reach: Reach | None = Field(default=None, description="default: as each rate was trained for")
+    max_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="most nats of KL by which an adapter moves an answer's first token; default: no bound",
+    )
     api_keys: list[str] = Field(default=[], repr=False, description="one of these must be sent; none: anyone may ask")
     cors: list[str] = Field(default=[], description="origins whose pages may call")
     max_batch: int = Field(default=32, ge=1, description="answers decoded together")

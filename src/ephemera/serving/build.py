@@ -53,5 +53,6 @@ def _load(settings: Serve) -> tuple[AdaptiveLM, list[Method]]:
         defaults=found.defaults,
         most_steps=settings.max_steps,
         reach=settings.reach,
+        max_kl=settings.max_kl,
     )
     return lm, known

@@ -98,3 +98,19 @@ def test_a_gate_is_for_the_reach_it_was_made_for():
     assert AdaptiveLM(backbone, rate=rate).adapt(PROMPTS[0], steps=0).notes == (None,)
     backbone.tokenizer.backend_tokenizer.post_processor = None  # no BOS: "a" is one token
     assert AdaptiveLM(backbone, rate=rate).adapt("a").notes == (LeftAlone.ONE_TOKEN.words(),)
+
+
+@pytest.mark.parametrize("reach", ["answer", "all"])
+def test_a_servers_bound(tmp_path, reach):
+    """Of every kind of adapter nothing is left under a bound that none keeps, and all under one that all keep."""
+    backbone = tiny_backbone("llama")
+    generator = load_generator(generator_of(tmp_path / "g", backbone, reach)).to(backbone.dtype)
+    base = AdaptiveLM(backbone, rate="none").generate(list(PROMPTS[:3]), max_new_tokens=8)
+    for init, rate, steps in ((ZeroInit(), FixedRate(30.0, reach=reach), 1), (generator, None, 0)):
+        free = Method("m", "free", init, rate, steps)
+        wide, none = (Method("m", "bounded", init, rate, steps, None, kl) for kl in (1e3, 1e-12))
+        whole, same, left = (served(backbone, m, PROMPTS[:3], steps=steps) for m in (free, wide, none))
+        assert [text for text, _ in same] == [text for text, _ in whole] != base
+        assert [text for text, _ in left] == base
+        assert {facts["note"] for _, facts in left} == {LeftAlone.TOO_FAR.words()}
+        assert {facts["abstained"] for _, facts in left} == {False}

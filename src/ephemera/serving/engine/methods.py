@@ -33,7 +33,8 @@ FIXED = 0.05  # the paper's (LDTTA 4.1)
 class Method:
     """One model id: no start and no rate is the model itself. `max_steps`: the most that a request may ask for.
 
-    `asked_reach`: where adapters act, if not as the rate was trained for.
+    `asked_reach`: where adapters act, if not as the rate was trained for. `max_kl`: how far an adapter may move the first
+    token's distribution, in nats.
     """
 
     model_id: str
@@ -42,6 +43,7 @@ class Method:
     rate: Rate | None
     max_steps: int
     asked_reach: Reach | None = None
+    max_kl: float | None = None
 
     @property
     def reach(self) -> Reach:
@@ -67,7 +69,9 @@ class Method:
 
     def started(self, steps: int) -> bool:
         """Whether a row that is left alone is answered from something else than the base model."""
-        return self.init is not None and self.init.label is not None and self.gate(steps) is None
+        if self.init is None or self.init.label is None:
+            return False
+        return self.gate(steps) is None and not (self.max_kl is not None and self.init.reads_prompts)
 
     def beyond(self, format: Format, steps: int) -> str | None:
         """What to say where a network answers prompts of another kind than it was trained on."""
@@ -115,11 +119,12 @@ def build(
     defaults: Mapping[Format, Rate] | None = None,
     most_steps: int = 8,
     reach: Reach | None = None,
+    max_kl: float | None = None,
 ) -> list[Method]:
     """Every method that these make, the unadapted model first. ValueError where one does not fit the model.
 
     The networks of `defaults` share one model id: a request's format chooses between them (`find`). `reach`: of all
-    methods, in place of each rate's own.
+    methods, in place of each rate's own. `max_kl`: bounds the adapters of all methods.
     """
     started = AdaptiveLM(backbone, init=init).init
     starts: list[tuple[str, Init]] = [] if started.label is None else [(started.label, started)]
@@ -135,7 +140,7 @@ def build(
 
     def add(name: str, start: Init, rule: Rate | None) -> None:
         most = 0 if rule is None else min(most_steps, rule.max_steps or most_steps)
-        methods.append(Method(f"{model}:{name}", name, start, rule, most, reach))
+        methods.append(Method(f"{model}:{name}", name, start, rule, most, reach, max_kl))
 
     for rule in (defaults or {}).values():
         add(DEFAULT, zero, place_rate(rule, backbone))

@@ -47,6 +47,8 @@ def reports(
     for row, (job, fell, alone) in enumerate(zip(group, fell_B.tolist(), alone_B.tolist(), strict=True)):
         method, seen_K = job.method, nll_BK[row]
         left = left_alone(fell_back=fell, tokens=len(job.ids), steps=job.steps, abstained=alone)
+        if left is LeftAlone.ABSTAINED and method.gate(job.steps) is None:  # what is left is the bound's
+            left = LeftAlone.TOO_FAR
         nll_K = (*seen_K, *last_B[row])
         if left is None:
             note = told(method.beyond(job.format, job.steps), risen(nll_K if _whole(job) else seen_K))

@@ -195,6 +195,7 @@ class Engine:
                 steps,
                 method.reach,
                 after_step=lambda k: self._between(group, k, steps),
+                max_kl=method.max_kl,
             )
         seconds = time.perf_counter() - start
         if made is None:
