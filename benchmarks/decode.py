@@ -27,6 +27,7 @@ from ephemera.bench.contenders import INIT, encoded
 from ephemera.bench.prompts import LENGTHS
 from ephemera.bench.timing import machine, machine_lines, native_dtypes, spread, timed, turns
 from ephemera.downloads import DEFAULT_MODEL
+from ephemera.llm.cached_layers import CACHE
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill
@@ -70,7 +71,7 @@ class Decoding:
                 ids = self.backbone.model.generate(  # pyright: ignore[reportCallIssue]
                     input_ids=self.batch.ids_BT,
                     attention_mask=self.batch.mask_BT.long(),
-                    past_key_values=cache,
+                    **{CACHE: cache},
                     pad_token_id=self.backbone.pad_id,
                     **self.settings,
                 )

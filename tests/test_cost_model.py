@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ephemera.cost import DEVICES, from_config, shape_of, shipped_shapes
+from ephemera.llm.cached_layers import cache_of
 from tiny_models import CONFIGS, random_lora, tiny_backbone
 
 SHIPPED = {
@@ -77,7 +78,7 @@ def test_a_tiny_model(architecture):
     masked = 2 * 24**2 * shape.heads * shape.head_dim * shape.layers  # what eager attention computes above the diagonal
     assert shape.forward_flops(24) + masked == counter.get_total_flops()
     with torch.no_grad():
-        cache = backbone.model(ids[:, :5], use_cache=True).past_key_values  # within every sliding window
+        cache = cache_of(backbone.model(ids[:, :5], use_cache=True))  # within every sliding window
     assert shape.cache_values(5) == sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
 
 

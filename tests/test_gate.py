@@ -17,6 +17,7 @@ from ephemera.config import TrainGate
 from ephemera.gate import SHARES, SIGNALS, load_gate
 from ephemera.guard import guard, log_p, read_with, signals, trusted
 from ephemera.inits import ZeroInit, load_generator
+from ephemera.llm.cached_layers import CACHE, cache_of
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.prefill import prefill
 from ephemera.llm.share import Share
@@ -50,9 +51,9 @@ def first_token_kl(backbone, trace, row: int, share: float) -> float:
     shrunk = trace.lora.with_tensors([*trace.lora.A, *(b * share for b in trace.lora.B)])
     with torch.no_grad():
         base = backbone.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        cache = backbone.model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values
+        cache = cache_of(backbone.model(torch.tensor([ids[:-1]]), use_cache=True))
         model = merged_model(backbone, shrunk, row)
-        own = model(torch.tensor([[ids[-1]]]), past_key_values=cache).logits[0, -1].log_softmax(-1)
+        own = model(torch.tensor([[ids[-1]]]), **{CACHE: cache}).logits[0, -1].log_softmax(-1)
     return (own.exp() * (own - base)).sum().item()
 
 

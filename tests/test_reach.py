@@ -22,6 +22,7 @@ from ephemera.fast.llama_layer import can_fuse
 from ephemera.fast.packing import Layout
 from ephemera.fast.shared_prefix import common
 from ephemera.inits import PeftInit, ZeroInit
+from ephemera.llm.cached_layers import CACHE, cache_of
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import Prefill, prefill
@@ -62,16 +63,16 @@ class Slow:
         before: DynamicCache | None = None
         if len(ids) > 1:
             with torch.no_grad():
-                before = self.model(input_ids=torch.tensor([self.ids[:-1]]), use_cache=True).past_key_values
+                before = cache_of(self.model(input_ids=torch.tensor([self.ids[:-1]]), use_cache=True))
         self.known = {(): self._next(self.ids[-1], before)}  # what followed so far: logits [V], cache
 
     def _next(self, token: int, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
         if cache is not None:  # one that grows by itself: its layers join tensors and leave the old ones alone
             layers, cache = [copy.copy(layer) for layer in cache.layers], copy.copy(cache)
             cache.layers = layers
-        inputs = {"input_ids": torch.tensor([[token]]), "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": torch.tensor([[token]]), CACHE: cache, "use_cache": True}
         out = torch.func.functional_call(self.model, self.weights, (), inputs)
-        return out.logits[0, -1], out.past_key_values
+        return out.logits[0, -1], cache_of(out)
 
     def logits(self, *tokens: int) -> Tensor:
         """[V] after these tokens of an answer."""
@@ -217,7 +218,7 @@ def check_reading(backbone: FrozenLM, prompts: Sequence[list[int]], batch: Token
     for b, ids in enumerate(prompts):
         out = backbone.decoder(input_ids=torch.tensor([ids]), use_cache=True)
         close(reading.hidden_BTD[b, batch.mask_BT[b]], out.last_hidden_state[0])
-        for have, want in zip(reading.cache.layers, out.past_key_values.layers, strict=True):
+        for have, want in zip(reading.cache.layers, cache_of(out).layers, strict=True):
             n = want.keys.shape[2]  # transformers keeps what a window needs
             close(have.keys[b][:, batch.mask_BT[b]][:, -n:], want.keys[0])
             close(have.values[b][:, batch.mask_BT[b]][:, -n:], want.values[0])

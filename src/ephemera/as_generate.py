@@ -18,6 +18,7 @@ from ephemera.adaptation import steps_of
 from ephemera.batch import TokenBatch
 from ephemera.begin import adapt_from, reach_of
 from ephemera.inits import Init, load_init
+from ephemera.llm.cached_layers import CACHE
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import frozen_lm
 from ephemera.llm.prefill import Prefill, prefill, whole_reading
@@ -72,7 +73,7 @@ def as_generate(
                 if repeats > 1:
                     read.cache.batch_repeat_interleave(repeats)
                 backbone.make_room(read.cache, generation_config.max_new_tokens)
-                given["past_key_values"] = read.cache
+                given[CACHE] = read.cache
             with backbone.decoding(lora)():
                 return method(model, input_ids, generation_config=generation_config, **given)
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ephemera.fast.decode import DecodeLinear, GrowingLayer, decoding, make_room, mergeable, merged, prepared
+from ephemera.llm.cached_layers import CACHE
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.prefill import prefill
 from ephemera.llm.replaced import replaced
@@ -162,7 +163,7 @@ def test_tokens_are_those_of_transformers_generate_under_attached_adapters(archi
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     with attach(backbone.model, lora):
         ids = backbone.model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), past_key_values=DynamicCache(), **settings
+            input_ids=batch.ids_BT, attention_mask=batch.mask_BT.long(), **{CACHE: DynamicCache()}, **settings
         )
     want = ids[:, batch.ids_BT.shape[1] :].tolist()
     assert prefill(backbone, batch, lora).generate(**settings) == want

@@ -9,6 +9,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from ephemera.batch import TokenBatch, pad
 from ephemera.llm import load as load_module
+from ephemera.llm.cached_layers import CACHE
 from ephemera.llm.frozen_lm import describe
 from ephemera.llm.load import load_backbone
 from ephemera.llm.projections import find_projections
@@ -94,7 +95,7 @@ def test_fused_rows_are_what_they_are_called(architecture):
         cache, seen = DynamicCache(), {}
         attention = model.get_submodule(projections["q"].module.rpartition(".")[0])
         out = attention.register_forward_hook(lambda _m, _a, result: seen.update(out=result[0]))
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **{CACHE: cache})
         out.remove()
         return {"k": cache.layers[0].keys, "v": cache.layers[0].values, "out": seen["out"]}
 

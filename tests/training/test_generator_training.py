@@ -15,6 +15,7 @@ from torch import nn
 from ephemera.config import JointSettings, MixtureSettings, MixtureTask, OptimizerSettings, TrainGenerator, load_config
 from ephemera.fast.vocab_loss import Head
 from ephemera.inits import LoraGenerator, load_generator
+from ephemera.llm.cached_layers import CACHE, cache_of
 from ephemera.made_for import MadeFor
 from ephemera.rates import ScaleNet, load_rate
 from ephemera.scoring import Encoded, prompt_batch
@@ -434,11 +435,9 @@ def slow_reach_nll(backbone, lora, row: int, rows: list[Encoded]) -> torch.Tenso
     """By transformers' own forward: the base model's cache, then the last prompt token and the answer with merged weights."""
     prompt, answer = rows[row].prompt, rows[row].answer
     with torch.no_grad():
-        cache = backbone.model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
+        cache = cache_of(backbone.model(torch.tensor([prompt[:-1]]), use_cache=True))
     fed = torch.tensor([[prompt[-1], *answer[:-1]]])
-    output = torch.func.functional_call(
-        backbone.model, merged_weights(backbone, lora, row), (fed,), {"past_key_values": cache}
-    )
+    output = torch.func.functional_call(backbone.model, merged_weights(backbone, lora, row), (fed,), {CACHE: cache})
     return nn.functional.cross_entropy(output.logits[0], torch.tensor(answer))
 
 

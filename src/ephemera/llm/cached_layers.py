@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ephemera.llm.replaced import Place, replaced
+
+# What transformers calls a model's cache: since 5.24 it warns of the older name
+CACHE = "cache" if any(f.name == "cache" for f in fields(BaseModelOutputWithPast)) else "past_key_values"
+
+
+def cache_of(output: Any) -> Cache | None:
+    """What a model's output holds in its cache."""
+    return getattr(output, CACHE)
 
 
 @dataclass(frozen=True, eq=False)

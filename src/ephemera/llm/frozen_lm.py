@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ephemera.batch import ScoredTokens, TokenBatch
 from ephemera.llm.architectures import architecture_of
-from ephemera.llm.cached_layers import CachedLayers, some_layers
+from ephemera.llm.cached_layers import CACHE, CachedLayers, cache_of, some_layers
 from ephemera.llm.head import Head, token_nll
 from ephemera.llm.model_files import called
 from ephemera.llm.projections import count_layers, find_projections
@@ -185,7 +185,7 @@ class FrozenLM:
             cache.layers[: lower.layers] = [copy.copy(layer) for layer in lower.cache.layers[: lower.layers]]
         if keep and cache is not None:
             _detach(cache)
-        return Forward(output.last_hidden_state, states[0] if embedded else None, output.past_key_values)
+        return Forward(output.last_hidden_state, states[0] if embedded else None, cache_of(output))
 
     def token_nll(self, h_ND: Tensor, targets_N: Tensor) -> Tensor:
         """NLL [N] in nats of each target given its hidden state, in float32 (float64 for a float64 model)."""
@@ -321,7 +321,7 @@ def _inputs(batch: TokenBatch, cache: Cache | None, past_mask_BT: Tensor | None)
         inputs["attention_mask"] = batch.mask_BT.long()
         inputs["position_ids"] = batch.position_ids_BT
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs[CACHE] = cache
     return inputs
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ephemera.batch import ScoredTokens, TokenBatch, pad
-from ephemera.llm.cached_layers import CachedLayers
+from ephemera.llm.cached_layers import CACHE, CachedLayers
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.lora import LoraBatch
 from ephemera.made_for import Reach
@@ -109,7 +109,7 @@ class Prefill:
             if repeats > 1:
                 self.cache.batch_repeat_interleave(repeats)
             self.backbone.make_room(self.cache, kwargs.get("max_new_tokens"))
-            inputs["past_key_values"] = self.cache
+            inputs[CACHE] = self.cache
         inputs.setdefault("do_sample", False)
         if not inputs["do_sample"]:  # the model's own sampling defaults do not apply to greedy decoding
             inputs = {"temperature": None, "top_p": None, "top_k": None, **inputs}
