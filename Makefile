@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs format bench setup clean help
+.PHONY: demo test lint docs format bench dist setup clean help
 
 help:
 	@echo "make demo    set up, then adapt to real questions and report (browser: demo/report.html)"
 	@echo "make test    set up, then lint, types, docs and every test"
 	@echo "make docs    write the reference anew, and build the site into site/ (warnings are errors)"
 	@echo "make bench   compare adaptation with a PEFT loop and with the arithmetic's floor"
+	@echo "make dist    build the wheel and the sdist into dist/"
 	@echo "make format  format the code"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -39,9 +40,12 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.adapt
 
+dist: $(STAMP)
+	$(BIN)/python -m hatchling build --directory dist
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo runs site
+	rm -rf $(VENV) demo runs site dist
