@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.text import Text
 
 from ephemera.config import DataSettings, Survey
+from ephemera.config.evaluate import SurveyMethod
+from ephemera.downloads import DEFAULT_MODEL
 from ephemera.evaluation.shared.records import RECORDS, RUN, SurveyRecord, read_json, read_records
 from ephemera.evaluation.survey.report import changed, pairs_of
 from ephemera.evaluation.survey.run import survey
 from ephemera.evaluation.survey.tables import SurveyCell, cells_of, verdict
+from ephemera.inits import DEFAULT_STARTS
 
 HERE = Path(__file__).parent
 KINDS = {
@@ -24,6 +27,7 @@ KINDS = {
     "xsum": "news to sum up (XSum)",
     "own": "passages, summaries and instructions of this project",
 }
+METHOD: SurveyMethod = "generated"  # what answers a chat if nobody names a method
 SHOWN = 2  # prompts of each kind, the first ones: not the best ones
 
 
@@ -42,20 +46,29 @@ def run(output: Path, rows: int) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     for task, title in KINDS.items():
         _show(console, title, [r for r in records if r.task == task], [c for c in cells if c.task == task])
-    console.print(Text(verdict(cells, price), style="bold"))
+    console.print(Text(verdict(cells, price, METHOD), style="bold"))
     print(f"report: {folder / 'report.html'} ({time.perf_counter() - start:.0f} s)", file=sys.stderr)
 
 
 def _settings(output: Path, rows: int) -> Survey:
     sources = {task: "wheel" for task in KINDS if task != "own"} | {"own": str(examples())}
     data = DataSettings(task="+".join(KINDS), sources=sources, limit=rows, format="chat", cut=800, max_tokens=400)
-    return Survey(output=str(output), data=data, max_new_tokens=40)
+    methods: list[SurveyMethod] = ["none", METHOD]
+    return Survey(
+        output=str(output),
+        generator=DEFAULT_STARTS[DEFAULT_MODEL]["chat"],
+        methods=methods,
+        generate=methods,
+        shown=METHOD,
+        data=data,
+        max_new_tokens=40,
+    )
 
 
 def _show(console: Console, title: str, records: Sequence[SurveyRecord], cells: Sequence[SurveyCell]) -> None:
     """A kind's first prompts, three lines each, and its figures."""
     console.print(Text(title, style="bold underline"))
-    for base, mine in pairs_of(records)[:SHOWN]:
+    for base, mine in pairs_of(records, METHOD)[:SHOWN]:
         console.print(Text(f"... {_line(mine.prompt or '')[-90:]}", style="dim"))
         console.print(Text(f"  base      {_line(base.text or '')}  (NLL {base.nll:.2f})"))
         if mine.share == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 from ephemera.adaptation import Adaptation, beyond, left_alone, steps_of, told
 from ephemera.batch import batch_tokens, length_batches, pad
 from ephemera.begin import adapt_from, gate_of, reach_of
-from ephemera.inits import Init, load_init
+from ephemera.inits import Init, default_start, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
@@ -24,8 +24,9 @@ from ephemera.llm.quantization import Quantization
 from ephemera.llm.share import Parallel
 from ephemera.llm.tokenize import Prompt, encode_answer, encode_prompt
 from ephemera.llm.window import fit
-from ephemera.made_for import Format, MadeFor, Reach, checked_reach
+from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.messages import unknown
+from ephemera.prompts import checked_prompts
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
 from ephemera.together import SharedAdapter, shared_adapter
 
@@ -52,12 +53,17 @@ class AdaptiveLM:
         truncate: Literal["left"] | None = None,
         reach: Reach | None = None,
         special_tokens: bool = False,
+        unasked: Init | None = None,
     ):
-        """`reach`: where adapters act; default: as the rate was trained for, else on every token (`from_pretrained`)."""
+        """`reach`: where adapters act; default: as the rate was trained for, else on every token (`from_pretrained`).
+
+        `unasked`: makes the adapters, without a step, where nobody names a start, a rate or steps.
+        """
         self.backbone = backbone
         self.reach: Reach | None = None if reach is None else checked_reach(reach)
         self.init = self._init(init)
         self.rate = self._rate(rate)
+        self.unasked = None if unasked is None else unasked.placed(backbone)
         self.chat, self.special_tokens = chat, special_tokens
         self.truncate: Literal["left"] | None = truncate
 
@@ -85,8 +91,8 @@ class AdaptiveLM:
         `name`: a hub id, a local folder, a GGUF file, or `smollm2-135m-instruct` (from the package index). `init`:
         where adapters start: an init object, "zero" (the default), a generator's folder or shipped name, the
         folder of a PEFT adapter, or a hub id. `rate`: a rate object, a folder, a shipped name, a hub id, a preset
-        ("full", "fast"), a number, or "none" for the plain model. By default the network that ships for the model and
-        the prompts' format, if there is one and neither `init` nor `lora` is given. `reach`: "answer" lets adapters
+        ("full", "fast"), a number, or "none" for the plain model. By default what ships for the model and the prompts'
+        format, if neither `init` nor `lora` is given: a generator without steps, and a rate where steps are asked for. `reach`: "answer" lets adapters
         act from the last prompt token on, "all" on every token; by default as the rate was trained for. `dtype`:
         "float32" (default on CPU) or "bfloat16" (default on CUDA). `lora`: any of `r`, `lora_alpha`, `init_std`,
         `target_modules`, `layers`; what is adapted is by default what init or rate was trained for. `chat`: put
@@ -107,8 +113,11 @@ class AdaptiveLM:
         if init is not None and init != "zero" and settings:
             raise ValueError(f"lora={settings} sets the zero init's values, but init={init!r} replaces it; give one.")
         init = load_init(init, **settings)
+        about: dict[str, Any] = {"chat": chat, "truncate": truncate, "special_tokens": special_tokens}
         if rate is None and init.zero and not lora:
-            rate = default_rate(name, "chat" if chat else "plain")
+            format: Format = "chat" if chat else "plain"
+            rate = default_rate(name, format)
+            about["unasked"] = None if reach == "all" else default_start(name, format)
         elif isinstance(rate, str | Path | float | int):
             rate = None if rate == "none" else load_rate(rate)
         brought = init.lora_settings.get("target_modules")
@@ -116,7 +125,6 @@ class AdaptiveLM:
             adapted["target_modules"] = brought
         kwargs |= {"checkpoint": checkpoint, "quantization": quantization, "parallel": parallel}
         backbone = load_backbone(name, dtype=dtype, device=device, **(adapted or adapted_by(rate)), **kwargs)
-        about: dict[str, Any] = {"chat": chat, "truncate": truncate, "special_tokens": special_tokens}
         return cls(backbone, init=init, rate=rate, reach=reach, **about)
 
     @property
@@ -148,9 +156,10 @@ class AdaptiveLM:
     ) -> Adaptation:
         """Adapt to each prompt alone: `steps` gradient steps on its own NLL. Rows never touch each other.
 
-        `steps`: by default those that the rate was validated at; none without a rate.
+        `steps`: by default those that the rate was validated at; none without a rate. Where nothing is named, the
+        adapters of the generator that ships for the model's prompts, if there is one.
         """
-        made = self._adapt(_prompts(prompts), steps=steps, rate=rate, init=init, seed=seed)
+        made = self._adapt(checked_prompts(prompts), steps=steps, rate=rate, init=init, seed=seed)
         return made if made.reach == "answer" else replace(made, cached={})  # it may be kept for long
 
     def adapt_together(
@@ -162,7 +171,7 @@ class AdaptiveLM:
         No gate applies: gates are calibrated for one prompt's adapter. Memory does not grow with the number of prompts.
         ValueError for no step, a prompt of one token, a generated start, and a step that is not finite.
         """
-        texts, rule = _prompts(prompts), self._rate(rate) if rate is not None else self.rate
+        texts, rule = checked_prompts(prompts), self._rate(rate) if rate is not None else self.rate
         steps = steps_of(rule, steps)
         if not steps or rule is None:
             raise ValueError(f"steps is {steps}: a shared adapter needs 1 or more, and a rate; give steps= and rate=.")
@@ -183,9 +192,7 @@ class AdaptiveLM:
         init: InitLike = None,
     ) -> Adaptation:
         """Besides the adapters it holds what the base model made of the prompts: a prefill need not run that again."""
-        start_from = self.init if init is None else self._init(init)
-        rule = self._rate(rate) if rate is not None else self.rate
-        steps = steps_of(rule, steps)
+        start_from, rule, steps = self._asked(init, rate, steps)
         reach: Reach = self.reach or reach_of(start_from, rule)
         start = time.perf_counter()
         ids = [self.encode(p) for p in prompts]
@@ -199,12 +206,13 @@ class AdaptiveLM:
                     part = part.with_reading(whole_reading(self.backbone, batch, part.reading))
                 parts.append(part)
         made = Adaptation.joined(parts, shares)
+        moved = rule.made_for if rule is not None and steps else None
         facts = zip(made.fallback_B.tolist(), made.abstained_B.tolist(), ids, strict=True)
         return replace(
             made,
             prompts=prompts,
             left=tuple(left_alone(fell_back=f, tokens=len(i), steps=steps, abstained=a) for f, a, i in facts),
-            remarks=(told(self.beyond(rule) if steps else None, self._beyond(start_from.made_for)),) * len(prompts),
+            remarks=(told(*(beyond(m, self.format, self.reach) for m in (moved, start_from.made_for))),) * len(prompts),
             started=start_from.label is not None and gate_of(rule, reach, start_from, steps) is None,
             seconds=time.perf_counter() - start,
             base_model=os.path.abspath(self.path) if self.path.exists() else str(self.path),
@@ -212,18 +220,18 @@ class AdaptiveLM:
             whole_loss=rule is None or rule.objective.describe() is None,
         )
 
-    def beyond(self, rule: Rate | None) -> str | None:
-        """A sentence if a network is used outside what it was made for: another format, or another reach."""
-        return None if rule is None else self._beyond(rule.made_for)
-
-    def _beyond(self, made: MadeFor | None) -> str | None:
-        return beyond(made, self.format, self.reach)
+    def _asked(self, init: InitLike, rate: RateLike, steps: int | None) -> tuple[Init, Rate | None, int]:
+        """Start, rate and steps, as asked for or by default."""
+        if self.unasked is not None and init is None and rate is None and steps is None:
+            return self.unasked, None, 0
+        rule = self._rate(rate) if rate is not None else self.rate
+        return self.init if init is None else self._init(init), rule, steps_of(rule, steps)
 
     def answer_nll(
         self, prompts: Sequence[Prompt] | str, answers: Sequence[str] | str, adaptation: Adaptation | None = None
     ) -> Tensor:
         """Mean NLL [B] in nats over each row's answer tokens, no end token, under its adapter (or none)."""
-        prompts = _prompts(prompts)
+        prompts = checked_prompts(prompts)
         answers = (answers,) if isinstance(answers, str) else tuple(answers)
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer per prompt.")
@@ -241,7 +249,7 @@ class AdaptiveLM:
         """
         if not adaptation.leaves_a_loss:
             return None
-        prompts = _prompts(prompts)
+        prompts = checked_prompts(prompts)
         out = torch.zeros(len(prompts))
         with self.backbone.lock:
             for share, read in self._prefills(prompts, adaptation, reserve=[0] * len(prompts)):
@@ -282,9 +290,9 @@ class AdaptiveLM:
 
     def _with_room(self, prompts: Sequence[Prompt] | str, max_new_tokens: int) -> tuple[Prompt, ...]:
         """The prompts, checked before any step is taken: is there room for an answer?"""
-        for prompt in _prompts(prompts):
+        for prompt in checked_prompts(prompts):
             self.encode(prompt, reserve=max_new_tokens)
-        return _prompts(prompts)
+        return checked_prompts(prompts)
 
     def _generate(
         self, prompts: Sequence[Prompt], adaptation: Adaptation, new: int, *, losses: bool, **kwargs: Any
@@ -339,12 +347,3 @@ class AdaptiveLM:
             return None
         rule = load_rate(rate) if isinstance(rate, str | Path | float | int) else rate
         return None if rule is None else place_rate(rule, self.backbone)
-
-
-def _prompts(prompts: Sequence[Prompt] | str) -> tuple[Prompt, ...]:
-    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not prompts:
-        raise ValueError("no prompts: give at least one.")
-    if any(isinstance(prompt, Mapping) for prompt in prompts):
-        raise ValueError("a prompt is a message: give a list of prompts, each a text or a list of messages.")
-    return prompts

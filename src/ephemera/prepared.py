@@ -103,10 +103,11 @@ def prepare(
     seeds: Sequence[int],
     *,
     objective: PromptLoss,
+    gradient: bool = True,
 ) -> Prepared:
     """One forward and one backward pass over prompts, given as token ids, part after part; joined to one batch.
 
-    `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
+    Without `gradient` the forward pass alone: no step can be taken, and `h_BH` has no columns. `parts` bound what passes through the model at once; `seeds`: one for each prompt, in their order.
     """
     done: list[tuple[TokenBatch, Adaptation]] = []
     still = _Still(0.0, objective, "answer")
@@ -115,11 +116,12 @@ def prepare(
         batch = pad(ids, pad_id=backbone.pad_id).to(backbone.device)
         lora = init(backbone, batch, seeds[start : start + len(ids)])
         start += len(ids)
-        trace = adapt(backbone, batch, lora, still, 1, keep_grads=True, keep_reading=True)
+        rule, steps = (still, 1) if gradient else (None, 0)
+        trace = adapt(backbone, batch, lora, rule, steps, keep_grads=True, keep_reading=True)
         done.append((batch, _whole(backbone, batch, trace)))
-    return Prepared(
-        backbone, *_joined(backbone, done), torch.cat([made.h_BH for _, made in done if made.h_BH is not None])
-    )
+    none_BH = torch.zeros(sum(map(len, parts)), 0, device=backbone.device)
+    known = [made.h_BH for _, made in done if made.h_BH is not None]
+    return Prepared(backbone, *_joined(backbone, done), torch.cat(known) if known else none_BH)
 
 
 def bytes_of(backbone: FrozenLM, tokens: int, r: int) -> int:
@@ -137,8 +139,8 @@ def _whole(backbone: FrozenLM, batch: TokenBatch, trace: Adaptation) -> Adaptati
     reading = whole_reading(backbone, batch, trace.reading)
     reading = replace(reading, hidden_BTD=reading.hidden_BTD[:, -1:].clone())
     lora = _no_B(trace.initial_lora)  # after a step of length zero
-    zero_BN = trace.grads[0].A_BN.new_zeros(1, 1).expand_as(trace.grads[0].A_BN)  # B = 0: A has no gradient
-    grads = [lora.with_buffers(zero_BN, trace.grads[0].B_BN)]
+    zero_BN = lora.A_BN.new_zeros(1, 1).expand_as(lora.A_BN)  # B = 0: A has no gradient
+    grads = [lora.with_buffers(zero_BN, step.B_BN) for step in trace.grads]
     return replace(trace, lora=lora, initial_lora=lora, grads=grads).with_reading(reading)
 
 
@@ -166,15 +168,15 @@ def _joined(backbone: FrozenLM, done: Sequence[tuple[TokenBatch, Adaptation]]) -
         cache.update(torch.cat(keys), torch.cat(values), layer)
     hidden_B1D = torch.cat([reading.hidden_BTD for reading in readings])
     lora = _no_B(LoraBatch.cat([trace.initial_lora for trace in traces]))
-    grads = [trace.grads[0] for trace in traces]
-    zero_BN = grads[0].A_BN[:1].expand(len(ids_BT), -1)
+    zero_BN = lora.A_BN.new_zeros(1, 1).expand_as(lora.A_BN)
+    steps = zip(*(trace.grads for trace in traces), strict=True)
     joined = Adaptation(
         lora=lora,
         initial_lora=lora,
         prompt_nll_BK=torch.cat([trace.prompt_nll_BK for trace in traces]),
         rates_BKM=torch.cat([trace.rates_BKM for trace in traces]),
         fallback_B=torch.cat([trace.fallback_B for trace in traces]),
-        grads=[lora.with_buffers(zero_BN, torch.cat([g.B_BN for g in grads]))],
+        grads=[lora.with_buffers(zero_BN, torch.cat([g.B_BN for g in grads])) for grads in steps],
     ).with_reading(CachedLayers(ids_BT, backbone.layers, hidden_B1D, cache))
     return TokenBatch(ids_BT, mask_BT), joined
 

@@ -21,10 +21,15 @@ from ephemera.downloads import DEFAULT_MODEL
 def models() -> None:
     """List the networks that come with the package, and how to name models."""
     from ephemera.artifact import NETWORKS, shipped
+    from ephemera.inits import DEFAULT_STARTS
     from ephemera.made_for import read_made_for
     from ephemera.rates import DEFAULT_RATES, PRESETS
 
-    defaults = {name: f", default for {format} prompts" for format, name in DEFAULT_RATES[DEFAULT_MODEL].items()}
+    starts = DEFAULT_STARTS[DEFAULT_MODEL]
+    defaults = {name: f", default for {format} prompts" for format, name in starts.items()}
+    for format, name in DEFAULT_RATES[DEFAULT_MODEL].items():
+        asked = " where steps are asked for" if format in starts else ""
+        defaults[name] = f", default for {format} prompts{asked}"
     presets = {name: preset for preset, name in PRESETS.items()}
     print(f"model  {DEFAULT_MODEL}  (default; fetched from the package index on first use)")
     print("model  any hub id, local folder or .gguf file")
@@ -40,7 +45,8 @@ def models() -> None:
         config = json.loads((NETWORKS / name / "generator.json").read_text())
         made = read_made_for(config.get("made_for"), NETWORKS / name)
         print(
-            f"init   {name}  (generator, for {made.format} prompts of {config['trained_for']['name']}, reach {config.get('reach', 'all')})"
+            f"init   {name}  (generator, for {made.format} prompts of {config['trained_for']['name']}, "
+            f"reach {config.get('reach', 'all')}{defaults.get(name, '')})"
         )
     print("init   zero (the default), a folder that `ephemera train generator` wrote, or a PEFT adapter's folder")
 

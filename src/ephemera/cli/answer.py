@@ -144,7 +144,14 @@ def _answer(
         print("\n".join(compared(base, text)) if base is not None else text.strip(), flush=True)
         if adaptation.notes[row]:
             print(f"prompt {row + 1}: {adaptation.notes[row]}", file=sys.stderr)
-    if as_json or not adaptation.steps:
+    if as_json:
+        return
+    if not adaptation.steps:
+        if adaptation.lora.B_BN.any():
+            print(
+                f"adapters made for {len(prompts)} prompt(s) in {adaptation.seconds:.2f} s, then answered in {answering:.2f} s",
+                file=sys.stderr,
+            )
         return
     nll = adaptation.prompt_nll_BK.nanmean(0).tolist()
     print(

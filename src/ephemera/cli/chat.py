@@ -72,12 +72,16 @@ def chat(
         encode_prompt(lm.backbone.tokenizer, "a", chat=True, system=system)  # a refusal is known before anybody types
     most = 0 if lm.rate is None else lm.rate.max_steps or 1000
     adapted = Method(model, "adapted", lm.init, lm.rate, most, lm.reach)
+    unasked = None if lm.unasked is None else Method(model, "adapted", lm.unasked, None, 0, lm.reach)
     base = Method(model, BASE, None, None, 0)
     if lm.rate is None and rate is None and init == "zero" and steps != 0:
         _say(unshipped(model, "chat", "answers are the model's own"))
     engine = Engine(lm.backbone).start()
-    talk = _Talk(engine, adapted, base, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system)
-    talk.set_steps(str(adapted.steps(None) if steps is None else steps))
+    talk = _Talk(
+        engine, adapted, unasked, base, max_tokens=max_tokens, temperature=temperature, seed=seed, system=system
+    )
+    if steps is not None or unasked is None:
+        talk.set_steps(str(adapted.steps(None) if steps is None else steps))
     _say(HELP)
     try:
         for line in _lines():
@@ -98,6 +102,7 @@ class _Talk:
         self,
         engine: Any,
         adapted: Any,
+        unasked: Any,
         base: Any,
         *,
         max_tokens: int,
@@ -106,6 +111,7 @@ class _Talk:
         system: str | None,
     ):
         self.engine, self.adapted, self.base = engine, adapted, base
+        self.method = unasked or adapted  # until steps are asked for
         self.max_tokens, self.temperature, self.seed = max_tokens, temperature, seed
         self.messages = [{"role": "system", "content": system}] if system else []
         self.steps = 0
@@ -125,7 +131,7 @@ class _Talk:
             raise ValueError(f"no command {word}. {HELP}")
         else:
             asked = [*self.messages, {"role": "user", "content": line}]
-            text, self.facts = self.answer(asked, self.adapted, self.steps)
+            text, self.facts = self.answer(asked, self.method, self.steps)
             if self.facts.get("note"):
                 _say(f"note: {self.facts['note']}")
             self.messages = [*asked, {"role": "assistant", "content": text}]
@@ -137,7 +143,7 @@ class _Talk:
             if self.adapted.rate is None:
                 raise ValueError(f"{given} steps need a rate; start with --rate, a number or a network.")
             raise ValueError(f"{given} steps are more than this rate was trained for ({self.adapted.max_steps}).")
-        self.steps = int(given)
+        self.steps, self.method = int(given), self.adapted
 
     def again(self) -> None:
         """The last question by the unadapted model; the conversation stays as it was."""

@@ -193,6 +193,10 @@ class Survey(Settings):
     data: DataSettings = DataSettings(limit=200, format="chat")
     methods: list[SurveyMethod] = Field(default=["none", "network"], min_length=1, description="columns of the table")
     generate: list[SurveyMethod] = Field(default=["none", "network"], description="methods whose answers are generated")
+    shown: SurveyMethod = Field(
+        default="network",
+        description="whose answers the report shows, whose price is measured, and who the verdict is on",
+    )
     generate_limit: int | None = Field(default=None, ge=1, description="rows of each task that generate; default: all")
     max_new_tokens: int | None = Field(default=None, ge=1, description="most new tokens; default: each task's own")
     batch_size: int = Field(default=8, ge=2, description="prompts that adapt together")
@@ -206,6 +210,6 @@ class Survey(Settings):
             raise ValueError("methods has lora: give the adapter's folder (lora=FOLDER), or leave the method out")
         if self.generator is None and any(m.startswith("generated") for m in self.methods):
             raise ValueError("methods has generated: give a generator (generator=FOLDER), or leave the method out")
-        if not {"none", "network"} <= set(self.methods):
-            raise ValueError("methods needs none, the base model, and network, which is compared with it")
+        if not {"none", self.shown} <= set(self.methods):
+            raise ValueError(f"methods needs none, the base model, and {self.shown} (shown), which is compared with it")
         return self

@@ -5,17 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ephemera.downloads import DEFAULT_MODEL
 from ephemera.hub import fetch, is_id
 from ephemera.inits.generator import LoraGenerator, load_generator
 from ephemera.inits.peft import PeftInit
 from ephemera.inits.protocol import Init
 from ephemera.inits.zero import ZeroInit
+from ephemera.made_for import Format
 
-__all__ = ["INITS", "Init", "LoraGenerator", "PeftInit", "ZeroInit", "load_generator", "load_init"]
+__all__ = ["INITS", "Init", "LoraGenerator", "PeftInit", "ZeroInit", "default_start", "load_generator", "load_init"]
 
 
 # The kinds of inits, asked in this order whether a name is theirs. A new one is a file in this folder and an entry here.
 INITS: tuple[type[Init], ...] = (ZeroInit, PeftInit, LoraGenerator)
+
+# What makes a prompt's adapter if nobody names a start, a rate or steps: {model: {format: shipped generator}}
+DEFAULT_STARTS: dict[str, dict[Format, str]] = {DEFAULT_MODEL: {"chat": "universal-generator"}}
+
+
+def default_start(model: str, format: Format) -> LoraGenerator | None:
+    """The generator that ships for a model and a prompt format; None if there is none."""
+    name = DEFAULT_STARTS.get(model, {}).get(format)
+    return None if name is None else load_generator(name)
 
 
 def load_init(init: Init | str | Path | None, **settings: Any) -> Init:

@@ -51,6 +51,7 @@ def _load(settings: Serve) -> tuple[AdaptiveLM, list[Method]]:
         lm.init,
         found.rates,
         defaults=found.defaults,
+        unasked=found.unasked,
         most_steps=settings.max_steps,
         reach=settings.reach,
         max_kl=settings.max_kl,

@@ -79,7 +79,7 @@ def test_a_survey(material, llama_folder, tmp_path):
     survey(settings(material, llama_folder, tmp_path / "run"))
     assert (folder / RECORDS).read_text() == before, "a finished survey has nothing to do"
     price = read_json(folder / "run.json")["price"]
-    assert f"Over {len(ROWS)} prompts of 1 kinds" in verdict(list(cells.values()), price)
+    assert f"Over {len(ROWS)} prompts of 1 kinds" in verdict(list(cells.values()), price, "network")
 
 
 def test_generated_adapters(material, llama_folder, tmp_path):
@@ -110,7 +110,8 @@ def test_a_gated_generator(material, llama_folder, tmp_path):
     generator.gate = length_gate(lm.backbone, 0.5, by_length=50.0, tokens=9.5, state_size=lm.backbone.hidden_size)
     generator.save_pretrained(tmp_path / "gated")
     more = {"methods": ["none", "network", "generated", "generated-ungated"], "generate": ["generated"]}
-    folder = survey(settings(material, llama_folder, tmp_path / "run", generator=str(tmp_path / "gated"), **more))
+    gated = str(tmp_path / "gated")
+    folder = survey(settings(material, llama_folder, tmp_path / "run", generator=gated, **more))
     records = read_records(folder / RECORDS, SurveyRecord)
     by = {m: {r.id: r for r in records if r.method == m} for m in ("none", "generated", "generated-ungated")}
     made = AdaptiveLM.from_pretrained(str(llama_folder), init=tmp_path / "gated", dtype="float32", device="cpu")
@@ -125,6 +126,19 @@ def test_a_gated_generator(material, llama_folder, tmp_path):
     assert all(by["generated"][i].nll == pytest.approx(by["none"][i].nll, abs=1e-5) for i in alone)
     assert all(r.share == 1 and abs(r.nll - by["none"][i].nll) > 1e-3 for i, r in by["generated-ungated"].items())
     assert sum(c.abstained * c.n for c in cells_of(records) if c.method == "generated") == pytest.approx(len(alone))
+    shown = {"methods": ["none", "generated"], "generate": ["none", "generated"], "shown": "generated"}
+    folder = survey(settings(material, llama_folder, tmp_path / "shown", generator=gated, **shown))
+    again = {r.id: r for r in read_records(folder / RECORDS, SurveyRecord) if r.method == "generated"}
+    assert {i: (r.share, r.text) for i, r in again.items()} == {
+        i: (r.share, r.text) for i, r in by["generated"].items()
+    }
+    assert all(again[i].nll == pytest.approx(r.nll, abs=1e-5) for i, r in by["generated"].items())
+    page = (folder / "report.html").read_text()
+    first = [r for r in read_records(folder / RECORDS, SurveyRecord) if r.method == "generated"][
+        :6
+    ]  # that the page shows
+    assert page.count("abstained: the base model") == sum(r.share == 0 for r in first) > 0
+    assert "first token with generated" in (folder / "table.md").read_text()
 
 
 def test_what_changed():

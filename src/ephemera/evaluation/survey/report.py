@@ -15,10 +15,10 @@ from ephemera.evaluation.survey.tables import cells_of, table_of, verdict
 SHOWN = 6  # prompts of each task, the first ones
 
 
-def pairs_of(records: Sequence[SurveyRecord]) -> list[tuple[SurveyRecord, SurveyRecord]]:
+def pairs_of(records: Sequence[SurveyRecord], method: str) -> list[tuple[SurveyRecord, SurveyRecord]]:
     """(base, adapted) of each prompt that both answered, in the order of the records."""
     base = {(r.task, r.id): r for r in records if r.method == "none" and r.text is not None}
-    mine = [r for r in records if r.method == "network" and r.text is not None]
+    mine = [r for r in records if r.method == method and r.text is not None]
     return [(base[r.task, r.id], r) for r in mine if (r.task, r.id) in base]
 
 
@@ -38,9 +38,10 @@ def write_survey_report(folder: Path, records: Sequence[SurveyRecord], run: dict
     cells = cells_of(records)
     if not cells:
         return
-    body = [f"<p>{escape(verdict(cells, run['price']))}</p>", html_table(table_of(cells)), "<h2>Answers</h2>"]
+    shown = run["config"]["shown"]
+    body = [f"<p>{escape(verdict(cells, run['price'], shown))}</p>", html_table(table_of(cells)), "<h2>Answers</h2>"]
     seen: dict[str, int] = {}
-    for base, mine in pairs_of(records):
+    for base, mine in pairs_of(records, shown):
         seen[mine.task] = seen.get(mine.task, 0) + 1
         if seen[mine.task] <= SHOWN:
             body.append(_sample(base, mine))

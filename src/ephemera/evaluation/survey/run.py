@@ -51,7 +51,7 @@ class Methods:
     """Every method of a survey on one batch of prompts."""
 
     def __init__(self, config: Survey, backbone: FrozenLM, network: ScaleNet | PerProjectionRate):
-        self.backbone, self.network, self.seed = backbone, network, config.seed
+        self.backbone, self.network, self.seed, self.shown = backbone, network, config.seed, config.shown
         self.rules: dict[str, Rate] = {
             "uniform": FixedRate(config.uniform_rate, reach="answer"),
             "ungated": network,
@@ -60,6 +60,7 @@ class Methods:
         }
         if config.constants is not None:
             self.rules["constants"] = place_rate(load_rate(config.constants), backbone)
+        self.steps = any(method in self.rules for method in config.methods)
         self.lora: PeftInit | None = None
         if config.lora is not None:
             self.lora = PeftInit.load(config.lora)
@@ -70,7 +71,7 @@ class Methods:
             if self.generator.reach != "answer":
                 raise ValueError(f"generator={config.generator} has reach all; a survey compares reach answer.")
 
-    def prepare(self, rows: Sequence[Encoded]) -> Prepared:
+    def prepare(self, rows: Sequence[Encoded], *, gradient: bool | None = None) -> Prepared:
         parts = [[row.prompt for row in rows[part]] for part in parts_of(self.backbone, rows)]
         return prepare(
             self.backbone,
@@ -78,6 +79,7 @@ class Methods:
             parts,
             [self.seed] * len(rows),
             objective=self.network.objective,
+            gradient=self.steps if gradient is None else gradient,
         )
 
     @torch.no_grad()
@@ -166,14 +168,17 @@ def survey(config: Survey) -> Path:
 
 @torch.no_grad()
 def price(methods: Methods, rows: Sequence[Encoded], rounds: int = 3) -> float:
-    """Time to the first token of `network`, in plain prefills: the median over rounds on one batch of prompts."""
+    """Time to the first token of the method that is shown, in plain prefills: the median over rounds on one batch of prompts.
+
+    Of a generator without the step's gradient, also where other methods of the survey take one.
+    """
     ratios = []
     for _ in range(rounds):
         start = time.perf_counter()
         for part in parts_of(methods.backbone, rows):
             prefill(methods.backbone, prompt_batch(methods.backbone, rows[part]), None)
         middle = time.perf_counter()
-        methods.answered(methods.prepare(rows), rows, "network")
+        methods.answered(methods.prepare(rows, gradient=methods.shown in methods.rules), rows, methods.shown)
         ratios.append((time.perf_counter() - middle) / (middle - start))
     return round(median(ratios), 3)
 

@@ -101,7 +101,8 @@ def write_tables(folder: Path, records: Sequence[SurveyRecord], run: dict[str, A
     write_json(folder / RESULTS, {"run": run, "cells": [asdict(c) for c in cells]})
     price = ""
     if run["price"] is not None:
-        price = f"\nTime to the first token with the network: {run['price']:.2f} plain prefills.\n"
+        shown = run["config"].get("shown", "network")  # files from before there was a choice
+        price = f"\nTime to the first token with {shown}: {run['price']:.2f} plain prefills.\n"
     equal = "".join(
         f"\n{name}: {count} rows equal to another, counted once.\n"
         for name, count in run.get("left_out_as_equal", {}).items()
@@ -110,9 +111,9 @@ def write_tables(folder: Path, records: Sequence[SurveyRecord], run: dict[str, A
     write_bytes(folder / TABLE_MD, (table_of(cells).markdown() + made).encode())
 
 
-def verdict(cells: Sequence[SurveyCell], price: float) -> str:
-    """One sentence: is adapting worth it on these tasks?"""
-    mine = [c for c in cells if c.method == "network"]
+def verdict(cells: Sequence[SurveyCell], price: float, method: str) -> str:
+    """One sentence: is adapting by this method worth it on these tasks?"""
+    mine = [c for c in cells if c.method == method]
     n = sum(c.n for c in mine)
     better = sum(c.change.high < 0 for c in mine)
     worse = sum(c.change.low > 0 for c in mine)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ephemera.adaptation import beyond, told
 from ephemera.begin import gate_of, reach_of
 from ephemera.gate import Gate
-from ephemera.inits import Init, ZeroInit
+from ephemera.inits import Init, ZeroInit, default_start
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.model_files import called
 from ephemera.made_for import FORMATS, Format, Reach
@@ -34,7 +34,7 @@ class Method:
     """One model id: no start and no rate is the model itself. `max_steps`: the most that a request may ask for.
 
     `asked_reach`: where adapters act, if not as the rate was trained for. `max_kl`: how far an adapter may move the first
-    token's distribution, in nats.
+    token's distribution, in nats. `unasked`: takes the place of this one where nobody asks for steps.
     """
 
     model_id: str
@@ -44,6 +44,7 @@ class Method:
     max_steps: int
     asked_reach: Reach | None = None
     max_kl: float | None = None
+    unasked: Method | None = None
 
     @property
     def reach(self) -> Reach:
@@ -82,11 +83,15 @@ class Method:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server is to be loaded with: the rates that were named, where adapters start, the networks that ship."""
+    """What a server is to be loaded with: the rates that were named, where adapters start, the networks that ship.
+
+    `unasked`: generators that take the place of `defaults` where no steps are asked for.
+    """
 
     rates: tuple[Rate, ...]
     init: str
     defaults: Mapping[Format, Rate]
+    unasked: Mapping[Format, Init]
 
     @property
     def trained(self) -> Rate | None:
@@ -103,12 +108,16 @@ def offer(model: str, rates: Sequence[str], init: str = "zero") -> Offer:
     named = [load_rate(spec) for spec in rates]
     sets = [adapted_by(rule) for rule in named if adapted_by(rule)]
     defaults: dict[Format, Rate] = {}
+    unasked: dict[Format, Init] = {}
     for format in reversed(FORMATS) if init == "zero" else ():
         rule = default_rate(model, format)
         if rule is not None and all(given == adapted_by(rule) for given in sets):
             defaults[format] = rule
+            start = default_start(model, format)
+            if start is not None:
+                unasked[format] = start
     fixed = [] if any(isinstance(rule, FixedRate) for rule in named) else [FixedRate(FIXED)]
-    return Offer((*named, *fixed), init, defaults)
+    return Offer((*named, *fixed), init, defaults, unasked)
 
 
 def build(
@@ -117,14 +126,16 @@ def build(
     rates: Sequence[Rate],
     *,
     defaults: Mapping[Format, Rate] | None = None,
+    unasked: Mapping[Format, Init] | None = None,
     most_steps: int = 8,
     reach: Reach | None = None,
     max_kl: float | None = None,
 ) -> list[Method]:
     """Every method that these make, the unadapted model first. ValueError where one does not fit the model.
 
-    The networks of `defaults` share one model id: a request's format chooses between them (`find`). `reach`: of all
-    methods, in place of each rate's own. `max_kl`: bounds the adapters of all methods.
+    The networks of `defaults` share one model id: a request's format chooses between them (`find`), and the generators of
+    `unasked` stand in for them. `reach`: of all methods, in place of each rate's own; `all` leaves those generators out.
+    `max_kl`: bounds the adapters of all methods.
     """
     started = AdaptiveLM(backbone, init=init).init
     starts: list[tuple[str, Init]] = [] if started.label is None else [(started.label, started)]
@@ -138,12 +149,17 @@ def build(
     model = called(backbone.name)
     methods = [Method(model, BASE, None, None, 0)]
 
-    def add(name: str, start: Init, rule: Rate | None) -> None:
+    def made(name: str, start: Init, rule: Rate | None, unasked: Method | None = None) -> Method:
         most = 0 if rule is None else min(most_steps, rule.max_steps or most_steps)
-        methods.append(Method(f"{model}:{name}", name, start, rule, most, reach, max_kl))
+        return Method(f"{model}:{name}", name, start, rule, most, reach, max_kl, unasked)
 
-    for rule in (defaults or {}).values():
-        add(DEFAULT, zero, place_rate(rule, backbone))
+    def add(name: str, start: Init, rule: Rate | None) -> None:
+        methods.append(made(name, start, rule))
+
+    for format, rule in (defaults or {}).items():
+        first = None if reach == "all" else (unasked or {}).get(format)
+        alone = None if first is None else made(DEFAULT, first.placed(backbone), None)
+        methods.append(made(DEFAULT, zero, place_rate(rule, backbone), alone))
     for kind, rule in moves.items():
         add(kind, zero, rule)
     for start_name, start in starts:

@@ -51,7 +51,8 @@ class Reader:
         if not self.backbone.tokenizer.chat_template and formats != ["chat"]:
             formats = ["plain"]
         entry = {"id": model_id, "object": "model", "created": created, "owned_by": "ephemera", "method": first.name}
-        steps = {"steps": first.steps(self.steps), "max_steps": first.max_steps}
+        given = 0 if self.steps is None and first.unasked is not None else first.steps(self.steps)
+        steps = {"steps": given, "max_steps": first.max_steps}
         return {**entry, **steps, "format": formats, "reach": first.reach if first.init is not None else None}
 
     def described(self, created: int) -> list[dict[str, Any]]:
@@ -90,8 +91,7 @@ class Reader:
     def jobs(self, body: ChatRequest | CompletionRequest, prompts: list[list[int]]) -> list[Job]:
         """One job per prompt, given in tokens."""
         format: Format = "chat" if isinstance(body, ChatRequest) else "plain"
-        method = self.method(body.model, format)
-        steps = self._steps(method, body.adapt)
+        method, steps = self._asked(self.method(body.model, format), body.adapt)
         n = body.n or 1
         if n * len(prompts) > self.limits.rows:
             words = (
@@ -147,21 +147,23 @@ class Reader:
 
     def adaptation(self, body: AdaptRequest, ids: list[int], *, adapter: bool) -> Job:
         format: Format = "plain" if body.messages is None else "chat"
-        method = self.method(body.model, format)
-        steps = self._steps(method, body.adapt)
+        method, steps = self._asked(self.method(body.model, format), body.adapt)
         if adapter and not method.adapts(steps):
             words = f"adapter: {body.model} with {steps} steps has no adapter; choose another model or more steps."
             raise ApiError(400, words, param="adapter")
         seed, wait = body.adapt.seed if body.adapt else 0, self.limits.seconds
         return Job(ids, method, steps, _nobody, format, n=0, seed=seed, trace=True, adapter=adapter, seconds=wait)
 
-    def _steps(self, method: Method, options: AdaptOptions | None) -> int:
+    def _asked(self, method: Method, options: AdaptOptions | None) -> tuple[Method, int]:
+        """The method, or what stands in for it where nobody asks for steps, and its steps."""
         if options is None or options.steps is None:
-            return method.steps(self.steps)
+            if self.steps is None and method.unasked is not None:
+                return method.unasked, 0
+            return method, method.steps(self.steps)
         if options.steps > method.max_steps:
             words = f"adapt.steps: {options.steps} is more than {method.model_id} takes ({method.max_steps})."
             raise ApiError(400, words, param="adapt.steps")
-        return options.steps
+        return method, options.steps
 
     def _longest(self, asked: int | None, tokens: int) -> int:
         """How long an answer may get: as asked, or what the limits and the model's window leave."""
