@@ -1,4 +1,4 @@
-"""`ephemera demo`: what the default network does to chat answers, on real questions and on this project's own examples."""
+"""`ephemera demo`: what the default does to chat answers, on real questions and on this project's own examples."""
 
 from __future__ import annotations
 

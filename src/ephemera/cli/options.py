@@ -51,7 +51,7 @@ RateOption = Annotated[
         "--rate",
         "-r",
         help="Preset (full, fast), shipped name, folder, hub id (user/repo[@revision]), a number, or none (see `ephemera models`). Default: the network that "
-        "ships for the model and the prompts' format, from the zero start alone.",
+        "ships for the model and the prompts' format, from the zero start alone; for chats a generator, unless --steps is given.",
         show_default=False,
     ),
 ]
