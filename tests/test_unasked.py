@@ -85,6 +85,7 @@ def test_a_server_takes_it_where_no_steps_are_asked_for(llama_folder, ships):
     assert (method.rate, steps) == (found.defaults["chat"], 1), "the server's own default is asked for"
     told = reader.describe(model, 0)
     assert (told["steps"], told["max_steps"], told["format"]) == (0, 1, ["chat", "plain"])
+    assert [reader.describe(m.model_id, 0)["generates"] for m in known] == [False, True, True, False]
     everywhere = methods.build(
         backbone, "zero", found.rates, defaults=found.defaults, unasked=found.unasked, reach="all"
     )

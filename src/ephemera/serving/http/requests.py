@@ -44,15 +44,19 @@ class Reader:
         return found
 
     def describe(self, model_id: str, created: int) -> dict[str, Any]:
-        """What a model id takes: by default as many `steps`, at most `max_steps`; prompts of each `format`."""
+        """What a model id takes: by default as many `steps`, at most `max_steps`; prompts of each `format`.
+
+        `generates`: a generator makes a chat's adapter where no steps are asked for.
+        """
         first = self.method(model_id)
         alike = [method for method in self.methods if method.model_id == model_id]
         formats = [f for f in reversed(FORMATS) if any(m.format in (None, f) for m in alike)]
         if not self.backbone.tokenizer.chat_template and formats != ["chat"]:
             formats = ["plain"]
         entry = {"id": model_id, "object": "model", "created": created, "owned_by": "ephemera", "method": first.name}
-        given = 0 if self.steps is None and first.unasked is not None else first.steps(self.steps)
-        steps = {"steps": given, "max_steps": first.max_steps}
+        generates = self.steps is None and first.unasked is not None
+        given = 0 if generates else first.steps(self.steps)
+        steps = {"steps": given, "max_steps": first.max_steps, "generates": generates}
         return {**entry, **steps, "format": formats, "reach": first.reach if first.init is not None else None}
 
     def described(self, created: int) -> list[dict[str, Any]]:

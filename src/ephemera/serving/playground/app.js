@@ -58,10 +58,10 @@ function fitSteps() {
   if (!model) return;
   const most = model.max_steps;
   byId("method-hint").textContent = methodHint(model);
-  byId("steps-hint").textContent = most === 0 ? "This method takes no steps." : most === null ? "Steps: 0 or more." : `Steps: 0 to ${most}.`;
+  byId("steps-hint").textContent = model.generates ? `Blank: a generator makes the adapter. Or steps: 0 to ${most}.` : most === 0 ? "This method takes no steps." : most === null ? "Steps: 0 or more." : `Steps: 0 to ${most}.`;
   page.steps.disabled = most === 0;
   page.steps.max = most ?? "";
-  page.steps.value = Math.min(wantedSteps ?? model.steps ?? 1, most ?? Infinity);
+  page.steps.value = wantedSteps === null && model.generates ? "" : Math.min(wantedSteps ?? model.steps ?? 1, most ?? Infinity);
   fieldError("steps", null);
 }
 
@@ -76,7 +76,7 @@ function whole(input, name, least) {
 function valid() {
   clearErrors();
   if (!page.prompt.value.trim()) fieldError("prompt", "Write a prompt, or choose an example.");
-  whole(page.steps, "Steps", 0);
+  if (!unasked()) whole(page.steps, "Steps", 0);
   whole(page.maxTokens, "Max tokens", 1);
   whole(page.seed, "Seed", 0);
   const wrong = page.form.querySelector("[aria-invalid]");
@@ -85,10 +85,13 @@ function valid() {
   return !wrong;
 }
 
+// No steps are asked for, so that the method's generator makes the adapter.
+const unasked = () => Boolean(chosen()?.generates) && page.steps.value.trim() === "";
+
 function request(model) {
   const chat = checked("format") === "chat";
   const text = page.prompt.value;
-  const adapt = { steps: Number(page.steps.value), seed: Number(page.seed.value), trace: true };
+  const adapt = { ...(unasked() ? {} : { steps: Number(page.steps.value) }), seed: Number(page.seed.value), trace: true };
   const body = {
     model: model.id,
     ...(chat ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
@@ -140,7 +143,8 @@ async function loadModels() {
   refreshSnippet();
 }
 
-const nameAdapted = () => adapted.name(isBase(chosen()) ? "Choose a method to compare with" : `${methodName(chosen().method)}, ${count(Number(page.steps.value), "step")}`);
+const nameAdapted = () => adapted.name(isBase(chosen()) ? "Choose a method to compare with" : unasked() ? methodName(chosen().method)
+  : `${methodName(chosen().method)}, ${count(Number(page.steps.value), "step")}`);
 
 // An error that belongs to the page as a whole.
 function report(error, retry) {
@@ -297,7 +301,7 @@ async function download() {
   const { body } = request(chosen());
   const status = byId("download-status");
   const asked = { model: body.model, ...(body.prompt === undefined ? { messages: body.messages } : { prompt: body.prompt }),
-    adapt: { steps: body.adapt.steps, seed: body.adapt.seed }, adapter: true };
+    adapt: { ...body.adapt, trace: undefined }, adapter: true };
   page.download.disabled = true;
   status.textContent = "Adapting to the prompt";
   try {

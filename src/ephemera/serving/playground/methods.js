@@ -4,7 +4,7 @@ const NAMES = { none: "No adapter", universal: "Universal", fixed: "Fixed rate",
   constant: "Constants", averaged: "Averaged", peft: "PEFT adapter" };
 const HINTS = {
   none: "The model itself.",
-  universal: "The network that ships for this model predicts a rate for each layer.",
+  universal: "What ships for this model: a generator for chats; with steps, a network that predicts a rate for each layer.",
   fixed: "One rate for every layer and step.",
   stepwise: "A network predicts one rate for each step.",
   layerwise: "A network predicts a rate for each layer and step.",
