@@ -1,6 +1,7 @@
-"""Adapt to one prompt, and look at what the step did.
+"""Adapt to one prompt, and look at what was done.
 
-python examples/adapt_one_prompt.py "Who wrote Hamlet?"
+python examples/adapt_one_prompt.py "Who wrote Hamlet?"            # an adapter that a generator makes
+python examples/adapt_one_prompt.py --steps 1 "Who wrote Hamlet?"  # a gradient step on the prompt
 python examples/adapt_one_prompt.py --rate 0.5 --steps 2 "Name the capital of Norway."
 """
 
@@ -12,8 +13,10 @@ from ephemera import AdaptiveLM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--rate", help="a number or a network's name (default: the network that ships for chats)")
-    parser.add_argument("--steps", type=int, help="gradient steps (default: as the network was validated)")
+    parser.add_argument("--rate", help="a number or a network's name (default: what ships for chats)")
+    parser.add_argument(
+        "--steps", type=int, help="gradient steps (default: a generated adapter; with --rate as it was validated)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32)
     asked = parser.parse_args()
 

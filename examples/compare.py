@@ -16,7 +16,7 @@ from ephemera import AdaptiveLM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--rate", help="a number or a network's name (default: the network that ships for chats)")
+    parser.add_argument("--rate", help="a number or a network's name (default: what ships for chats)")
     parser.add_argument("--limit", type=int, help="only so many of the last rows")
     asked = parser.parse_args()
 

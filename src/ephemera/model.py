@@ -20,13 +20,13 @@ from ephemera.inits import Init, default_start, load_init
 from ephemera.llm.frozen_lm import FrozenLM
 from ephemera.llm.load import load_backbone
 from ephemera.llm.prefill import prefill, whole_reading
+from ephemera.llm.prompts import checked_prompts
 from ephemera.llm.quantization import Quantization
 from ephemera.llm.share import Parallel
 from ephemera.llm.tokenize import Prompt, encode_answer, encode_prompt
 from ephemera.llm.window import fit
 from ephemera.made_for import Format, Reach, checked_reach
 from ephemera.messages import unknown
-from ephemera.prompts import checked_prompts
 from ephemera.rates import Rate, adapted_by, default_rate, load_rate, place_rate
 from ephemera.together import SharedAdapter, shared_adapter
 

@@ -37,11 +37,12 @@ def run(monkeypatch, capsys):
 @pytest.mark.default_model
 @pytest.mark.usefixtures("default_model")
 def test_adapt_one_prompt(run):
-    out = run("adapt_one_prompt.py", "--max-new-tokens", "4", "Name the capital of Norway.")
-    assert "step 1: saw the prompt at" in out
-    assert "the gate keeps" in out
-    assert "base: " in out
-    assert "adapted: " in out
+    for asked, steps in (((), 0), (("--steps", "1"), 1)):
+        out = run("adapt_one_prompt.py", "--max-new-tokens", "4", *asked, "Name the capital of Norway.")
+        assert out.count(": saw the prompt at") == steps
+        assert "the gate keeps" in out
+        assert "base: " in out
+        assert "adapted: " in out
 
 
 @pytest.mark.default_model

@@ -20,7 +20,7 @@ LAYERS = (
         "llm.share",
         "llm.collectives",
     ),
-    *("llm.gguf_header", "llm.model_files", "llm.tokenize", "llm.answer_end", "llm.architectures"),
+    *("llm.gguf_header", "llm.model_files", "llm.tokenize", "llm.prompts", "llm.answer_end", "llm.architectures"),
     *("llm.head", "lora", "llm.cached_layers", "llm.projections", "llm.recompute", "llm.frozen_lm"),
     *("fast", "llm.parallel", "llm.window", "llm.load", "llm.prefill"),
     *("artifact", "early_exit", "prompt_loss", "gate", "inits", "rates"),

@@ -48,6 +48,15 @@ StepsDefault = Annotated[
         show_default=False,
     ),
 ]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-6,
+        help="Most nats of KL by which an adapter may move an answer's first token; it is shrunk until it does. "
+        "Default: no bound.",
+        show_default=False,
+    ),
+]
 
 
 @app.command(
@@ -78,15 +87,7 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers decoded together.")] = 32,
     max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait; more get 429.")] = 256,
     max_steps: Annotated[int, typer.Option(min=1, help="Most steps a request may ask for.")] = 8,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(
-            min=1e-6,
-            help="Most nats of KL by which an adapter may move an answer's first token; it is shrunk until it does. "
-            "Default: no bound.",
-            show_default=False,
-        ),
-    ] = None,
+    max_kl: MaxKl = None,
     max_prompt_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt.")] = 4096,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
     max_body: Annotated[int, typer.Option(min=1024, help="Largest request body, in bytes.")] = 1 << 20,
