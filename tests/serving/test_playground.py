@@ -503,6 +503,28 @@ def test_begins_with_the_network_that_ships(browser: sync_api.Browser, server: s
     visit.context.close()
 
 
+def test_blank_steps_leave_the_adapter_to_a_generator(browser: sync_api.Browser, server: str):
+    visit = Visit(browser, server)
+    page = visit.page
+    data = [
+        {"id": "m", "method": "none", "format": BOTH, "reach": None, "steps": 0, "max_steps": 0, "generates": False}
+    ]
+    data += [
+        {**data[0], "id": "m:universal", "method": "universal", "reach": "answer", "max_steps": 1, "generates": True}
+    ]
+    page.route("**/v1/models", lambda route: route.fulfill(status=200, body=json.dumps({"data": data})))
+    page.reload()
+    visit.ready()
+    page.fill("#prompt", "The mill runs")
+    assert page.locator("#steps").input_value() == ""
+    assert "Blank: a generator makes the adapter" in page.inner_text("#steps-hint")
+    assert "steps" not in page.inner_text("#snippet")
+    assert "seed" in page.inner_text("#snippet")
+    page.fill("#steps", "1")
+    assert "steps" in page.inner_text("#snippet")
+    visit.context.close()
+
+
 def test_a_method_brings_its_format(visit: Visit):
     page = visit.ready()  # the server's network was trained on plain prompts
     assert page.locator("input[name=format]:checked").input_value() == "completion"

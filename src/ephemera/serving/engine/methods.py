@@ -153,19 +153,16 @@ def build(
         most = 0 if rule is None else min(most_steps, rule.max_steps or most_steps)
         return Method(f"{model}:{name}", name, start, rule, most, reach, max_kl, unasked)
 
-    def add(name: str, start: Init, rule: Rate | None) -> None:
-        methods.append(made(name, start, rule))
-
     for format, rule in (defaults or {}).items():
         first = None if reach == "all" else (unasked or {}).get(format)
         alone = None if first is None else made(DEFAULT, first.placed(backbone), None)
         methods.append(made(DEFAULT, zero, place_rate(rule, backbone), alone))
     for kind, rule in moves.items():
-        add(kind, zero, rule)
+        methods.append(made(kind, zero, rule))
     for start_name, start in starts:
-        add(start_name, start, None)
+        methods.append(made(start_name, start, None))
         for kind, rule in moves.items():
-            add(f"{start_name}+{kind}", start, rule)
+            methods.append(made(f"{start_name}+{kind}", start, rule))
     return methods
 
 
