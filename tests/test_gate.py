@@ -107,6 +107,21 @@ def test_a_bound_without_a_gate_by_merged_weights(llama, reach, eta):
         close(made.lora.B[0][row], free.lora.B[0][row] * made.share_B[row], 1e-12)
 
 
+def test_a_bound_beside_a_gate(llama):
+    """The tighter of the bound and the gate's own trust region holds."""
+    batch, trace, _ = adapted(llama, 3.0)
+    gate = length_gate(llama, 0.5)
+    free, _ = guard(gate, llama, batch, trace)
+    assert free.kl_B is not None
+    bound = free.kl_B.max().item() / 3
+    less, _ = guard(gate, llama, batch, trace, bound)
+    same, _ = guard(gate, llama, batch, trace, 1e12)
+    assert less.kl_B is not None
+    assert same.share_B is not None
+    assert free.kl_B.max() > bound >= less.kl_B.max()
+    assert same.share_B.equal(free.share_B if free.share_B is not None else torch.zeros(0))
+
+
 def test_a_row_left_alone_is_the_base_models(llama):
     batch, trace, _ = adapted(llama, 5.0)
     gate = length_gate(llama, 0.5, by_length=10.0, tokens=6.0)  # risk grows with the prompt's length
